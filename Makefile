@@ -1,0 +1,78 @@
+# Every target runs in .venv, which make builds by itself; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+URL ?= memory://
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+SUPPLY := $(BIN)/python -m unibus_contracts.supply
+CODE := $(wildcard src adapters contracts tests examples benchmarks)
+
+# `up` prints NAME=value lines once every broker answers; assigned first so that its failure is not lost in the eval.
+BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
+
+.PHONY: help demo test unit contracts integration brokers-up brokers-down lint types bench checks lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+demo: $(STAMP) ## the orders example; URL=amqp://... for a real broker (default memory://)
+	@$(BIN)/python -m examples.orders --url "$(URL)"
+
+# Brokers go down whatever happened before, and the status is that of the checks.
+test: $(STAMP) ## everything: lint, types, unit tests, then contracts and integration on real brokers
+	@status=0; $(MAKE) --no-print-directory checks || status=$$?; \
+	$(MAKE) --no-print-directory brokers-down || status=$$?; \
+	$(BIN)/python -m unibus_contracts.summary reports/*.json || status=$$?; \
+	exit $$status
+
+checks: lint types unit brokers-up contracts integration
+
+unit: $(STAMP) ## unit tests: core on the memory adapter, no broker
+	$(BIN)/pytest tests/unit
+
+contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply
+	@$(BROKERS); rm -rf reports; mkdir -p reports; \
+	for url in memory:// "$$UNIBUS_TEST_RABBITMQ_URL"; do \
+		$(BIN)/pytest --pyargs unibus_contracts --unibus-url "$$url" --unibus-report "reports/$${url%%:*}.json"; \
+	done
+
+integration: $(STAMP) ## adapters on real brokers, faults included
+	@$(BROKERS); $(BIN)/pytest tests/integration
+
+brokers-up: $(STAMP) ## start the test brokers (or find those of UNIBUS_TEST_*_URL) and print their URLs
+	@$(SUPPLY) up
+
+brokers-down: $(STAMP) ## stop what brokers-up started
+	@$(SUPPLY) down
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy $(CODE)
+
+bench: $(STAMP) ## throughput and latency against the raw clients
+	@$(BROKERS); $(BIN)/python -m benchmarks
+
+lock: ## resolve the newest versions into constraints.txt
+	rm -rf .venv && $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev,kafka,sqs,redis]'
+	$(BIN)/pip freeze --exclude-editable > constraints.txt
+	rm -rf .venv
+
+clean: ## remove what make has built (brokers first: make brokers-down)
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis reports
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "unibus needs Python 3.11 or newer; $(PYTHON) is missing or older. Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
