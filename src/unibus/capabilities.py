@@ -1,0 +1,75 @@
+"""What an adapter can do, as data: read at start, by `settlement`, and by the contract suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Level = Literal["native", "emulated", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """How one feature is had. `how` says how it is emulated or why it is refused; `limit` is its bound, if any."""
+
+    level: Level
+    how: str = ""
+    limit: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.level != "refused"
+
+
+def native(how: str = "", limit: float | None = None) -> Support:
+    return Support("native", how, limit)
+
+
+def emulated(how: str, limit: float | None = None) -> Support:
+    return Support("emulated", how, limit)
+
+
+def refused(why: str) -> Support:
+    return Support("refused", why)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """The facts of one adapter on one server version.
+
+    Features are `Support` values. Times are seconds, sizes bytes; None means no bound that matters.
+    """
+
+    adapter: str
+    version: str | None = None
+
+    order: Support  # by key, over competing consumers
+    delay: Support  # not_before on a send or retry; limit: the longest delay, seconds
+    priority: Support  # limit: number of levels
+    replay: Support  # a group may start at "all" or at a time
+    browse: Support  # look without settling
+    reply: Support  # an inbox per process
+    release: Support  # give a delivery back, uncounted
+    lease: Support  # deliveries expire unless extended; limit: the lease's length
+    atomic_move: Support  # Subscription.move: sends and the settle in one step
+    delivery_count: Support  # Delivery.deliveries is set
+    attempt: Support  # Delivery.attempt is exact over a crash
+    settle_confirmed: Support  # settle returns after the broker has it
+    dedup: Support  # a message id sent twice arrives once; limit: window, seconds
+
+    max_body: int | None = None
+    max_headers: int | None = None  # number of user headers
+    max_header_bytes: int | None = None  # all names and values together
+    max_key: int | None = None
+    send_batch: int = 1000  # messages a call of send takes
+    send_bytes: int | None = None  # bodies and headers of one call of send
+    receive_batch: int = 1000
+    settle_batch: int = 1000
+    flights: int = 1  # sends worth having in flight at once, to one unordered destination
+    receivers: int = 1  # receives the core keeps running at once on one subscription
+    delay_steps: bool = False  # delays are rounded up to steps known at start: no jitter
+    park_below: float = 0.0  # retries sooner than this wait in place: cheaper than a copy
+    park_limit: float | None = None  # the longest a delivery may be held
+
+    def features(self) -> dict[str, Support]:
+        """Name -> support of every feature, in the order of declaration."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Support)}

@@ -1,0 +1,67 @@
+"""From a verdict to the step that carries it out on a broker with given capabilities. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from unibus.capabilities import Capabilities
+from unibus.errors import ConfigError, Unsupported
+from unibus.retry import Action, RetryPolicy, Verdict
+
+
+class Step(Enum):
+    SETTLE = "settle"  # tell the broker that it is done
+    RELEASE = "release"  # give it back to the broker
+    MOVE = "move"  # a copy to another place (or later to the same), confirmed, then settle
+    PARK = "park"  # hold it here, its lease extended, and run it again after the delay
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What matters of the place a delivery came from. `private`: an ephemeral group, that ends with this process."""
+
+    ordered: bool = False
+    private: bool = False
+
+
+def plan(verdict: Verdict, place: Place, capabilities: Capabilities) -> Step:
+    """How to carry out `verdict`.
+
+    On an ordered place every retry parks: a copy would overtake, or be overtaken. A private place can't be sent to and
+    has no dead letters. Elsewhere a retry is a copy, durable with its count, unless it is due so soon that holding is better.
+    """
+    match verdict.action:
+        case Action.ACK | Action.DISCARD:
+            return Step.SETTLE
+        case Action.RELEASE:
+            return Step.RELEASE
+        case Action.RETRY:
+            soon = verdict.delay <= 0 or verdict.delay < capabilities.park_below
+            return Step.PARK if place.ordered or place.private or soon else Step.MOVE
+        case Action.DEAD_LETTER | Action.INVALID:
+            return Step.SETTLE if place.private else Step.MOVE
+
+
+def check_policy(policy: RetryPolicy, place: Place, capabilities: Capabilities, where: str) -> None:
+    """Refuse at start what would fail in the middle of a run. Raises ConfigError or Unsupported that name `where`."""
+    name = capabilities.adapter
+    if policy.jitter and capabilities.delay_steps and not (place.ordered or place.private):
+        raise ConfigError(f"{where}: retry.jitter={policy.jitter}, but delays on {name} are fixed steps; use jitter=0")
+    waits = policy.waits()
+    longest = waits[-1] * (1 + policy.jitter) if waits else 0.0
+    if place.ordered or place.private:
+        limit = capabilities.park_limit
+        if limit is not None and longest > limit:
+            raise Unsupported(
+                f"{where}: a retry waits up to {longest:g} s in place, and {name} holds a message for {limit:g} s at most; "
+                "lower retry.max_backoff"
+            )
+    elif longest >= max(capabilities.park_below, 1e-9):
+        if not capabilities.delay:
+            raise Unsupported(f"{where}: {name} can't delay a retry ({capabilities.delay.how}); use retry.backoff=0")
+        if capabilities.delay.limit is not None and longest > capabilities.delay.limit:
+            raise Unsupported(
+                f"{where}: a retry waits up to {longest:g} s, and {name} delays by {capabilities.delay.limit:g} s at most; "
+                "lower retry.max_backoff"
+            )
