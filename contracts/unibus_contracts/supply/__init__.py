@@ -1,0 +1,259 @@
+"""Test brokers, from wherever they can be had.
+
+In this order: a URL in the environment (`UNIBUS_TEST_RABBITMQ_URL`), a Docker container, a native process. A broker that
+can't be had is a `SupplyError`. On the command line: `python -m unibus_contracts.supply up|down|urls`. In a fault test:
+
+    broker = supply.start("rabbitmq", instance="faults")    # one of its own, so that nobody else's tests feel it
+    broker.kill()                                           # SIGKILL
+    broker.restart()                                        # same data, same ports
+    broker.stop()                                           # and its data is gone
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from .broker import Kind, Record, Site, SupplyError, brokers_folder, free_ports, locked, variable, wait_until
+from .containers import Docker
+from .native import Native
+from .rabbitmq import RabbitMQ
+
+__all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
+
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (RabbitMQ(),)}
+
+_READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
+
+
+class _Source(Protocol):
+    source: str
+    address: str
+
+    def unavailable(self) -> str | None: ...
+    def folder(self, home: Path) -> str: ...
+    def create(self, kind: Kind, site: Site, home: Path, files: Mapping[str, bytes]) -> None: ...
+    def resume(self, kind: Kind, record: Record, home: Path) -> None: ...
+    def pid(self, kind: Kind, record: Record, home: Path) -> int | None: ...
+    def running(self, record: Record, home: Path) -> bool: ...
+    def kill(self, kind: Kind, record: Record, home: Path) -> None: ...
+    def terminate(self, kind: Kind, record: Record, home: Path) -> None: ...
+    def remove(self, record: Record | None, home: Path) -> None: ...
+    def complaint(self, record: Record, home: Path) -> str: ...
+
+
+_SOURCES: tuple[_Source, ...] = (Docker(), Native())
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A broker that answers. One from the environment has no record: it isn't ours, so nothing may be done to it."""
+
+    name: str
+    variables: Mapping[str, str]  # UNIBUS_TEST_RABBITMQ_URL and the like; "URL" comes first
+    record: Record | None
+    home: Path
+
+    @property
+    def url(self) -> str:
+        return next(iter(self.variables.values()))
+
+    @property
+    def source(self) -> str:
+        return "environment" if self.record is None else self.record.source
+
+    @property
+    def native(self) -> bool:
+        return self.source == "native"
+
+    @property
+    def pid(self) -> int | None:
+        """The server process; None while it is down."""
+        kind, record, source = self._ours()
+        return source.pid(kind, record, self.home)
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is dead."""
+        kind, record, source = self._ours()
+        source.kill(kind, record, self.home)
+
+    def restart(self) -> None:
+        """Stop it in an orderly way if it runs, start it with the same data and ports; returns when it answers."""
+        kind, record, source = self._ours()
+        source.terminate(kind, record, self.home)
+        source.resume(kind, record, self.home)
+        _wait(source, kind, record, self.home)
+
+    def stop(self) -> None:
+        """Stop it for good: no process and no data is left. Nothing happens if that is done already."""
+        self._ours()
+        _remove(self.home)
+
+    def _ours(self) -> tuple[Kind, Record, _Source]:
+        if self.record is None:
+            raise SupplyError(
+                f"{self.name} at {variable(self.name)} wasn't started by the supply, so it can't be stopped or disturbed; "
+                'use supply.start(..., instance="...") for a broker of your own, or unset the variable'
+            )
+        return KINDS[self.record.kind], self.record, _source(self.record)
+
+
+def start(name: str, instance: str = "") -> Broker:
+    """The broker of this kind; it is started unless it runs. With `instance`, a private one that `up` knows nothing of."""
+    kind = _kind(name)
+    if not re.fullmatch(r"[a-z0-9]{0,20}", instance):
+        raise SupplyError(f"instance {instance!r}: at most 20 lower-case letters and digits")
+    home = brokers_folder() / (f"{name}-{instance}" if instance else name)
+    with locked(home.with_suffix(".lock")):
+        record = Record.load(home)
+        given = {} if instance else _given(kind)
+        if given and (record is None or given["URL"] != record.variables["URL"]):
+            return _borrowed(kind, given, home)
+        if record is not None and _answers(kind, record):
+            return _broker(record, home)
+        _remove(home)
+        return _broker(_create(kind, home), home)
+
+
+def running(names: Iterable[str] = KINDS) -> list[Broker]:
+    """The shared brokers that tests can use now. Starts nothing; SupplyError when one of `names` doesn't answer."""
+    found = []
+    for name in names:
+        kind = _kind(name)
+        home = brokers_folder() / name
+        record = Record.load(home)
+        given = _given(kind)
+        if given and (record is None or given["URL"] != record.variables["URL"]):
+            found.append(_borrowed(kind, given, home))
+        elif record is not None and _answers(kind, record):
+            found.append(_broker(record, home))
+        else:
+            raise SupplyError(f"{name} isn't running; start it with `make brokers-up`, or set {variable(name)}")
+    return found
+
+
+def stop(names: Iterable[str] | None = None) -> list[str]:
+    """Stop everything the supply started in this checkout, private instances too, or those of some kinds."""
+    folder = brokers_folder()
+    kinds = set(KINDS if names is None else (_kind(name).name for name in names))
+    homes = [home for home in sorted(folder.glob("*/")) if home.name.partition("-")[0] in kinds]
+    for home in homes:
+        with locked(home.with_suffix(".lock")):
+            _remove(home)
+    return [home.name for home in homes]
+
+
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        raise SupplyError(f"no broker {name!r}; there are: {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def _given(kind: Kind) -> dict[str, str]:
+    """What the environment says of this broker, by suffix; empty when it names no URL."""
+    start_of_name = variable(kind.name, "")
+    if not os.environ.get(start_of_name + "URL"):
+        return {}
+    found = {
+        name.removeprefix(start_of_name): value for name, value in os.environ.items() if name.startswith(start_of_name)
+    }
+    return {"URL": found.pop("URL"), **found}
+
+
+def _borrowed(kind: Kind, given: Mapping[str, str], home: Path) -> Broker:
+    try:
+        kind.check(given["URL"])
+    except OSError as error:
+        raise SupplyError(
+            f"{variable(kind.name)} is set, but no broker answers there ({error}); start that broker, or unset the variable "
+            "and have one started here"
+        ) from error
+    return Broker(kind.name, {variable(kind.name, suffix): value for suffix, value in given.items()}, None, home)
+
+
+def _create(kind: Kind, home: Path) -> Record:
+    """From the first source that can; with the reasons of all when none can."""
+    reasons = []
+    for source in _SOURCES:
+        try:
+            reason = source.unavailable()
+            if reason is None:
+                return _create_from(source, kind, home)
+        except SupplyError as error:
+            reason = str(error)
+            print(f"{home.name}: {source.source}: {reason}", file=sys.stderr)
+            _remove(home)
+        reasons.append(f"{source.source}: {reason}")
+    raise SupplyError(
+        f"no {home.name} can be had. Set {variable(kind.name)}, or mend one of these:\n- " + "\n- ".join(reasons)
+    )
+
+
+def _create_from(source: _Source, kind: Kind, home: Path) -> Record:
+    home.mkdir(parents=True, exist_ok=True)
+    names = (*kind.ports, *(kind.private_ports if source.source == "native" else ()))
+    site = Site(
+        name=home.name,
+        node="unibus" + hashlib.sha256(str(home).encode()).hexdigest()[:12],
+        address=source.address,
+        folder=source.folder(home),
+        ports=free_ports(names),
+        user="u" + secrets.token_hex(4),
+        password=secrets.token_hex(12),
+    )
+    files = kind.files(site)
+    for file, content in files.items():
+        (home / file).write_bytes(content)
+    record = Record(kind.name, source.source, site, dict(kind.variables(site, home)))
+    # Saved first, so that whatever goes wrong from here on can be cleared away.
+    record.save(home)
+    source.create(kind, site, home, files)
+    _wait(source, kind, record, home)
+    return record
+
+
+def _wait(source: _Source, kind: Kind, record: Record, home: Path) -> None:
+    gone = False
+
+    def settled() -> bool:
+        nonlocal gone
+        gone = not source.running(record, home)
+        return gone or _answers(kind, record)
+
+    if not wait_until(settled, _READY) or gone:
+        state = "ended by itself" if gone else f"doesn't answer after {_READY:.0f} s"
+        raise SupplyError(f"{home.name} ({source.source}) {state}.\n{source.complaint(record, home)}")
+
+
+def _answers(kind: Kind, record: Record) -> bool:
+    try:
+        for value in record.variables.values():
+            if "://" in value:
+                kind.check(value)
+    except OSError:  # not yet, or no more
+        return False
+    return True
+
+
+def _remove(home: Path) -> None:
+    record = Record.load(home)
+    if record is not None:
+        _source(record).remove(record, home)
+    if home.exists():
+        Native().remove(None, home)  # and what was left by a start that was interrupted
+
+
+def _source(record: Record) -> _Source:
+    return next(source for source in _SOURCES if source.source == record.source)
+
+
+def _broker(record: Record, home: Path) -> Broker:
+    named = {variable(record.kind, suffix): value for suffix, value in record.variables.items()}
+    return Broker(home.name, named, record, home)
