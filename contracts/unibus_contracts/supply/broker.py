@@ -69,6 +69,9 @@ class Kind(Protocol):
     def variables(self, site: Site, files: Path) -> Mapping[str, str]:
         """What tests get to know, by the last part of the variable's name. `URL` is the broker itself."""
 
+    def settled(self, home: Path) -> bool:
+        """Whether what clients have declared survives a SIGKILL by now; `kill` waits for it."""
+
     def check(self, url: str) -> None:
         """Return when the broker at `url` answers; raise OSError when it doesn't."""
 

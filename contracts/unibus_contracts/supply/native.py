@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .broker import LOOPBACK, Kind, Record, Site, SupplyError, tail, wait_until
@@ -19,6 +19,7 @@ from .broker import LOOPBACK, Kind, Record, Site, SupplyError, tail, wait_until
 MARK = "UNIBUS_TEST_BROKER_HOME"
 _GRACE = 30.0  # seconds between SIGTERM and SIGKILL at a restart
 _DEATH = 10.0  # seconds until the kernel has cleared away what got SIGKILL
+_SETTLED = 5.0  # seconds that a kill waits for declarations to reach the disk
 
 
 class Native:
@@ -62,29 +63,23 @@ class Native:
         return bool(processes(home))
 
     def kill(self, kind: Kind, record: Record, home: Path) -> None:
+        if not wait_until(lambda: kind.settled(home), _SETTLED):
+            print(f"{home.name}: killed with declarations that are not on disk yet", file=sys.stderr)
         pid = self.pid(kind, record, home)
         if pid is not None:
-            _signal(pid, signal.SIGKILL)
-        if not wait_until(lambda: self.pid(kind, record, home) is None, _DEATH):
-            raise SupplyError(f"{record.site.name}: process {pid} is still there {_DEATH:.0f} s after SIGKILL")
+            _end([pid], home.name)
 
     def terminate(self, kind: Kind, record: Record, home: Path) -> None:
         pid = self.pid(kind, record, home)
         if pid is not None:
             _signal(pid, signal.SIGTERM)
-            if not wait_until(lambda: self.pid(kind, record, home) is None, _GRACE):
+            if not wait_until(lambda: _dead(pid), _GRACE):
                 self.kill(kind, record, home)
 
     def remove(self, record: Record | None, home: Path) -> None:
         # Its data goes too, so nothing is gained by a graceful end. Repeated, since a process may fork while we look.
-        def nothing_left() -> bool:
-            left = processes(home)
-            for pid in left:
-                _signal(pid, signal.SIGKILL)
-            return not left
-
-        if not wait_until(nothing_left, _DEATH):
-            raise SupplyError(f"{home.name}: still running {_DEATH:.0f} s after SIGKILL: {processes(home)}")
+        while left := processes(home):
+            _end(left, home.name)
         for entry in home.iterdir():  # logs stay, to read after a failed run
             if entry.is_dir() and entry.name != "log":
                 shutil.rmtree(entry)
@@ -111,6 +106,24 @@ def processes(home: Path) -> dict[int, str]:
         except OSError:  # it ended meanwhile, or it is another user's and so none of ours
             continue
     return found
+
+
+def _end(pids: Collection[int], name: str) -> None:
+    for pid in pids:
+        _signal(pid, signal.SIGKILL)
+    if not wait_until(lambda: all(_dead(pid) for pid in pids), _DEATH):
+        raise SupplyError(f"{name}: still running {_DEATH:.0f} s after SIGKILL: {sorted(pids)}")
+
+
+def _dead(pid: int) -> bool:
+    """A process that lost its memory may still hold its sockets: it is dead when it is gone, or a zombie of one thread."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        # After the command name, which stands in brackets and may hold anything.
+        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(list((folder / "task").iterdir())) <= 1
+    except OSError:  # it is gone
+        return True
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
