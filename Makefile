@@ -14,6 +14,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 # `up` prints NAME=value lines once every broker answers; assigned first so that its failure is not lost in the eval.
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
+.NOTPARALLEL:
 .PHONY: help demo test unit contracts integration brokers-up brokers-down lint types bench checks lock clean
 
 help: ## this list
@@ -22,10 +23,11 @@ help: ## this list
 demo: $(STAMP) ## the orders example; URL=amqp://... for a real broker (default memory://)
 	@$(BIN)/python -m examples.orders --url "$(URL)"
 
-# Brokers go down whatever happened before, and the status is that of the checks.
+# Brokers go down whatever happened before, Ctrl-C included; the status is that of the checks, then that of the reports.
 test: $(STAMP) ## everything: lint, types, unit tests, then contracts and integration on real brokers
-	@status=0; $(MAKE) --no-print-directory checks || status=$$?; \
-	$(MAKE) --no-print-directory brokers-down || status=$$?; \
+	@rm -rf reports; shopt -s nullglob; \
+	trap '$(SUPPLY) down' EXIT; \
+	status=0; $(MAKE) --no-print-directory checks || status=$$?; \
 	$(BIN)/python -m unibus_contracts.summary reports/*.json || status=$$?; \
 	exit $$status
 
@@ -35,15 +37,12 @@ unit: $(STAMP) ## unit tests: core on the memory adapter, no broker
 	$(BIN)/pytest tests/unit
 
 contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply
-	@$(BROKERS); rm -rf reports; mkdir -p reports; \
-	for url in memory:// "$$UNIBUS_TEST_RABBITMQ_URL"; do \
-		$(BIN)/pytest --pyargs unibus_contracts --unibus-url "$$url" --unibus-report "reports/$${url%%:*}.json"; \
-	done
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL"
 
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration
 
-brokers-up: $(STAMP) ## start the test brokers (or find those of UNIBUS_TEST_*_URL) and print their URLs
+brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_URL: export $$(make -s brokers-up)
 	@$(SUPPLY) up
 
 brokers-down: $(STAMP) ## stop what brokers-up started
