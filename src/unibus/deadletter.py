@@ -1,0 +1,203 @@
+"""What a failed message carries: the headers of retries and dead letters, and how a redrive takes them off again. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+from unibus import message as names
+from unibus.channel import Group, stem
+from unibus.delivery import Delivery
+from unibus.message import Message
+from unibus.retry import BROKER_LIMIT, CRASH_LOOP, EXPIRED, UNDECODABLE
+
+ERROR_BYTES = 1024  # with all the other headers it must fit an AMQP frame and the attributes of SQS
+_READ_CHARS = 8192  # of an error's text, which may hold a whole body
+_CREDENTIALS = re.compile(r"://\S{1,2048}@")  # bounded: with `+` a text full of "://" takes quadratic time
+
+# Reasons for which no handler ran: nothing is added to the failed attempts.
+_NOT_RUN = frozenset((UNDECODABLE, EXPIRED, CRASH_LOOP, BROKER_LIMIT))
+# Frames between the core and the handler. The last two lie there when a plain function runs in a thread.
+_NOT_APP = frozenset(("unibus", "asyncio", "concurrent"))
+
+_STORY = frozenset(  # of one life of a message; a redrive begins a new one
+    (
+        names.RETRY_COUNT,
+        names.CRASH_COUNT,
+        names.ORIGINAL_ERROR,
+        names.ERROR_TYPE,
+        names.ERROR_STACK_DIGEST,
+        names.FIRST_FAILED_AT,
+        names.LAST_FAILED_AT,
+    )
+)
+_DEATH = frozenset(
+    (
+        names.MOVED_TO_DLQ_AT,
+        names.DLQ_REASON,
+        names.ORIGINAL_DESTINATION,
+        names.ORIGINAL_SUBSCRIPTION,
+        names.ORIGINAL_POSITION,
+    )
+)
+_NOT_ON_A_RETRY = names.BROKER_HEADERS | _DEATH
+_NOT_ON_A_REDRIVE = names.BROKER_HEADERS | _DEATH | _STORY
+
+
+def retry_count(headers: Mapping[str, str]) -> int:
+    """Failed attempts that count: `x-retry-count`, or 0 where it is no number.
+
+    Also 0 on a message that came back from a dead-letter channel by the broker's own tools, which reset nothing: it
+    would be dead again after one failure.
+    """
+    return 0 if names.MOVED_TO_DLQ_AT in headers else _number(headers.get(names.RETRY_COUNT))
+
+
+def crash_count(headers: Mapping[str, str]) -> int:
+    """How often the message is suspected to have killed its consumer: `x-crash-count`, by the rules of `retry_count`."""
+    return 0 if names.MOVED_TO_DLQ_AT in headers else _number(headers.get(names.CRASH_COUNT))
+
+
+def failed(delivery: Delivery[Any], error: BaseException | None, now: float) -> dict[str, str]:
+    """The headers of a retry copy, after a run that failed. `now`: epoch seconds.
+
+    The user's headers stay; the count is one more than the delivery's `failures`.
+    """
+    headers = {k: v for k, v in delivery.message.headers.items() if k not in _NOT_ON_A_RETRY}
+    headers[names.RETRY_COUNT] = str(delivery.failures + 1)
+    _tell(headers, error, now)
+    return headers
+
+
+def dead(delivery: Delivery[Any], reason: str, error: BaseException | None, now: float) -> dict[str, str]:
+    """All headers of a dead letter or an invalid message. `reason`: a value of `x-dlq-reason`; `now`: epoch seconds.
+
+    The user's headers and the redrive count stay. Where no handler ran (expired, undecodable, a crash loop) the count of
+    failed attempts is what it was, and without an error the last one's story stays.
+    """
+    ran = reason not in _NOT_RUN
+    headers = {k: v for k, v in delivery.message.headers.items() if k not in _NOT_ON_A_RETRY}
+    headers[names.RETRY_COUNT] = str(delivery.failures + ran)
+    if ran or error is not None:
+        _tell(headers, error, now)
+    address = delivery.source.address
+    headers[names.MOVED_TO_DLQ_AT] = stamp(now)
+    headers[names.DLQ_REASON] = one_line(reason, 128)
+    headers[names.ORIGINAL_DESTINATION] = stem(address.topic if isinstance(address, Group) else address)
+    headers[names.ORIGINAL_SUBSCRIPTION] = address.name
+    if delivery.position:
+        headers[names.ORIGINAL_POSITION] = one_line(delivery.position, 256)
+    return headers
+
+
+def copy(message: Message, headers: Mapping[str, str], **changes: Any) -> Message:
+    """The same message with other headers, and `changes` to other fields. The body is shared, not copied.
+
+    `delay` is not taken over: it was the first sender's, and has passed.
+    """
+    again = Message(
+        message.body,
+        message.id,
+        message.type,
+        message.content_type,
+        headers,
+        message.key,
+        message.correlation_id,
+        message.causation_id,
+        message.reply_to,
+        message.timestamp,
+        message.expires_at,
+        message.priority,
+    )
+    for name, value in changes.items():
+        setattr(again, name, value)
+    return again
+
+
+def redriven(message: Message) -> Message:
+    """A dead letter as it goes back to where it failed: id, body, key and the user's headers the same, all counts at 0.
+
+    `x-redrive-count` is one more. An expiry is taken off: who redrives an expired message wants it to be handled.
+    """
+    headers = {k: v for k, v in message.headers.items() if k not in _NOT_ON_A_REDRIVE}
+    headers[names.REDRIVE_COUNT] = str(_number(message.headers.get(names.REDRIVE_COUNT)) + 1)
+    return copy(message, headers, expires_at=None)
+
+
+def stamp(now: float) -> str:
+    """Epoch seconds as RFC 3339, UTC, milliseconds: `2023-11-14T22:13:20.000Z`."""
+    return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def describe(error: BaseException | None) -> str:
+    """Class and text of an error in one line, for logs: short, no credentials of URLs."""
+    if error is None:
+        return "no error"
+    text = error_text(error)
+    return f"{type(error).__qualname__}: {text}" if text else type(error).__qualname__
+
+
+def error_text(error: BaseException) -> str:
+    """The text of an error as a header value: one line, 1 KiB at most, credentials in URLs masked."""
+    try:
+        text = str(error)
+    except Exception:  # a broken __str__ must not hide the failure itself
+        return "(its text can't be had)"
+    if len(text) > _READ_CHARS:
+        text = text[:_READ_CHARS].rpartition(" ")[0] or text[:_READ_CHARS]  # half a URL would not be recognised
+    return one_line(_CREDENTIALS.sub("://****@", text), ERROR_BYTES)
+
+
+def one_line(text: str, limit: int) -> str:
+    """What every broker carries: printable, no line breaks, at most `limit` bytes of UTF-8."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(line) * 4 <= limit:
+        return line
+    return line.encode()[:limit].decode(errors="ignore").rstrip()
+
+
+def _tell(headers: dict[str, str], error: BaseException | None, now: float) -> None:
+    """Put the story of one failure into `headers`: the newest error replaces the one before."""
+    at = stamp(now)
+    headers.setdefault(names.FIRST_FAILED_AT, at)
+    headers[names.LAST_FAILED_AT] = at
+    for name in (names.ORIGINAL_ERROR, names.ERROR_TYPE, names.ERROR_STACK_DIGEST):
+        headers.pop(name, None)
+    if error is None:
+        return
+    kind = type(error)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    headers[names.ERROR_TYPE] = one_line(module + kind.__qualname__, 256)
+    if text := error_text(error):
+        headers[names.ORIGINAL_ERROR] = text
+    if digest := stack_digest(error):
+        headers[names.ERROR_STACK_DIGEST] = digest
+
+
+def stack_digest(error: BaseException) -> str:
+    """16 hex digits that are the same for failures of the same path through the code; empty if it was never raised.
+
+    Of (file, function) of each frame below the handler's call, libraries included, unibus and asyncio left out. Not of
+    line numbers: an edit elsewhere in the file must not split a group of dead letters. A recursion counts once.
+    """
+    frames: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if root not in _NOT_APP:
+            code = frame.f_code
+            entry = f"{PurePath(code.co_filename).name}:{code.co_name}"
+            if not frames or frames[-1] != entry:
+                frames.append(entry)
+        trace = trace.tb_next
+    return hashlib.sha256("\n".join(frames).encode()).hexdigest()[:16] if frames else ""
+
+
+def _number(text: str | None) -> int:
+    """A count from a header that anybody may have written."""
+    return int(text) if text and len(text) <= 9 and text.isascii() and text.isdecimal() else 0
