@@ -1,0 +1,98 @@
+"""From a URL's scheme to the adapter behind it, by entry points of the group `unibus.adapters`.
+
+Nothing is imported until an adapter is asked for: a name is answered from the installed metadata alone.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import cast
+
+from unibus.adapter import AdapterFactory
+from unibus.errors import ConfigError
+
+GROUP = "unibus.adapters"
+
+
+@cache
+def adapter_factory(scheme: str) -> AdapterFactory:
+    """What makes the adapter for URLs of `scheme`. Raises ConfigError: unknown scheme, missing client library."""
+    entry = _entry(scheme)
+    try:
+        return cast(AdapterFactory, entry.load())
+    except ImportError as exc:
+        raise ConfigError(f"{scheme}://: {_missing(entry, exc)}") from exc
+    except AttributeError as exc:
+        raise ConfigError(
+            f"{scheme}://: {entry.value} of {_distribution(entry)} does not exist ({exc}); reinstall it"
+        ) from exc
+
+
+def broker_name(scheme: str) -> str:
+    """The broker's section in unibus.toml: `rabbitmq` for amqp and amqps. Raises ConfigError for an unknown scheme."""
+    return _section(_entry(scheme))
+
+
+def broker_names() -> frozenset[str]:
+    """The sections of all brokers whose adapters are installed, with or without their client libraries."""
+    return frozenset(_section(entry) for entries in _entries().values() for entry in entries)
+
+
+def schemes() -> tuple[str, ...]:
+    """All known URL schemes, sorted."""
+    return tuple(sorted(_entries()))
+
+
+@cache
+def _entries() -> dict[str, list[EntryPoint]]:
+    """Scheme -> entry points. One that is found twice, as with an editable install beside another copy, counts once."""
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        same = found.setdefault(entry.name, [])
+        if all(entry.value != other.value for other in same):
+            same.append(entry)
+    return found
+
+
+def _entry(scheme: str) -> EntryPoint:
+    found = _entries().get(scheme)
+    if not found:
+        near = get_close_matches(scheme, schemes(), n=1)
+        hint = f"did you mean {near[0]}://? " if near else ""
+        known = ", ".join(f"{name}://" for name in schemes()) or "none; unibus itself is not properly installed"
+        raise ConfigError(f"url: no adapter for {scheme}://; {hint}Known here: {known}")
+    if len(found) > 1:
+        who = " and ".join(f"{entry.value} of {_distribution(entry)}" for entry in found)
+        raise ConfigError(f"url: {scheme}:// is claimed by {who}; uninstall one of them")
+    return found[0]
+
+
+def _section(entry: EntryPoint) -> str:
+    """`unibus_rabbitmq[.x]` -> rabbitmq; `unibus.memory` -> memory; a package by any other name -> that name."""
+    package, _, module = entry.module.partition(".")
+    if package == "unibus":
+        return module.partition(".")[0]
+    return package.removeprefix("unibus_")
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unknown distribution"
+
+
+def _missing(entry: EntryPoint, error: ImportError) -> str:
+    """Why an adapter can't be imported, and what to do."""
+    ours = entry.dist is None or entry.dist.name == "unibus"
+    name = error.name or ""
+    own = entry.module.partition(".")[0]
+    if name.partition(".")[0] in {own, "unibus"}:
+        what = f"the adapter {own} is not complete ({error})"
+        return f"{what}; reinstall {'unibus' if ours else _distribution(entry)}"
+    if isinstance(error, ModuleNotFoundError):
+        what = f"the adapter {own} needs the module {name!r}, which is not installed"
+    else:  # there, but not what the adapter expects
+        what = f"the adapter {own} can't use the installed module {name!r} ({error})"
+    if ours:
+        return f"{what}; pip install 'unibus[{_section(entry)}]'"
+    return f"{what}; install what the distribution {_distribution(entry)} requires"
