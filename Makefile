@@ -42,7 +42,7 @@ contracts: $(STAMP) ## the contract suite on the memory adapter and on each brok
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration
 
-brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_URL: export $$(make -s brokers-up)
+brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_URL; prints NAME=value lines
 	@$(SUPPLY) up
 
 brokers-down: $(STAMP) ## stop what brokers-up started

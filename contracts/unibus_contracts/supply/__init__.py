@@ -28,7 +28,7 @@ from .rabbitmq import RabbitMQ
 
 __all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
 
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (RabbitMQ(),)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(),)}
 
 _READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
 
@@ -224,8 +224,10 @@ def _wait(source: _Source, kind: Kind, record: Record, home: Path) -> None:
 
     def settled() -> bool:
         nonlocal gone
+        if _answers(kind, record):
+            return True
         gone = not source.running(record, home)
-        return gone or _answers(kind, record)
+        return gone
 
     if not wait_until(settled, _READY) or gone:
         state = "ended by itself" if gone else f"doesn't answer after {_READY:.0f} s"
@@ -243,11 +245,12 @@ def _answers(kind: Kind, record: Record) -> bool:
 
 
 def _remove(home: Path) -> None:
+    if not home.exists():
+        return
     record = Record.load(home)
-    if record is not None:
+    if record is not None and record.source != Native.source:
         _source(record).remove(record, home)
-    if home.exists():
-        Native().remove(None, home)  # and what was left by a start that was interrupted
+    Native().remove(record, home)  # and the files; and what a start that was interrupted has left
 
 
 def _source(record: Record) -> _Source:

@@ -19,6 +19,7 @@ from .broker import LOOPBACK, Kind, Record, Site, SupplyError, tail, wait_until
 MARK = "UNIBUS_TEST_BROKER_HOME"
 _GRACE = 30.0  # seconds between SIGTERM and SIGKILL at a restart
 _DEATH = 10.0  # seconds until the kernel has cleared away what got SIGKILL
+_EXEC = 0.1  # seconds that a process may show no environment while it becomes another program
 _SETTLED = 5.0  # seconds that a kill waits for declarations to reach the disk
 
 
@@ -60,7 +61,7 @@ class Native:
         return next((pid for pid, name in processes(home).items() if name == kind.process), None)
 
     def running(self, record: Record, home: Path) -> bool:
-        return bool(processes(home))
+        return wait_until(lambda: bool(processes(home)), _EXEC)
 
     def kill(self, kind: Kind, record: Record, home: Path) -> None:
         if not wait_until(lambda: kind.settled(home), _SETTLED):
@@ -77,9 +78,10 @@ class Native:
                 self.kill(kind, record, home)
 
     def remove(self, record: Record | None, home: Path) -> None:
-        # Its data goes too, so nothing is gained by a graceful end. Repeated, since a process may fork while we look.
-        while left := processes(home):
-            _end(left, home.name)
+        # Its data goes too, so nothing is gained by a graceful end. Repeated, since a process may fork while we look; and
+        # one in the midst of exec shows no environment for a moment.
+        while wait_until(lambda: bool(processes(home)), _EXEC):
+            _end(processes(home), home.name)
         for entry in home.iterdir():  # logs stay, to read after a failed run
             if entry.is_dir() and entry.name != "log":
                 shutil.rmtree(entry)

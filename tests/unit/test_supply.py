@@ -1,0 +1,370 @@
+"""The broker supply without a broker: order of sources, state on disk, ports, processes, what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from unibus_contracts import supply
+from unibus_contracts.supply import __main__ as command_line
+from unibus_contracts.supply import apt
+from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyError, free_ports, wait_until
+from unibus_contracts.supply.native import Native, processes
+from unibus_contracts.supply.rabbitmq import RabbitMQ
+
+ROOT = Path(__file__).parents[2]
+SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4}, "u", "p")
+
+
+class FakeKind:
+    """A broker that is one `sleep`, and answers wherever `alive` says so."""
+
+    name = "fake"
+    process = "sleep"
+    image = "fake:1"
+    ports: Sequence[str] = ("main",)
+    private_ports: Sequence[str] = ("inner",)
+
+    def __init__(self) -> None:
+        self.alive: set[str] = set()
+        self.argv: Sequence[str] = ["sleep", "600"]
+        self.missing = ""
+        self.mute = False
+
+    def install(self) -> None:
+        if self.missing:
+            raise SupplyError(self.missing)
+
+    def files(self, site: Site) -> Mapping[str, bytes]:
+        return {"fake.conf": f"port = {site.ports['main']}".encode()}
+
+    def native(self, site: Site) -> Command:
+        self.alive.add(self.variables(site, Path())["URL"])
+        return Command(self.argv)
+
+    def container(self, site: Site) -> Command:
+        self.alive.add(self.variables(site, Path())["URL"])
+        return Command([])
+
+    def variables(self, site: Site, files: Path) -> Mapping[str, str]:
+        return {
+            "URL": f"fake://{site.user}:{site.password}@127.0.0.1:{site.ports['main']}/",
+            "CA": str(files / "ca.pem"),
+        }
+
+    def settled(self, home: Path) -> bool:
+        return True
+
+    def check(self, url: str) -> None:
+        if self.mute or url not in self.alive:
+            raise ConnectionRefusedError(url.rpartition("@")[2])
+
+
+class FakeDocker(Native):
+    """Docker as far as the supply can tell: same processes, other name."""
+
+    source = "docker"
+    reason: str | None = None
+
+    def unavailable(self) -> str | None:
+        return self.reason
+
+
+@pytest.fixture
+def docker() -> FakeDocker:
+    return FakeDocker()
+
+
+@pytest.fixture
+def kind(docker: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKind]:
+    fake = FakeKind()
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(supply.KINDS, "rabbitmq")
+    monkeypatch.setitem(supply.KINDS, "fake", fake)
+    monkeypatch.setattr(supply, "_SOURCES", (docker, Native()))
+    monkeypatch.delenv("UNIBUS_TEST_FAKE_URL", raising=False)
+    yield fake
+    supply.stop()
+
+
+def pid_of(broker: supply.Broker) -> int:
+    """A fake broker answers before its process has become the `sleep` that it is."""
+    assert wait_until(lambda: broker.pid is not None, 10)
+    return broker.pid or 0
+
+
+def test_docker_comes_before_native(kind: FakeKind, docker: FakeDocker) -> None:
+    assert supply.start("fake").source == "docker"
+    supply.stop()
+    docker.reason = "no engine"
+    assert supply.start("fake").source == "native"
+
+
+def test_the_environment_comes_first_and_is_left_alone(kind: FakeKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind.alive.add("fake://elsewhere/")
+    monkeypatch.setenv("UNIBUS_TEST_FAKE_CA", "/their/ca.pem")
+    monkeypatch.setenv("UNIBUS_TEST_FAKE_URL", "fake://elsewhere/")
+    broker = supply.start("fake")
+    assert (broker.source, broker.url, broker.native) == ("environment", "fake://elsewhere/", False)
+    assert broker.variables == {"UNIBUS_TEST_FAKE_URL": "fake://elsewhere/", "UNIBUS_TEST_FAKE_CA": "/their/ca.pem"}
+    for disturb in (broker.kill, broker.restart, broker.stop):
+        with pytest.raises(SupplyError, match=r"UNIBUS_TEST_FAKE_URL .*instance="):
+            disturb()
+    assert supply.start("fake", instance="mine").source == "docker"
+
+
+def test_an_unreachable_url_in_the_environment_names_the_variable(
+    kind: FakeKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNIBUS_TEST_FAKE_URL", "fake://user:secret@nowhere/")
+    with pytest.raises(SupplyError, match="UNIBUS_TEST_FAKE_URL is set, but no broker answers") as caught:
+        supply.start("fake")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SupplyError, match="UNIBUS_TEST_FAKE_URL"):
+        supply.running(["fake"])
+
+
+def test_a_url_that_the_supply_printed_is_its_own_broker(kind: FakeKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = supply.start("fake")
+    monkeypatch.setenv("UNIBUS_TEST_FAKE_URL", first.url)
+    again = supply.start("fake")
+    assert (again.source, pid_of(again)) == ("docker", pid_of(first))
+
+
+def test_a_source_that_fails_is_said_and_the_next_one_tried(
+    kind: FakeKind, docker: FakeDocker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def create(*_: object) -> None:
+        raise SupplyError("image can't be pulled")
+
+    monkeypatch.setattr(docker, "create", create)
+    assert supply.start("fake").source == "native"
+    assert "fake: docker: image can't be pulled" in capsys.readouterr().err
+
+
+def test_a_broker_that_cannot_be_had_is_an_error_with_every_reason(kind: FakeKind, docker: FakeDocker) -> None:
+    docker.reason = "no engine answers"
+    kind.missing = "fake-server is not installed"
+    with pytest.raises(SupplyError) as caught:
+        supply.start("fake")
+    for part in ("UNIBUS_TEST_FAKE_URL", "docker: no engine answers", "native: fake-server is not installed"):
+        assert part in str(caught.value)
+
+
+def test_the_error_of_a_broker_that_ends_by_itself_shows_its_log(kind: FakeKind, docker: FakeDocker) -> None:
+    docker.reason = "no engine"
+    kind.mute = True
+    kind.argv = ["sh", "-c", "echo port 5 is taken; exit 1"]
+    with pytest.raises(SupplyError, match=r"ended by itself.*(?s:.)*\| port 5 is taken"):
+        supply.start("fake")
+    assert processes(Path.cwd() / ".brokers" / "fake") == {}
+
+
+def test_up_twice_is_one_broker_and_down_leaves_nothing(kind: FakeKind) -> None:
+    first, second = supply.start("fake"), supply.start("fake")
+    private = supply.start("fake", instance="faults")
+    assert first.variables == second.variables
+    assert pid_of(first) == pid_of(second) != pid_of(private)
+    assert [broker.url for broker in supply.running()] == [first.url]
+    assert supply.stop() == ["fake", "fake-faults"]
+    assert processes(first.home) == processes(private.home) == {}
+    assert [entry.name for entry in first.home.iterdir()] == ["log"]
+    with pytest.raises(SupplyError, match="make brokers-up"):
+        supply.running()
+    first.stop()  # once more does nothing
+
+
+def test_a_dead_broker_is_replaced(kind: FakeKind) -> None:
+    first = supply.start("fake")
+    kind.alive.clear()
+    second = supply.start("fake")
+    assert second.url != first.url
+
+
+def test_kill_and_restart_keep_files_and_ports(kind: FakeKind) -> None:
+    broker = supply.start("fake", instance="faults")
+    (broker.home / "data").touch()
+    first = pid_of(broker)
+    broker.kill()
+    assert broker.pid is None
+    broker.restart()
+    second = pid_of(broker)
+    broker.restart()
+    assert len({first, second, pid_of(broker)}) == 3
+    assert (broker.home / "data").exists()
+    assert supply.start("fake", instance="faults").url == broker.url
+
+
+def test_only_processes_with_the_mark_are_ours(kind: FakeKind) -> None:
+    with subprocess.Popen(["sleep", "600"]) as foreign:
+        broker = supply.start("fake")
+        broker.stop()
+        assert foreign.poll() is None
+        foreign.send_signal(signal.SIGTERM)
+
+
+def test_names_that_would_leave_the_folder_are_refused(kind: FakeKind) -> None:
+    with pytest.raises(SupplyError, match="lower-case letters"):
+        supply.start("fake", instance="../x")
+    with pytest.raises(SupplyError, match="there are: fake"):
+        supply.start("kafak")
+
+
+def test_brokers_live_in_the_checkout_whatever_its_subfolder(
+    kind: FakeKind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path / "tests")
+    assert supply.start("fake").home == tmp_path / ".brokers" / "fake"
+
+
+def test_state_survives_the_disk_and_is_private(tmp_path: Path) -> None:
+    record = Record("rabbitmq", "native", SITE, {"URL": "amqp://u:p@127.0.0.1:1/"})
+    record.save(tmp_path)
+    assert Record.load(tmp_path) == record
+    assert (tmp_path / "broker.json").stat().st_mode & 0o777 == 0o600
+    assert Record.load(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"site": {}}', '{"kind": "fake", "site": {"name": "x"}}'])
+def test_state_of_another_version_is_ignored_aloud(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broker.json").write_text(text)
+    assert Record.load(tmp_path) is None
+    assert "another version" in capsys.readouterr().err
+
+
+def test_ports_are_free_different_and_below_the_ephemeral_range() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = free_ports([str(n) for n in range(50)])
+        assert len(set(ports.values())) == 50
+        assert taken.getsockname()[1] not in ports.values()
+    ceiling = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports.values()) < ceiling
+    for port in ports.values():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+
+
+def test_what_is_printed_sets_the_variables_in_a_shell(kind: FakeKind, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["up"]) == 0
+    printed = capsys.readouterr()
+    values = dict(line.split("=", 1) for line in printed.out.splitlines())
+    assert list(values) == ["UNIBUS_TEST_FAKE_URL", "UNIBUS_TEST_FAKE_CA"]
+    assert values["UNIBUS_TEST_FAKE_URL"] == supply.start("fake").url
+    assert command_line.main(["urls"]) == 0
+    assert capsys.readouterr().out == printed.out
+
+
+def test_values_are_quoted_for_the_shell(kind: FakeKind) -> None:
+    broker = dataclasses.replace(supply.start("fake"), variables={"X_URL": "fake://h/?a=1&b=$HOME two"})
+    (line,) = command_line.lines([broker])
+    assert shlex.split(line) == ["X_URL=fake://h/?a=1&b=$HOME two"]
+    echoed = subprocess.run(["sh", "-c", f'{line}; printf %s "$X_URL"'], capture_output=True, text=True, check=True)
+    assert echoed.stdout == broker.url
+
+
+def test_a_failing_command_prints_no_url(kind: FakeKind, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["urls"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: fake isn't running")
+
+
+def test_rabbitmq_listens_on_loopback_only_and_knows_no_guest() -> None:
+    kind: Kind = RabbitMQ()
+    config = kind.files(SITE)["rabbitmq.conf"].decode()
+    assert set(re.findall(r"^listeners.*= (\S+):\d+$", config, re.MULTILINE)) == {"127.0.0.1"}
+    assert "default_user = u\n" in config
+    assert "guest" not in config
+    environment = kind.native(SITE).environment
+    assert environment["ERL_EPMD_ADDRESS"] == "127.0.0.1"
+    assert environment["ERL_EPMD_PORT"] == "4"
+    assert "inet_dist_use_interface {127,0,0,1}" in environment["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"]
+
+
+def test_a_kill_waits_until_rabbitmq_has_registered_its_quorum_queues(tmp_path: Path) -> None:
+    kind = RabbitMQ()
+    assert kind.settled(tmp_path)
+    folder = tmp_path / "mnesia" / "n@localhost" / "quorum" / "n@localhost"
+    (folder / "2F_ORDERS").mkdir(parents=True)
+    (folder / "names.dets").write_bytes(b"...")
+    assert not kind.settled(tmp_path)
+    (folder / "names.dets").write_bytes(b"...2F_ORDERS...")
+    assert kind.settled(tmp_path)
+
+
+@pytest.mark.parametrize(("answer", "well"), [(b"\x01\x00\x00rest", True), (b"HTTP/1.1 400", False), (b"", False)])
+def test_only_an_amqp_broker_counts_as_one(answer: bytes, well: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            link, _ = server.accept()
+            with link:
+                link.recv(8)
+                link.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"amqp://u:p@127.0.0.1:{server.getsockname()[1]}/"
+        if well:
+            RabbitMQ().check(url)
+        else:
+            with pytest.raises(ConnectionError, match="not as an AMQP 0-9-1 broker"):
+                RabbitMQ().check(url)
+        thread.join(10)
+
+
+def test_compose_and_supply_use_the_same_version_on_loopback_only() -> None:
+    compose = (ROOT / "docker-compose.test.yml").read_text()
+    images = re.findall(r"image: (\S+)", compose)
+    assert images == [kind.image + "-management" for kind in supply.KINDS.values() if kind.name == "rabbitmq"]
+    published = re.findall(r'- "(.*:\d+)"', compose)
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_installing_a_package_does_not_start_its_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    policy = tmp_path / "policy-rc.d"
+    monkeypatch.setattr(apt, "POLICY", policy)
+    with apt.services_stay_down():
+        assert subprocess.run([str(policy)], check=False).returncode == 101
+    assert not policy.exists()
+    policy.write_text("theirs")
+    with apt.services_stay_down():
+        assert policy.read_text() == "theirs"
+    assert policy.read_text() == "theirs"
+
+
+def test_without_root_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/apt-get")
+    with pytest.raises(SupplyError, match="as root: apt-get install --no-install-recommends rabbitmq-server"):
+        apt.install("rabbitmq-server")
+
+
+def test_the_supply_imports_without_docker_or_cryptography() -> None:
+    code = "import sys, unibus_contracts.supply; print([m for m in ('docker', 'cryptography', 'unibus') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+def test_waiting_ends_at_the_deadline() -> None:
+    assert wait_until(lambda: True, 0)
+    assert not wait_until(lambda: False, 0)
