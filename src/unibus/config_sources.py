@@ -1,0 +1,309 @@
+"""Where settings come from: the environment, unibus.toml, the code. One `Layer` each, with the place of every value.
+
+The environment is our own source: the one of pydantic-settings can't know that ORDER_CHARGED is the topic
+"order.charged", nor that a variable is misspelt.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import PydanticBaseSettingsSource
+
+from unibus.config_tables import Key, Root, bare, dotted, element, explain, is_table, unpack
+from unibus.errors import ConfigError
+from unibus.url import parse
+
+CODE = "code"
+_PREFIX = "UNIBUS_"
+_OURS = re.compile(r"UNIBUS_(CONFIG|TEST_\w*)")
+# What Kubernetes puts into every pod for a Service named unibus or unibus-something; never with two underscores.
+_KUBERNETES = re.compile(
+    r"UNIBUS_(?!\w*__)(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+_PASSWORD_HINT = "no password is read from a file; set UNIBUS_PASSWORD, or UNIBUS_PASSWORD_FILE to a path"  # noqa: S105  # a hint
+
+
+class Layer(PydanticBaseSettingsSource):
+    """Settings of one origin as a nested table, with where each stands."""
+
+    def __init__(self, root: type[Root], origin: str = "") -> None:
+        super().__init__(root)
+        self.root = root
+        self.origin = origin  # the file's name, or CODE
+        self.tree: dict[str, Any] = {}
+        self.places: dict[Key, str] = {}
+        self.wrong: set[Key] = set()
+
+    def get_field_value(
+        self, field: FieldInfo, field_name: str
+    ) -> tuple[Any, str, bool]:  # abstract there, unused here
+        return self.tree.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self.tree
+
+    def put(self, key: Key, value: object, place: str) -> bool:
+        """Add one value; False if something stands there."""
+        table = self.tree
+        for part in key[:-1]:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                return False
+        if key[-1] in table:
+            return False
+        table[key[-1]] = value
+        self.places[key] = place
+        return True
+
+    def add(self, key: Key, values: Mapping[str, object], place: str) -> None:
+        """Add a table of this layer as a whole."""
+        table = self.tree
+        for part in key:
+            table = table.setdefault(part, {})
+        table.update(deepcopy(dict(values)))
+        self.places.update({(*key, *path): place for path, _ in flat(dict(values))})
+
+    def table(self, key: Key) -> dict[str, Any]:
+        """The table at `key`, `{}` if there is none."""
+        table: Any = self.tree
+        for part in key:
+            table = table.get(part) if isinstance(table, dict) else None
+        return table if isinstance(table, dict) else {}
+
+    def place(self, table: Key) -> str:
+        if self.origin == CODE:
+            inner = table[2:] if table[:1] == ("bus",) else table
+            return f"Bus({dotted(inner)}=...)" if inner else "Bus(...)"
+        return f"{self.origin} [{dotted(table)}]" if table else self.origin
+
+    def check(self) -> Iterator[str]:
+        """What is wrong with this layer alone. It is taken out, so that the rest can be looked at too."""
+        for path, _ in flat(self.tree):
+            self.places.setdefault(path, self.place(path[:-1]) if self.origin != CODE else CODE)
+        try:
+            self.root(layers=[self])  # type: ignore[call-arg]  # see Root
+        except ValidationError as exc:
+            problems = list(explain(self.root, exc))
+        else:
+            return
+        for table, key, words in problems:
+            name = key.partition("[")[0]
+            self.wrong.add((*table, name))
+            self.table(table).pop(name, None)
+            yield f"{self.place(table)}: {key}: {words}"
+
+
+def flat(tree: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, object]]:
+    """All values with their keys. An empty table is a value: it declares a channel or group."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
+def read_file(
+    root: type[Root], file: str | Path | Literal[False] | None, environ: Mapping[str, str], problems: list[str]
+) -> Layer:
+    """unibus.toml, or the file that was asked for."""
+    asked = environ.get("UNIBUS_CONFIG") if file is None else file
+    name = "unibus.toml" if asked is None else str(asked)
+    layer = Layer(root, name)
+    path = Path(name)
+    if asked is False or (asked is None and not path.is_file()):
+        return layer
+    by = "environment UNIBUS_CONFIG" if file is None else "file"
+    if not name or not path.is_file():
+        problems.append(f"{by}: there is no file {name!r}")
+        return layer
+    try:
+        layer.tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as exc:
+        problems.append(f"{name}: is not TOML: {exc}")
+    except UnicodeDecodeError:
+        problems.append(f"{name}: is not UTF-8")
+    except OSError as exc:
+        problems.append(f"{name}: can't be read: {exc.strerror}")
+    for key in [(), *(("bus", bus) for bus in layer.table(("bus",)))]:
+        problems += _credentials(layer, key)
+    return layer
+
+
+def _credentials(layer: Layer, key: Key) -> Iterator[str]:
+    table = layer.table(key)
+    for name in ("password", "password_file"):
+        if table.pop(name, None) is not None:
+            yield f"{layer.place(key)}: {name}: {_PASSWORD_HINT}"
+    try:
+        password = parse(table["url"]).password if isinstance(table.get("url"), str) else None
+    except ConfigError:
+        return  # told when the URL is used
+    if password is not None:
+        layer.wrong.add((*key, "url"))
+        del table["url"]
+        yield f"{layer.place(key)}: url: there is a password in it; {_PASSWORD_HINT}"
+
+
+@dataclass
+class Names:
+    """The names that variables of one bus may address: what its code and its part of unibus.toml declare."""
+
+    scope: Key
+    known: dict[Key, list[str]] = field(default_factory=dict)
+
+    def add(self, table: Key, names: Iterable[str]) -> None:
+        have = self.known.setdefault((*self.scope, *table), [])
+        have += [name for name in names if name not in have]
+
+    def find(self, table: Key, rest: str) -> tuple[str, str]:
+        """Split ORDER_CHARGED__GROUPS__... into "order.charged" and GROUPS__... . Raises ConfigError."""
+        names = {name: normalised(name) for name in self.known.get(table, ())}
+        hits = {name: norm for name, norm in names.items() if rest == norm or rest.startswith(f"{norm}__")}
+        longest = max(map(len, hits.values()), default=0)
+        best = [name for name, norm in hits.items() if len(norm) == longest]
+        if len(best) > 1:
+            raise ConfigError(f"means {' and '.join(map(repr, sorted(best)))} alike; use unibus.toml for these")
+        if best:
+            return best[0], rest[longest + 2 :]
+        if table == ("bus",) or table[: len(self.scope)] != self.scope or (not self.scope and table[0] == "bus"):
+            name, _, rest = rest.partition("__")  # another bus: its own start resolves the name
+            return name.lower(), rest
+        raise ConfigError(f"no {table[-1].removesuffix('s')} that is declared has this name")
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[^A-Z0-9]", "_", name.upper())
+
+
+def read_environment(root: type[Root], environ: Mapping[str, str], names: Names, problems: list[str]) -> Layer:
+    """All UNIBUS_* variables, converted to the types of the settings."""
+    layer = Layer(root)
+    for variable in sorted(environ):
+        if not variable.startswith(_PREFIX) or _OURS.fullmatch(variable) or _KUBERNETES.fullmatch(variable):
+            continue
+        rest = variable.removeprefix(_PREFIX).upper()
+        try:
+            key, annotation = _locate(root, rest, names)
+        except ConfigError as exc:
+            problems.append(f"environment {variable}: {exc}{_nearest(variable, root, names)}")
+            continue
+        value, found = _convert(annotation, environ[variable])
+        for wrong in found:
+            layer.wrong.add(key)
+            problems.append(f"environment {variable}: {wrong}")
+        if not found:
+            for path, item in flat({"": value}):
+                if not layer.put((*key, *path[1:]), item, f"environment {variable}"):
+                    problems.append(f"environment {variable}: is set by another variable too; keep one of them")
+    _password_file(layer, names.scope, problems)
+    return layer
+
+
+def _locate(root: type[Root], rest: str, names: Names) -> tuple[Key, Any]:
+    """Where a variable's value goes, and its type. Raises ConfigError."""
+    key: Key = ()
+    annotation: Any = root
+    while rest:
+        shape = bare(annotation)
+        if is_table(shape):
+            head, _, rest = rest.partition("__")
+            name = head.lower()
+            fields: Mapping[str, FieldInfo] = shape.model_fields
+            if name == "password_file" and "password" in fields and not rest:
+                return (*key, name), str
+            if name not in fields:
+                raise ConfigError("no setting has this name")
+            annotation = fields[name].annotation
+        elif element(shape) is object:  # a broker's own table: the driver knows what may stand there
+            parts = rest.lower().split("__")
+            if not all(parts):
+                raise ConfigError("no setting has this name")
+            return (*key, *parts), object
+        elif is_table(inner := element(shape)):
+            name, rest = names.find(key, rest)
+            annotation = inner
+        else:
+            raise ConfigError("no setting has this name")
+        key = (*key, name)
+    if not key or is_table(element(bare(annotation))):
+        raise ConfigError("is a table; name the key in it")
+    return key, annotation
+
+
+def _convert(annotation: Any, text: str) -> tuple[Any, list[str]]:
+    """The value that `text` stands for, or what is wrong with it."""
+    shape = bare(annotation)
+    model = shape if is_table(shape) else BaseModel
+    try:
+        value = TypeAdapter(annotation).validate_python(unpack(annotation, text))
+    except ValidationError as exc:
+        return None, [
+            f"{'.'.join((*table, key))}: {words}".removeprefix(": ") for table, key, words in explain(model, exc)
+        ]
+    except ValueError:
+        return None, ['expected JSON, such as [1, 2] or {"key": 1}']
+    return (value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value), []
+
+
+def _nearest(variable: str, root: type[Root], names: Names) -> str:
+    match = get_close_matches(variable.upper(), list(_spellings(root, names, _PREFIX, ())), n=1, cutoff=0.8)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _spellings(shape: Any, names: Names, prefix: str, key: Key) -> Iterator[str]:
+    """All variables that mean something."""
+    for name, info in shape.model_fields.items():
+        inner = bare(info.annotation)
+        variable, path = prefix + name.upper(), (*key, name)
+        item_type = element(inner)
+        if is_table(inner):
+            yield from _spellings(inner, names, f"{variable}__", path)
+        elif is_table(item_type):
+            for item in names.known.get(path, ()):
+                yield from _spellings(item_type, names, f"{variable}__{normalised(item)}__", (*path, item))
+        elif item_type is not object:
+            yield variable
+        if name == "password":
+            yield f"{variable}_FILE"
+
+
+def _password_file(layer: Layer, scope: Key, problems: list[str]) -> None:
+    key = (*scope, "password_file")
+    path = layer.table(scope).pop("password_file", None)
+    for bus in layer.table(("bus",)).values():
+        bus.pop("password_file", None)  # of another bus: its own start reads it
+    layer.tree.pop("password_file", None)
+    if path is None:
+        return
+    place = layer.places.pop(key)
+    if (*scope, "password") in layer.places:
+        problems.append(f"{place}: {layer.places[*scope, 'password'].partition(' ')[2]} is set too; keep one of them")
+        return
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # the path stays unsaid: the password itself may stand there by mistake
+        problems.append(f"{place}: names no file that can be read")
+        return
+    password = text.removesuffix("\n").removesuffix("\r")
+    if not password:
+        problems.append(f"{place}: names a file that is empty")
+        return
+    layer.put((*scope, "password"), SecretStr(password), place)
+
+
+def from_code(root: type[Root], scope: Key, values: Mapping[str, object], origin: str = CODE) -> Layer:
+    """What `Bus(...)` was given, or the built-in values, as a layer."""
+    layer = Layer(root, origin)
+    given = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
+    layer.add(scope, given, origin)
+    return layer
