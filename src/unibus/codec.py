@@ -192,7 +192,7 @@ class _Json:
         try:
             return self._load(data)
         except self._invalid as error:
-            problem = _problems(error) if data else "the body is empty"
+            problem = problems(error) if data else "the body is empty"
         except Exception as error:  # a validator of the user's own
             problem = _failed_at(error)
         raise CodecError(f"{self._where}: the body is not a valid {type_name(self._type)}: {problem}")
@@ -305,7 +305,7 @@ def _unfit(error: BaseException) -> str:
     return _failed_at(error)
 
 
-def _problems(error: Any) -> str:
+def problems(error: Any) -> str:
     """The first few problems of a pydantic ValidationError: place and kind, without text that may quote the input."""
     found = error.errors(include_url=False, include_input=False)
     shown = []
