@@ -88,7 +88,10 @@ class _VirtualTimer:
 
 
 class VirtualClock:
-    """Time that moves only when told to: `move(seconds)` fires what falls due, in order."""
+    """Time that moves only when told to: `move(seconds)` fires what falls due, in order.
+
+    Kept to whole nanoseconds, so that ten moves of 0.1 s are one second.
+    """
 
     def __init__(self, start: float = 1_700_000_000.0) -> None:
         self._start = start
@@ -104,7 +107,7 @@ class VirtualClock:
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         timer = _VirtualTimer(callback)
-        heapq.heappush(self._timers, (self._elapsed + max(0.0, delay), next(self._sequence), timer))
+        heapq.heappush(self._timers, (round(self._elapsed + max(0.0, delay), 9), next(self._sequence), timer))
         return timer
 
     async def sleep(self, delay: float) -> None:
@@ -123,8 +126,8 @@ class VirtualClock:
 
     def move(self, seconds: float) -> None:
         """Go forward by `seconds` and fire the timers that fall due. Tasks they wake run afterwards."""
-        target = self._elapsed + seconds
-        while (due := self.next_due()) is not None and self._elapsed + due <= target:
+        target = round(self._elapsed + seconds, 9)
+        while self.next_due() is not None and self._timers[0][0] <= target:
             when, _, timer = heapq.heappop(self._timers)
             self._elapsed = max(self._elapsed, when)
             callback, timer.callback = timer.callback, None

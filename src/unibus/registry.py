@@ -62,7 +62,7 @@ def _entry(scheme: str) -> EntryPoint:
         near = get_close_matches(scheme, schemes(), n=1)
         hint = f"did you mean {near[0]}://? " if near else ""
         known = ", ".join(f"{name}://" for name in schemes()) or "none; unibus itself is not properly installed"
-        raise ConfigError(f"url: no adapter for {scheme}://; {hint}Known here: {known}")
+        raise ConfigError(f"url: no adapter for {scheme}://; {hint}known here: {known}")
     if len(found) > 1:
         who = " and ".join(f"{entry.value} of {_distribution(entry)}" for entry in found)
         raise ConfigError(f"url: {scheme}:// is claimed by {who}; uninstall one of them")
