@@ -1,0 +1,196 @@
+"""RabbitMQ behind the SPI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.capabilities import Capabilities
+from unibus.channel import Address, Group, Inbox, Queue, stem
+from unibus.errors import (
+    AuthenticationFailed,
+    ConfigError,
+    ConnectionLost,
+    PermissionDenied,
+    TransportError,
+    UnknownChannel,
+)
+from unibus_rabbitmq import config, errors, topology, wire
+from unibus_rabbitmq.capabilities import known
+from unibus_rabbitmq.link import Link
+from unibus_rabbitmq.publisher import Publisher
+from unibus_rabbitmq.subscription import RabbitMQSubscription
+
+log = logging.getLogger("unibus.rabbitmq")
+
+_TIMEOUT = 30.0  # of what has no deadline of its own
+_CLOSE_TIMEOUT = 5.0
+
+
+class RabbitMQAdapter:
+    """Two connections: publishing may be blocked by an alarm of the server, and acks must not wait behind it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.capabilities: Capabilities = known()
+        self._endpoint = endpoint
+        self._clock = endpoint.clock
+        self._settings = config.settings(endpoint.settings)
+        self._names = topology.Names(endpoint.prefix)
+        self._publishing: Link | None = None
+        self._consuming: Link | None = None
+        self._publisher: Publisher | None = None
+        self._plan = topology.Plan()
+        self._topology = Topology(mode="assume")
+        self._subscriptions: set[RabbitMQSubscription] = set()
+
+    @property
+    def native(self) -> object:
+        """aio-pika's connection for publishing, or None while there is none."""
+        return None if self._publishing is None else self._publishing.connection
+
+    async def connect(self) -> None:
+        await self.close()
+        given = self._settings
+        context = await asyncio.get_running_loop().run_in_executor(None, config.tls, self._endpoint.url, given)
+        try:
+            self._publishing = await self._open("publish", context)
+            self._consuming = await self._open("consume", context)
+        except BaseException:
+            await self.close()
+            raise
+        self.capabilities = known(self._publishing.version)
+        self._publisher = Publisher(self._publishing, self._names, self._clock, self.capabilities.max_body or 0)
+
+    async def _open(self, role: str, context: Any) -> Link:
+        """The first host that answers."""
+        problems = []
+        url = self._endpoint.url
+        for target in config.urls(url, self._settings, self._endpoint.service, role):
+            where = f"{target.host}:{target.port}"
+            try:
+                return await Link.open(target, context, self._settings.connect_timeout)
+            except Exception as exc:
+                error = errors.connecting(exc, where, url.path or "/", self._settings.connect_timeout)
+                if isinstance(error, AuthenticationFailed | PermissionDenied | ConfigError):
+                    raise error from exc
+                problems.append((str(error), exc))
+        raise ConnectionLost("; ".join(text for text, _ in problems)) from problems[-1][1]
+
+    async def close(self) -> None:
+        for subscription in list(self._subscriptions):
+            await subscription.close()
+        self._subscriptions.clear()
+        links = [link for link in (self._consuming, self._publishing) if link is not None]
+        self._publisher = self._publishing = self._consuming = None
+        for link in links:
+            await link.close(_CLOSE_TIMEOUT)
+
+    async def declare(self, topology_: Topology) -> None:
+        link = self._link(self._consuming)
+        made = topology.plan(topology_, self._endpoint.prefix, link.version)
+        if topology_.mode == "create":
+            await topology.create(link, made, _TIMEOUT)
+        elif topology_.mode == "verify":
+            await topology.verify(link, made, _TIMEOUT)
+        self._plan = made
+        self._topology = topology_
+
+    def _link(self, link: Link | None) -> Link:
+        if link is None:
+            raise ConnectionLost("not connected to RabbitMQ")
+        if link.lost is not None:
+            raise link.lost
+        return link
+
+    def _route(self, address: Address) -> topology.Route:
+        route = self._plan.routes.get(address)
+        if route is None:
+            if not isinstance(address, Inbox):
+                raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.routes))
+            return topology.Route("", address.name, address.name)
+        return route
+
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        self._link(self._publishing)
+        assert self._publisher is not None  # noqa: S101  # for mypy: made with the link
+        return await self._publisher.send(batch, self._route, self._plan.steps, timeout)
+
+    async def _send_one(self, outgoing: Outgoing) -> TransportError | None:
+        try:
+            return (await self.send([outgoing], _TIMEOUT))[0]
+        except ConnectionLost as error:
+            return error
+
+    async def subscribe(self, source: Source) -> RabbitMQSubscription:
+        link = self._link(self._consuming)
+        place = self._plan.places.get(source.address)
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                channel = await link.channel()
+                if place is None:
+                    place = await self._private_place(channel, source.address)
+        except Exception as exc:
+            raise errors.translate(exc, f"subscribe to {source.address}") from exc
+        subscription = RabbitMQSubscription(
+            source, place, link, channel, self._clock, self._plan, self._names.holds, self._send_one
+        )
+        if isinstance(source.address, Inbox):
+            subscription.address = Inbox(place.queue)
+        try:
+            await subscription.consume(_TIMEOUT)
+        except BaseException:
+            await subscription.close()
+            raise
+        self._subscriptions.add(subscription)
+        return subscription
+
+    async def _private_place(self, channel: Any, address: Queue[Any] | Group | Inbox) -> topology.Place:
+        """An exclusive queue that ends with the connection: of an inbox or an ephemeral group."""
+        if isinstance(address, Inbox):
+            name = wire.inbox_name(self._endpoint.prefix, self._endpoint.service, secrets.token_hex(8))
+        elif isinstance(address, Group) and address.ephemeral:
+            name = f"{self._endpoint.prefix}{stem(address)}.{secrets.token_hex(8)}"
+        else:
+            raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.places))
+        config.check_name(name, address)
+        await channel.queue_declare(
+            name, durable=False, exclusive=True, auto_delete=True, arguments={"x-queue-type": "classic"}
+        )
+        if isinstance(address, Group):
+            declared = self._topology.find(address.topic)
+            options = config.topic_options(declared)
+            exchange = options.exchange or declared.name
+            route = self._plan.routes[address.topic]
+            key = "#" if options.exchange_type == "topic" else route.routing_key
+            await channel.queue_bind(name, exchange, key)
+            if address.topic.delayed:  # what comes for its next hop goes back to this queue alone
+                await channel.queue_bind(name, self._names.returns, name)
+            self._plan.routes[address] = topology.Route("", name, name)
+        return topology.Place(name, counted=False)
+
+    async def backlog(self, address: Queue[Any] | Group) -> Backlog:
+        link = self._link(self._consuming)
+        place = self._plan.places.get(address)
+        if place is None:
+            raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.places))
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                channel = await link.channel()  # a fresh one: a queue that is missing closes it
+                found = await channel.queue_declare(place.queue, passive=True)
+                await channel.close()
+        except Exception as exc:
+            raise errors.translate(exc, f"backlog of {address}") from exc
+        return Backlog(ready=found.message_count or 0)
+
+    async def check(self) -> Health:
+        links = (self._publishing, self._consuming)
+        up = all(link is not None and link.up for link in links)
+        blocked = self._publishing.wire.blocked if self._publishing is not None else None
+        return Health(up, f"RabbitMQ blocks publishing: {blocked}" if up and blocked is not None else None)
+
+    def reply_to(self, text: str) -> Address:
+        return wire.reply_address(text)

@@ -1,0 +1,138 @@
+"""The settings of this driver: the table `[rabbitmq]`, and `rabbitmq = {...}` of a queue, topic or group."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from yarl import URL
+
+from unibus.adapter import Declared, Url
+from unibus.channel import Group
+from unibus.config_tables import check_table
+from unibus.errors import ConfigError
+
+ExchangeType = Literal["direct", "fanout", "topic", "headers"]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class Settings(_Table):
+    """`[rabbitmq]`. Times are seconds."""
+
+    connect_timeout: float = Field(10.0, gt=0)  # for each host
+    heartbeat: int = Field(20, ge=1, le=600)  # a dead link is noticed after three of these
+    ca_file: Path | None = None  # default: the authorities that the machine trusts
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    verify: bool = True
+
+
+class QueueOptions(_Table):
+    """Of a queue. With `exchange`, sends go through it, and the queue is bound to it."""
+
+    queue_type: Literal["quorum", "classic"] | None = None
+    exchange: str | None = Field(None, min_length=1, max_length=255)
+    exchange_type: ExchangeType = "direct"
+    routing_key: str | None = Field(None, max_length=255)
+    arguments: dict[str, str | int | bool] = {}  # of the binding
+
+
+class TopicOptions(_Table):
+    """Of a topic: the exchange behind it and the key that publishes carry."""
+
+    exchange: str | None = Field(None, min_length=1, max_length=255)
+    exchange_type: ExchangeType = "topic"
+    routing_key: str | None = Field(None, max_length=255)
+
+
+class GroupOptions(_Table):
+    """Of a group: its queue and its binding."""
+
+    queue_type: Literal["quorum", "classic"] | None = None
+    routing_key: str | None = Field(None, max_length=255)
+    arguments: dict[str, str | int | bool] = {}  # of the binding
+
+
+def settings(table: Mapping[str, object]) -> Settings:
+    return check_table(Settings, table, "rabbitmq")
+
+
+def queue_options(declared: Declared) -> QueueOptions:
+    return check_table(QueueOptions, declared.options, f"queues.{declared.address.name}.rabbitmq")
+
+
+def topic_options(declared: Declared) -> TopicOptions:
+    return check_table(TopicOptions, declared.options, f"topics.{declared.address.name}.rabbitmq")
+
+
+def group_options(declared: Declared) -> GroupOptions:
+    assert isinstance(declared.address, Group)  # noqa: S101  # for mypy: the caller looked
+    where = f"topics.{declared.address.topic.name}.groups.{declared.address.name}.rabbitmq"
+    return check_table(GroupOptions, declared.options, where)
+
+
+def check_name(name: str, of: object) -> str:
+    """A name as AMQP takes it: at most 255 bytes, and not the server's own."""
+    if not 0 < len(name.encode()) <= 255:
+        raise ConfigError(
+            f"{of}: RabbitMQ names have 1 to 255 bytes, this one has {len(name.encode())}; set a shorter name"
+        )
+    if name.startswith("amq."):
+        raise ConfigError(f"{of}: names that begin with 'amq.' belong to RabbitMQ; set another name")
+    return name
+
+
+def check_exchange(name: str, of: object) -> str:
+    """As `check_name`, but the server's own exchanges may be used."""
+    return name if name.startswith("amq.") else check_name(name, of)
+
+
+def urls(url: Url, given: Settings, service: str, role: str) -> list[URL]:
+    """One URL for aio-pika for each host; with the password, so never to be shown."""
+    if "%" in url.path:  # aiormq would decode it once more
+        raise ConfigError(
+            f"url: the vhost {url.path!r} holds a %, which the client library can't address; rename the vhost"
+        )
+    default_port = 5671 if url.scheme == "amqps" else 5672
+    return [
+        URL.build(
+            scheme=url.scheme,
+            user=url.username or "guest",
+            password=url.password.value if url.password is not None else "guest",
+            host=host,
+            port=port or default_port,
+            path="/" + url.path.replace("/", "%2F") if url.path else "/",
+            encoded=False,
+        ).update_query({"heartbeat": str(given.heartbeat), "name": f"{service} ({role})"})
+        for host, port in url.hosts or (("localhost", None),)
+    ]
+
+
+def tls(url: Url, given: Settings) -> ssl.SSLContext | None:
+    """The TLS context of amqps, or None. Reads files: not for the event loop. Raises ConfigError."""
+    files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
+    if url.scheme != "amqps":
+        if any(files.values()) or not given.verify:
+            raise ConfigError("rabbitmq: ca_file, cert_file, key_file and verify need TLS; use amqps:// in url")
+        return None
+    for key, path in files.items():
+        if path is not None and not path.is_file():
+            raise ConfigError(f"rabbitmq.{key}: no such file")
+    if given.key_file is not None and given.cert_file is None:
+        raise ConfigError("rabbitmq.key_file needs rabbitmq.cert_file beside it")
+    try:
+        context = ssl.create_default_context(cafile=given.ca_file)
+        if given.cert_file is not None:
+            context.load_cert_chain(given.cert_file, given.key_file)
+    except OSError as exc:
+        raise ConfigError(f"rabbitmq: the TLS files can't be used: {exc.strerror or exc}") from exc
+    if not given.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

@@ -1,0 +1,106 @@
+"""RabbitMQ's and its client's errors, as unibus': one table, used at every edge of the adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+
+from aiormq.exceptions import AMQPError, AuthenticationError, ChannelInvalidStateError, ProbableAuthenticationError
+
+from unibus.errors import (
+    AuthenticationFailed,
+    ConfigError,
+    ConnectionLost,
+    MessageTooLarge,
+    NotFound,
+    PermissionDenied,
+    Refused,
+    Throttled,
+    Timeout,
+    TransportError,
+    UnibusError,
+)
+
+# By AMQP reply code; what is not here is Refused (a channel) or ConnectionLost (a connection).
+_BY_CODE: dict[int, type[TransportError]] = {
+    311: MessageTooLarge,
+    320: ConnectionLost,  # connection-forced: an operator, or a node that shuts down
+    403: PermissionDenied,
+    404: NotFound,
+    405: PermissionDenied,  # resource-locked: another connection's exclusive queue
+    406: Refused,
+    506: Throttled,
+    530: PermissionDenied,  # not-allowed: the vhost
+    541: ConnectionLost,
+}
+_CODE_OF_CLASS = {
+    "ChannelAccessRefused": 403,
+    "ChannelNotFoundEntity": 404,
+    "ChannelLockedResource": 405,
+    "ChannelPreconditionFailed": 406,
+    "ConnectionNotAllowed": 530,
+    "ConnectionResourceError": 506,
+}
+_MISMATCH = re.compile(
+    r"inequivalent arg '(?P<argument>[^']+)' for (?P<object>\w+) '(?P<name>[^']+)'.*"
+    r"received (?P<wanted>.+?) but current is (?P<found>.+)$"
+)
+
+
+def by_code(code: int, text: str, doing: str) -> TransportError:
+    """The error of a reply code. `doing`: what was tried, with the object's name."""
+    if code == 406 and "message size" in text:  # larger than max_message_size of the server's configuration
+        return MessageTooLarge(f"{doing}: {text}")
+    return _BY_CODE.get(code, Refused)(f"{doing}: {text or code}")
+
+
+def translate(exc: BaseException, doing: str) -> UnibusError:
+    """The error to raise `from exc`. Never called with CancelledError."""
+    if isinstance(exc, UnibusError):
+        return exc
+    if isinstance(exc, TimeoutError):  # is an OSError, so it comes first
+        return Timeout(f"{doing}: no answer from RabbitMQ in time")
+    if isinstance(exc, AuthenticationError | ProbableAuthenticationError):
+        return AuthenticationFailed(f"{doing}: wrong user or password; check username and UNIBUS_PASSWORD")
+    code = getattr(exc, "code", None) or _CODE_OF_CLASS.get(type(exc).__name__)
+    if code is not None:
+        return by_code(code, _text(exc), doing)
+    if isinstance(exc, ChannelInvalidStateError | OSError | AMQPError | asyncio.CancelledError | RuntimeError):
+        return ConnectionLost(f"{doing}: {_text(exc) or type(exc).__name__}")
+    return Refused(f"{doing}: {type(exc).__name__}")
+
+
+def connecting(exc: BaseException, where: str, vhost: str, timeout: float) -> UnibusError:
+    """Of one host during connect."""
+    doing = f"connect to RabbitMQ at {where}"
+    code = getattr(exc, "code", None)
+    text = _text(exc)
+    if code == 530 and "not found" in text:
+        return ConfigError(f"{doing}: it has no vhost {vhost!r}; create it, or correct the path of url")
+    if code == 530 and "refused" in text:
+        return PermissionDenied(f"{doing}: the user has no permission on vhost {vhost!r}")
+    if code == 403:
+        return AuthenticationFailed(f"{doing}: wrong user or password; check username and UNIBUS_PASSWORD")
+    if isinstance(exc, ssl.SSLCertVerificationError) or isinstance(exc.__cause__, ssl.SSLCertVerificationError):
+        return ConfigError(f"{doing}: its certificate is not trusted ({text}); set rabbitmq.ca_file")
+    if isinstance(exc, TimeoutError):
+        return ConnectionLost(f"{doing}: no answer within {timeout:g} s")
+    error = translate(exc, doing)
+    return error if isinstance(error, AuthenticationFailed | ConnectionLost) else ConnectionLost(str(error))
+
+
+def mismatch(exc: BaseException, doing: str) -> UnibusError:
+    """Of a declaration: an object that is there already, and different, is a ConfigError that says what to do."""
+    found = _MISMATCH.search(_text(exc))
+    if found is None:
+        return translate(exc, doing)
+    what = f"{found['object']} {found['name']!r}"
+    return ConfigError(
+        f"{what} exists with {found['argument']} = {found['found']}, and would be declared with {found['wanted']}; "
+        f"change the channel's settings to match, or use another name, or delete the {found['object']} once it is empty"
+    )
+
+
+def _text(exc: BaseException) -> str:
+    return str(getattr(exc, "text", "") or exc)

@@ -1,0 +1,245 @@
+"""The envelope as AMQP properties and headers, and back.
+
+Native properties carry what AMQP has a field for, so that foreign producers and consumers interoperate: message_id, type,
+content_type, correlation_id, reply_to, timestamp (whole seconds, as AMQP has them), priority, and expiration on replies.
+
+- `message_id` is the logical id, unless a message with the same one is still unconfirmed on the channel: returned messages
+  are told apart by it. Then it is the id with a suffix, and the logical id travels as `x-message-id`.
+- `correlation_id` is the conversation's, except on a request (the request's message id, as every RPC client does it; the
+  conversation's goes into `x-correlation-id`) and on a reply (the id of the request that it answers).
+- A string that is too long for its property (255 bytes) goes into the header of the same meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from unibus.adapter import Outgoing
+from unibus.channel import Inbox
+from unibus.errors import Refused
+from unibus.message import (
+    BROKER_HEADERS,
+    CAUSATION_ID,
+    CONTENT_TYPE,
+    CORRELATION_ID,
+    DLQ_REASON,
+    ENVELOPE_HEADERS,
+    EXPIRES_AT,
+    ID,
+    KEY,
+    NO_HEADERS,
+    NOT_BEFORE,
+    ORIGINAL_DESTINATION,
+    REPLY_TO,
+    TIMESTAMP,
+    TYPE,
+    Message,
+)
+from unibus.retry import BROKER_LIMIT, EXPIRED
+from unibus_rabbitmq import frames
+
+DEATH = "x-death"
+DELIVERY_COUNT = "x-delivery-count"
+# Not the user's: the envelope's, and what the server writes. Never copied onward.
+_OURS = ENVELOPE_HEADERS | BROKER_HEADERS
+# The server sends copies to the addresses in these; a retry must reach one queue only.
+_SENDER_SELECTED = frozenset(("CC", "BCC"))
+_LONGEST = 255
+
+# reply_to is untrusted. amq.rabbitmq.reply-to.* is not among these: a forged one makes the server close the connection.
+_INBOX = re.compile(
+    r"[A-Za-z0-9._-]{0,60}unibus\.reply\.[A-Za-z0-9._-]{0,120}\.[0-9a-f]{16}|amq\.gen-[A-Za-z0-9_-]{22}"
+)
+
+
+class Received:
+    """A delivery as it came: what `Delivery.native` is. `headers` holds the AMQP table with all its types."""
+
+    __slots__ = ("_header", "_method", "_names_at", "_properties", "body", "redelivered", "tag")
+
+    def __init__(self, tag: int, redelivered: bool, method: bytes, names_at: int, header: bytes) -> None:
+        self.tag = tag
+        self.redelivered = redelivered
+        self.body = b""
+        self._method = method
+        self._names_at = names_at
+        self._header = header
+        self._properties: frames.Properties | None = None
+
+    @property
+    def exchange(self) -> str:
+        return frames.read_shorts(self._method, self._names_at, 2)[0]
+
+    @property
+    def routing_key(self) -> str:
+        return frames.read_shorts(self._method, self._names_at, 2)[1]
+
+    @property
+    def properties(self) -> frames.Properties:
+        if self._properties is None:
+            self._properties = frames.decode_properties(self._header)
+        return self._properties
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        return self.properties.headers or NO_HEADERS
+
+    def __repr__(self) -> str:
+        return f"<Received {self.tag} {len(self.body)} bytes>"
+
+
+def reply_address(text: str) -> Inbox:
+    """The inbox behind an untrusted reply_to. Raises Refused."""
+    if not _INBOX.fullmatch(text):
+        raise Refused(
+            "the reply address is not the queue of an inbox: expected a name made by unibus (...unibus.reply....) or by the "
+            "server (amq.gen-...)"
+        )
+    return Inbox(text)
+
+
+def inbox_name(prefix: str, service: str, token: str) -> str:
+    """The queue of an inbox; `reply_address` knows this shape."""
+    return f"{prefix}unibus.reply.{re.sub(r'[^A-Za-z0-9._-]', '-', service)[:100]}.{token}"
+
+
+def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: float) -> tuple[int, bytes]:
+    """Property flags and bytes. `not_before`: only where the message still needs another hop."""
+    message = outgoing.message
+    reply = type(outgoing.to) is Inbox
+    p = frames.Properties()
+    more: dict[str, Any] = {}
+    p.message_id = message_id
+    p.content_type = _fit(message.content_type, CONTENT_TYPE, more)
+    p.type = _fit(message.type, TYPE, more)
+    p.reply_to = _fit(message.reply_to, REPLY_TO, more)
+    p.priority = message.priority
+    if message.timestamp is not None:
+        p.timestamp = int(message.timestamp)
+    if reply or message.reply_to is not None:
+        p.correlation_id = _fit(message.causation_id if reply else message.id, CAUSATION_ID if reply else ID, more)
+        if message.correlation_id is not None:
+            more[CORRELATION_ID] = message.correlation_id
+    else:
+        p.correlation_id = _fit(message.correlation_id, CORRELATION_ID, more)
+    if not reply and message.causation_id is not None:
+        more[CAUSATION_ID] = message.causation_id
+    if message_id != message.id:
+        more[ID] = message.id
+    if message.key is not None:
+        more[KEY] = message.key
+    if message.expires_at is not None:
+        more[EXPIRES_AT] = f"{message.expires_at:.3f}"
+        if reply:
+            p.expiration = str(max(0, round((message.expires_at - now) * 1000)))
+    if not_before is not None:
+        more[NOT_BEFORE] = f"{not_before:.3f}"
+    if outgoing.origin is not None and isinstance(outgoing.origin.native, Received):
+        _copy_native(outgoing.origin.native, p, more)
+    p.headers = {**message.headers, **more} if more else message.headers
+    return frames.encode_properties(p)
+
+
+def _fit(text: str | None, header: str, more: dict[str, Any]) -> str | None:
+    if text is None or len(text) <= 63 or len(text.encode(errors="surrogateescape")) <= _LONGEST:
+        return text
+    more[header] = text
+    return None
+
+
+def _copy_native(origin: Received, p: frames.Properties, more: dict[str, Any]) -> None:
+    """What a foreign message has beyond the envelope."""
+    p.content_encoding = origin.properties.content_encoding
+    p.app_id = origin.properties.app_id
+    foreign = {n: v for n, v in origin.headers.items() if type(v) is not str and n not in _OURS}
+    more.update({n: v for n, v in foreign.items() if n not in _SENDER_SELECTED})
+
+
+def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
+    """The envelope of a delivery. `fallback`: its id if the producer gave none."""
+    p = received.properties
+    native = p.headers
+    headers: Mapping[str, str] = NO_HEADERS
+    more: Mapping[str, Any] = NO_HEADERS
+    if native:
+        headers = {n: v for n, v in native.items() if type(v) is str and n not in _OURS}
+        if len(headers) < len(native):
+            more = native
+    correlation_id, causation_id, message_id = p.correlation_id, None, p.message_id
+    if more is not NO_HEADERS:
+        causation_id, message_id = _text(more, CAUSATION_ID), _text(more, ID) or message_id
+    if inbox:
+        correlation_id, causation_id = _text(more, CORRELATION_ID), correlation_id or causation_id
+    elif p.reply_to is not None or REPLY_TO in more:
+        # A foreign requester matches on its correlation id, whatever message id it gave.
+        message_id = _text(more, ID) or correlation_id or message_id
+        correlation_id = _text(more, CORRELATION_ID)
+    message = Message(
+        received.body,
+        message_id or fallback,
+        p.type,
+        p.content_type,
+        headers,
+        None,
+        correlation_id,
+        causation_id,
+        p.reply_to,
+        None if p.timestamp is None else float(p.timestamp),
+        None,
+        p.priority,
+    )
+    if more is not NO_HEADERS:
+        message.key = _text(more, KEY)
+        message.expires_at = _time(more, EXPIRES_AT)
+        message.type = p.type or _text(more, TYPE)
+        message.content_type = p.content_type or _text(more, CONTENT_TYPE)
+        message.reply_to = p.reply_to or _text(more, REPLY_TO)
+        message.correlation_id = correlation_id or _text(more, CORRELATION_ID)
+        if p.timestamp is None:
+            message.timestamp = _time(more, TIMESTAMP)
+    return message
+
+
+def _text(headers: Mapping[str, Any], name: str) -> str | None:
+    value = headers.get(name)
+    return value if type(value) is str else None
+
+
+def _time(headers: Mapping[str, Any], name: str) -> float | None:
+    try:
+        return float(headers[name])
+    except (KeyError, TypeError, ValueError):
+        return None  # a foreign header of the same name
+
+
+def not_before(received: Received) -> float | None:
+    """When the message is due, if it came back from a hold queue for another hop."""
+    headers = received.properties.headers
+    return _time(headers, NOT_BEFORE) if headers and NOT_BEFORE in headers else None
+
+
+def deliveries(received: Received, *, counted: bool) -> int:
+    """How often it was handed out; a queue that does not count only knows "once" and "more than once"."""
+    headers = received.properties.headers
+    count = headers.get(DELIVERY_COUNT) if headers else None
+    if type(count) is int:
+        return count + 1
+    return 2 if received.redelivered and not counted else 1
+
+
+def broker_death(received: Received, hold_prefix: str) -> dict[str, str]:
+    """The dead-letter headers of a message that the server itself dead-lettered, else nothing.
+
+    A hold queue dead-letters what is due; that is no death.
+    """
+    headers = received.properties.headers
+    deaths = headers.get(DEATH) if headers else None
+    if not headers or not isinstance(deaths, list) or DLQ_REASON in headers:
+        return {}
+    last = deaths[0] if deaths and isinstance(deaths[0], dict) else {}
+    queue = str(last.get("queue", ""))
+    if queue.startswith(hold_prefix):
+        return {}
+    return {DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT, ORIGINAL_DESTINATION: queue}
