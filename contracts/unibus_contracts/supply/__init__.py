@@ -140,10 +140,14 @@ def running(names: Iterable[str] = KINDS) -> list[Broker]:
 
 
 def stop(names: Iterable[str] | None = None) -> list[str]:
-    """Stop everything the supply started in this checkout, private instances too, or those of some kinds."""
+    """Stop everything the supply started in this checkout, private instances too, or those of some kinds; their names."""
     folder = brokers_folder()
     kinds = set(KINDS if names is None else (_kind(name).name for name in names))
-    homes = [home for home in sorted(folder.glob("*/")) if home.name.partition("-")[0] in kinds]
+    homes = [
+        home
+        for home in sorted(folder.glob("*/"))
+        if home.name.partition("-")[0] in kinds and any(entry.name != "log" for entry in home.iterdir())
+    ]
     for home in homes:
         with locked(home.with_suffix(".lock")):
             _remove(home)
