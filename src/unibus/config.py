@@ -23,7 +23,7 @@ from typing import Any, Literal
 from unibus.adapter import Secret, Url
 from unibus.channel import Group, Queue, Topic, check_name
 from unibus.config_settings import ConsumerSettings, Setting, Settings, consumer_values
-from unibus.config_sources import CODE, Layer, Names, flat, from_code, normalised, read_environment, read_file
+from unibus.config_sources import CODE, Layer, Names, flat, from_code, read_environment, read_file, variable_of
 from unibus.config_tables import (
     FEATURES,
     BusTable,
@@ -141,7 +141,8 @@ def _names(scope: Key, channels: Sequence[Queue[Any] | Topic[Any]], groups: Sequ
         names.add((kind,), [channel.name for channel in channels if isinstance(channel, cls)])
         names.add((kind,), written.table((*scope, kind)))
     for group in groups:
-        names.add(("topics", group.topic.name, "groups"), [group.name])
+        if not group.ephemeral:
+            names.add(("topics", group.topic.name, "groups"), [group.name])
     for topic in written.table((*scope, "topics")):
         names.add(("topics", topic, "groups"), written.table((*scope, "topics", topic, "groups")))
     return names
@@ -159,7 +160,7 @@ def _from_bus(
     exceptions = None
     if isinstance(defaults := values.get("defaults"), Mapping):
         values["defaults"], exceptions = consumer_values(defaults)
-    if not isinstance(settings, Mapping):
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
         problems.append("Bus(settings=...): expected a table, the driver's own settings")
         settings = {}
     return values, settings, exceptions or _POLICY
@@ -201,9 +202,8 @@ def _url(tables: BusTable, layers: Sequence[Layer], scope: Key, problems: list[s
     """
     if tables.url is None:
         if not any((*scope, "url") in layer.wrong for layer in layers):
-            variable = "".join(["UNIBUS_", *(f"BUS__{normalised(name)}__" for name in scope[1:]), "URL"])
             where = f"[{dotted(scope)}] of unibus.toml" if scope else "unibus.toml"
-            problems.append(f"no url: set {variable}, or url in {where}, or pass Bus(url=...)")
+            problems.append(f"no url: set {variable_of((*scope, 'url'))}, or url in {where}, or pass Bus(url=...)")
         return None, "", ""
     rank, place = _standing(layers, (*scope, "url"))
     try:

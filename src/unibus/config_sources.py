@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,7 +29,6 @@ _OURS = re.compile(r"UNIBUS_(CONFIG|TEST_\w*)")
 _KUBERNETES = re.compile(
     r"UNIBUS_(?!\w*__)(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
-_PASSWORD_HINT = "no password is read from a file; set UNIBUS_PASSWORD, or UNIBUS_PASSWORD_FILE to a path"  # noqa: S105  # a hint
 
 
 class Layer(PydanticBaseSettingsSource):
@@ -70,8 +68,8 @@ class Layer(PydanticBaseSettingsSource):
         table = self.tree
         for part in key:
             table = table.setdefault(part, {})
-        table.update(deepcopy(dict(values)))
-        self.places.update({(*key, *path): place for path, _ in flat(dict(values))})
+        table.update(copied(values))
+        self.places.update({(*key, *path): place for path, _ in flat(copied(values))})
 
     def table(self, key: Key) -> dict[str, Any]:
         """The table at `key`, `{}` if there is none."""
@@ -101,6 +99,11 @@ class Layer(PydanticBaseSettingsSource):
             self.wrong.add((*table, name))
             self.table(table).pop(name, None)
             yield f"{self.place(table)}: {key}: {words}"
+
+
+def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables copied, the values shared: a driver's settings in code may be an SSL context."""
+    return {name: copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
 
 
 def flat(tree: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, object]]:
@@ -140,10 +143,12 @@ def read_file(
 
 
 def _credentials(layer: Layer, key: Key) -> Iterator[str]:
+    variable = variable_of((*key, "password"))
+    hint = f"no password is read from a file; set {variable}, or {variable}_FILE to a path"
     table = layer.table(key)
     for name in ("password", "password_file"):
         if table.pop(name, None) is not None:
-            yield f"{layer.place(key)}: {name}: {_PASSWORD_HINT}"
+            yield f"{layer.place(key)}: {name}: {hint}"
     try:
         password = parse(table["url"]).password if isinstance(table.get("url"), str) else None
     except ConfigError:
@@ -151,7 +156,7 @@ def _credentials(layer: Layer, key: Key) -> Iterator[str]:
     if password is not None:
         layer.wrong.add((*key, "url"))
         del table["url"]
-        yield f"{layer.place(key)}: url: there is a password in it; {_PASSWORD_HINT}"
+        yield f"{layer.place(key)}: url: there is a password in it; {hint}"
 
 
 @dataclass
@@ -165,8 +170,11 @@ class Names:
         have = self.known.setdefault((*self.scope, *table), [])
         have += [name for name in names if name not in have]
 
-    def find(self, table: Key, rest: str) -> tuple[str, str]:
-        """Split ORDER_CHARGED__GROUPS__... into "order.charged" and GROUPS__... . Raises ConfigError."""
+    def find(self, table: Key, rest: str) -> tuple[str, str] | None:
+        """Split ORDER_CHARGED__GROUPS__... into "order.charged" and GROUPS__... . Raises ConfigError.
+
+        None: the name is another bus' to know, whose own start checks the variable.
+        """
         names = {name: normalised(name) for name in self.known.get(table, ())}
         hits = {name: norm for name, norm in names.items() if rest == norm or rest.startswith(f"{norm}__")}
         longest = max(map(len, hits.values()), default=0)
@@ -175,14 +183,20 @@ class Names:
             raise ConfigError(f"means {' and '.join(map(repr, sorted(best)))} alike; use unibus.toml for these")
         if best:
             return best[0], rest[longest + 2 :]
-        if table == ("bus",) or table[: len(self.scope)] != self.scope or (not self.scope and table[0] == "bus"):
-            name, _, rest = rest.partition("__")  # another bus: its own start resolves the name
-            return name.lower(), rest
+        if table[0] == "bus" and table[:2] != self.scope:
+            return None
+        if self.scope and table[0] != "bus":
+            return None
         raise ConfigError(f"no {table[-1].removesuffix('s')} that is declared has this name")
 
 
 def normalised(name: str) -> str:
     return re.sub(r"[^A-Z0-9]", "_", name.upper())
+
+
+def variable_of(key: Key) -> str:
+    """The variable that stands for a key of the file."""
+    return _PREFIX + "__".join(map(normalised, key))
 
 
 def read_environment(root: type[Root], environ: Mapping[str, str], names: Names, problems: list[str]) -> Layer:
@@ -193,10 +207,13 @@ def read_environment(root: type[Root], environ: Mapping[str, str], names: Names,
             continue
         rest = variable.removeprefix(_PREFIX).upper()
         try:
-            key, annotation = _locate(root, rest, names)
+            located = _locate(root, rest, names)
         except ConfigError as exc:
             problems.append(f"environment {variable}: {exc}{_nearest(variable, root, names)}")
             continue
+        if located is None:
+            continue
+        key, annotation = located
         value, found = _convert(annotation, environ[variable])
         for wrong in found:
             layer.wrong.add(key)
@@ -209,8 +226,8 @@ def read_environment(root: type[Root], environ: Mapping[str, str], names: Names,
     return layer
 
 
-def _locate(root: type[Root], rest: str, names: Names) -> tuple[Key, Any]:
-    """Where a variable's value goes, and its type. Raises ConfigError."""
+def _locate(root: type[Root], rest: str, names: Names) -> tuple[Key, Any] | None:
+    """Where a variable's value goes, and its type; None: nothing of this bus. Raises ConfigError."""
     key: Key = ()
     annotation: Any = root
     while rest:
@@ -230,7 +247,10 @@ def _locate(root: type[Root], rest: str, names: Names) -> tuple[Key, Any]:
                 raise ConfigError("no setting has this name")
             return (*key, *parts), object
         elif is_table(inner := element(shape)):
-            name, rest = names.find(key, rest)
+            found = names.find(key, rest)
+            if found is None:
+                return None
+            name, rest = found
             annotation = inner
         else:
             raise ConfigError("no setting has this name")
@@ -252,7 +272,7 @@ def _convert(annotation: Any, text: str) -> tuple[Any, list[str]]:
         ]
     except ValueError:
         return None, ['expected JSON, such as [1, 2] or {"key": 1}']
-    return (value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value), []
+    return (value.model_dump(exclude_none=True, exclude_unset=True) if isinstance(value, BaseModel) else value), []
 
 
 def _nearest(variable: str, root: type[Root], names: Names) -> str:

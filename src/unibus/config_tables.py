@@ -15,6 +15,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, create_model
+from pydantic.fields import FieldInfo
+from pydantic_core.core_schema import ErrorType
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from unibus.adapter import DeclareMode
@@ -158,10 +160,13 @@ def near(name: str, known: list[str]) -> str:
 
 def dotted(path: Key) -> str:
     """A path as TOML writes it."""
-    return ".".join(p if re.fullmatch(r"[A-Za-z0-9_-]+", p) else f'"{p}"' for p in path)
+    return ".".join(p if re.fullmatch(r"[A-Za-z0-9_-]+", p) else f'"{p}"' for p in map(str, path))
 
 
 _EXPECTED = {"model_type": "expected a table", "dict_type": "expected a table", "missing": "is required"}
+
+# Errors of pydantic itself: none of their texts quotes the input.
+_SILENT = frozenset(get_args(ErrorType)) - {"value_error", "assertion_error", "get_attribute_error"}
 
 
 def explain(model: type[BaseModel], exc: ValidationError) -> Iterator[tuple[Key, str, str]]:
@@ -181,7 +186,9 @@ def explain(model: type[BaseModel], exc: ValidationError) -> Iterator[tuple[Key,
             error["msg"],
         )
         if error["type"] in {"value_error", "assertion_error"}:  # written by a validator, which may quote what it got
-            words = _redacted(words.partition(", ")[2], error["input"], secret=any(is_secret(str(p)) for p in path))
+            words = _redacted(
+                words.partition(", ")[2], error["input"], secret=any(is_secret(str(p)) for p in map(str, path))
+            )
         yield table, key, words
 
 
@@ -232,14 +239,14 @@ def check_table(model: type[M], table: Mapping[str, object], where: str) -> M:
     problems = []
     values = dict(table)
     if model.model_config.get("extra") != "allow":
-        known = [name for key, f in model.model_fields.items() for name in (key, f.alias) if name]
+        known = [name for key, info in model.model_fields.items() for name in _spelt(model, key, info)]
         problems += [f"{where}.{key}: unknown key{near(key, known)}" for key in values if key not in known]
         values = {key: value for key, value in values.items() if key in known}
-    for key, field in model.model_fields.items():
-        value = values.get(key)
-        if isinstance(value, str):
+    for field, info in model.model_fields.items():
+        for key in _spelt(model, field, info):
+            value = values.get(key)
             try:
-                values[key] = unpack(field.annotation, value)
+                values |= {key: unpack(info.annotation, value)} if isinstance(value, str) else {}
             except ValueError:
                 problems.append(f"{where}.{key}: expected JSON")
                 del values[key]
@@ -253,6 +260,12 @@ def check_table(model: type[M], table: Mapping[str, object], where: str) -> M:
     if problems or checked is None:  # outside of `except`: the cause would show values
         raise ConfigError(joined(problems))
     return checked
+
+
+def _spelt(model: type[BaseModel], key: str, info: FieldInfo) -> set[str]:
+    """The keys that fill a field."""
+    by_name = info.alias is None or any(model.model_config.get(k) for k in ("populate_by_name", "validate_by_name"))
+    return {name for name in (info.alias, key if by_name else None) if name}
 
 
 def joined(problems: list[str]) -> str:

@@ -58,7 +58,6 @@ class Delivery(Generic[T]):
         message: Message,
         source: Source,
         token: Any,
-        *,
         failures: int = 0,
         deliveries: int | None = None,
         lease_until: float | None = None,

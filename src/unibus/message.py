@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from unibus.errors import CodecError
@@ -78,7 +79,7 @@ BROKER_HEADERS = frozenset(
 )
 RESERVED_HEADERS = ENVELOPE_HEADERS | POLICY_HEADERS | BROKER_HEADERS
 
-NO_HEADERS: Mapping[str, str] = {}
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})  # shared, so it must not be writable
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ class Message:
     id: str = ""
     type: str | None = None
     content_type: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     key: str | None = None
     correlation_id: str | None = None
     causation_id: str | None = None

@@ -97,6 +97,16 @@ class RetryPolicy:
         for name, low in (("max_retries", 0), ("backoff", 0), ("multiplier", 1), ("max_backoff", 0), ("immediate", 0)):
             if not low <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"RetryPolicy({name}={getattr(self, name)}): use {low} or more")
+        if self.backoff > self.max_backoff:  # else the first wait would be shorter than what was asked for
+            raise ConfigError(
+                f"RetryPolicy(backoff={self.backoff}) is above max_backoff={self.max_backoff}; raise that too"
+            )
+        for name in ("retry_on", "give_up_on"):  # a list would only fail when the first handler does
+            kinds = getattr(self, name)
+            if not isinstance(kinds, tuple) or not all(
+                isinstance(k, type) and issubclass(k, BaseException) for k in kinds
+            ):
+                raise ConfigError(f"RetryPolicy({name}={kinds!r}): use a tuple of exception classes")
         if not 0 <= self.jitter <= 1:
             raise ConfigError(f"RetryPolicy(jitter={self.jitter}): use a share from 0 to 1")
         if self.crash_limit < 1:
@@ -114,7 +124,13 @@ class RetryPolicy:
 
     def waits(self) -> tuple[float, ...]:
         """All the different waits this policy can ask for, ascending: known at start, so that a topology can hold them."""
-        return tuple(sorted({self.wait(n) for n in range(1, self.max_retries + 1)} - {0.0}))
+        found: list[float] = []
+        for n in range(self.immediate + 1, self.max_retries + 1):  # max_retries may stand for "for ever"
+            wait = self.wait(n)
+            if not wait or (found and wait <= found[-1]):
+                break
+            found.append(wait)
+        return tuple(found)
 
 
 def decide(

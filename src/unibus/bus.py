@@ -1,0 +1,453 @@
+"""Bus, the portable type: what a service is written against, whatever the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint
+from unibus.blocking import Blocking
+from unibus.capabilities import Capabilities
+from unibus.channel import Group, Queue, Topic
+from unibus.clock import Clock, SystemClock
+from unibus.errors import Closed, ConfigError, SendFailed, UnibusError
+from unibus.layers import Layer
+from unibus.message import Message
+from unibus.receiver import Receiver
+from unibus.registrations import Handlers
+from unibus.registry import adapter_factory
+from unibus.session import Session
+from unibus.topology import Channels, stations
+
+if TYPE_CHECKING:
+    from unibus.config import Settings
+
+log = logging.getLogger("unibus")
+
+T = TypeVar("T")
+Lifespan = Callable[["Bus"], AbstractAsyncContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class BusHealth:
+    """`ok`: connected and, where handlers run, consuming. `degraded`: at work with difficulties. `down`: no link."""
+
+    status: Literal["ok", "degraded", "down"]
+    reasons: tuple[str, ...] = ()
+
+
+class Bus(Handlers):
+    """One service's connection to its broker, and its handlers.
+
+    Making one does no I/O: settings are read and checked when it starts. Settings given here stand below the environment
+    and unibus.toml. `channels`: those that the service only sends to, or receives from by hand; channels with a handler
+    are known anyway. `lifespan(bus)`: an async context manager around the open bus; its value is `bus.state`.
+    `layers`: handler -> handler, around each handler, outermost first. `config`: a file, False for none, None for
+    what UNIBUS_CONFIG names or unibus.toml. `name`: another bus of the same process, `[bus.<name>]` in the file.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        name: str | None = None,
+        channels: Iterable[Queue[Any] | Topic[Any]] = (),
+        lifespan: Lifespan | None = None,
+        layers: Sequence[Layer] = (),
+        config: str | Path | Literal[False] | None = None,
+        environ: Mapping[str, str] | None = None,
+        service: str | None = None,
+        username: str | None = None,
+        password: str | None = None,
+        prefix: str | None = None,
+        declare: DeclareMode | None = None,
+        delays: Sequence[float] | None = None,
+        send_timeout: float | None = None,
+        request_timeout: float | None = None,
+        shutdown_timeout: float | None = None,
+        defaults: Mapping[str, object] | None = None,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.channels = list(channels)
+        self.state: Any = None
+        self._lifespan = lifespan
+        self._layers = tuple(layers)
+        self._config = config
+        self._environ = environ
+        self._code: dict[str, object] = {
+            key: value
+            for key, value in {
+                "url": url,
+                "service": service,
+                "username": username,
+                "password": password,
+                "prefix": prefix,
+                "declare": declare,
+                "delays": delays,
+                "send_timeout": send_timeout,
+                "request_timeout": request_timeout,
+                "shutdown_timeout": shutdown_timeout,
+                "defaults": defaults,
+                "settings": settings,
+            }.items()
+            if value is not None
+        }
+        self._clock: Clock = SystemClock()
+        self._session: Session | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stack = AsyncExitStack()
+        self._stopping: asyncio.Event | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._session is None else "running" if self._session.running else "open"
+        return f"<Bus {self.name or ''} {state}>".replace("  ", " ")
+
+    # Open and closed
+
+    async def __aenter__(self) -> Self:
+        """Connect and declare: send, publish, request, receive. No handler runs."""
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Bus]:
+        """Open, with the handlers at work in the background; at the end they are drained. Nests in an open bus."""
+        opened = self._session is None
+        if opened:
+            await self._open()
+        try:
+            session = self._opened()
+            if session.running:
+                raise ConfigError("this bus runs already")
+            session.start()
+            try:
+                await session.started(session.intakes)
+                yield self
+            finally:
+                await session.drain()
+        finally:
+            if opened:
+                await self.close()
+
+    async def run(self) -> None:
+        """Run the handlers until SIGTERM or SIGINT, or `stop()`; then drain. A second signal ends the process at once.
+
+        Raises what ended the link for good, such as AuthenticationFailed.
+        """
+        self._stopping = stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            if stopping.is_set():
+                os._exit(128 + number)
+            log.info("%s: draining", signal.Signals(number).name)
+            stopping.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop, number)
+        try:
+            async with self.running():
+                link = self._opened().kit.link
+                waits = [asyncio.ensure_future(stopping.wait()), asyncio.ensure_future(link.failed.wait())]
+                try:
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for wait in waits:
+                        wait.cancel()
+                if link.failure is not None:
+                    raise link.failure
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """End `run()` as a signal would."""
+        if self._stopping is not None:
+            self._stopping.set()
+
+    async def _open(self) -> None:
+        if self._session is not None:
+            raise ConfigError("this bus is open already")
+        session = self._prepare()
+        await session.open()
+        self._session, self._loop = session, asyncio.get_running_loop()
+        try:
+            if self._lifespan is not None:
+                self.state = await self._stack.enter_async_context(self._lifespan(self))
+        except BaseException:
+            await self.close()
+            raise
+
+    def _prepare(self) -> Session:
+        """Everything that can be found wrong without I/O is found here. Raises ConfigError, Unsupported."""
+        settings, channels = self._load()
+        instance = secrets.token_hex(4)
+        factory = adapter_factory(settings.url.scheme)
+        adapter = factory(
+            Endpoint(settings.url, settings.service, instance, self._clock, settings.prefix, settings.driver)
+        )
+        places = stations(self.registrations, channels, settings, instance)
+        return Session(adapter, settings, channels, places, clock=self._clock, layers=self._layers, instance=instance)
+
+    def _load(self) -> tuple[Settings, Channels]:
+        from unibus.config import load  # costs more than all the rest: paid at start, not at import
+
+        named = [r.channel for r in self.registrations if not isinstance(r.channel, str)]
+        channels = Channels([*named, *self.channels])
+        topics = {c.name: c for c in channels if isinstance(c, Topic)}
+        groups = [
+            Group(topic, r.group)
+            for r in self.registrations
+            if r.group is not None and (topic := topics.get(getattr(r.channel, "name", str(r.channel)))) is not None
+        ]
+        settings = load(
+            self._code, bus=self.name, channels=channels, groups=groups, environ=self._environ, file=self._config
+        )
+        for channel in settings.declared_channels():
+            channels.add(channel)
+        return settings, channels
+
+    async def close(self) -> None:
+        """Drain the handlers, finish the sends under way, disconnect. Idempotent."""
+        session = self._session
+        if session is None:
+            return
+        try:
+            await session.drain()
+            await self._stack.aclose()
+        finally:
+            self._session = None
+            self.state = None
+            await session.close()
+
+    def _opened(self) -> Session:
+        if self._session is None:
+            raise Closed("the bus is not open; use `async with bus:`, `bus.running()` or `bus.run()`")
+        return self._session
+
+    # Sending
+
+    async def send(
+        self,
+        queue: Queue[T] | str,
+        body: T | Message,
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float | None = None,
+        expires_in: float | None = None,
+        priority: int | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Send to a queue; the message's id, once the broker has confirmed it.
+
+        `key`: messages of one key keep their order on an ordered queue. `delay`, `expires_in`, `timeout`: seconds. A `Message`
+        in place of the body sets the other fields of the envelope. What fails in passing is sent again until `timeout`
+        (`send_timeout`, 30); a duplicate is possible then, a loss is not. Raises CodecError, UnknownChannel, Unsupported,
+        MessageTooLarge, NotFound, Refused, Timeout, ConnectionLost, Closed.
+        """
+        return await self._send(Queue, queue, body, key, headers, delay, expires_in, priority, timeout)
+
+    async def publish(
+        self,
+        topic: Topic[T] | str,
+        body: T | Message,
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float | None = None,
+        expires_in: float | None = None,
+        priority: int | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Publish to every group of a topic; as `send` otherwise. With no group it succeeds, is counted, and said once."""
+        return await self._send(Topic, topic, body, key, headers, delay, expires_in, priority, timeout)
+
+    async def _send(
+        self,
+        kind: type[Queue[Any] | Topic[Any]],
+        channel: Queue[Any] | Topic[Any] | str,
+        body: Any,
+        key: str | None,
+        headers: Mapping[str, str] | None,
+        delay: float | None,
+        expires_in: float | None,
+        priority: int | None,
+        timeout: float | None,
+    ) -> str:
+        session = self._opened()
+        route = session.route(channel)
+        if type(route.channel) is not kind:
+            raise ConfigError(_wrong_verb(route.channel))
+        outgoing = session.outgoing(route, body, key, headers, delay, expires_in, priority)
+        if (error := await session.kit.publisher.submit(outgoing, timeout)) is not None:
+            raise error.with_traceback(None)
+        return outgoing.message.id
+
+    async def send_many(
+        self,
+        queue: Queue[T] | str,
+        bodies: Iterable[T | Message],
+        *,
+        key: Callable[[T], str | None] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> list[str]:
+        """Send many to a queue; their ids, in order. `key` is called with each body.
+
+        Raises SendFailed (`.sent`, `.failed` by index) unless all were confirmed; the others were.
+        """
+        return await self._send_many(Queue, queue, bodies, key, headers, timeout)
+
+    async def publish_many(
+        self,
+        topic: Topic[T] | str,
+        bodies: Iterable[T | Message],
+        *,
+        key: Callable[[T], str | None] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> list[str]:
+        """Publish many to a topic; as `send_many` otherwise."""
+        return await self._send_many(Topic, topic, bodies, key, headers, timeout)
+
+    async def _send_many(
+        self,
+        kind: type[Queue[Any] | Topic[Any]],
+        channel: Queue[Any] | Topic[Any] | str,
+        bodies: Iterable[Any],
+        key: Callable[[Any], str | None] | None,
+        headers: Mapping[str, str] | None,
+        timeout: float | None,
+    ) -> list[str]:
+        session = self._opened()
+        route = session.route(channel)
+        if type(route.channel) is not kind:
+            raise ConfigError(_wrong_verb(route.channel))
+        failed: dict[int, UnibusError] = {}
+        batch, indices = [], []
+        index = -1
+        for index, body in enumerate(bodies):  # the count is needed after the loop
+            plain = body.body if isinstance(body, Message) else body
+            try:
+                batch.append(session.outgoing(route, body, key(plain) if key is not None else None, headers))
+            except UnibusError as error:
+                failed[index] = error
+            else:
+                indices.append(index)
+        results = await session.kit.publisher.send_all(batch, timeout)
+        sent: dict[int, str] = {}
+        for at, outgoing, result in zip(indices, batch, results, strict=True):
+            if result is None:
+                sent[at] = outgoing.message.id
+            else:
+                failed[at] = result
+        if failed:
+            raise SendFailed(sent, dict(sorted(failed.items())))
+        return [sent[i] for i in range(index + 1)]
+
+    async def request(
+        self,
+        queue: Queue[T] | str,
+        body: T | Message,
+        *,
+        timeout: float | None = None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Send a request and await its reply, decoded as the queue's `reply` type.
+
+        `timeout`: seconds (`request_timeout`, 30); it travels with the request, which is dropped once it is over. Raises Timeout
+        (a TimeoutError), RemoteError with what the responder raised, ConnectionLost when the inbox was lost, CodecError.
+        """
+        return await self._opened().request(queue, body, timeout, key=key, headers=headers)
+
+    def blocking(self) -> Blocking:
+        """send, publish, request and their kin for synchronous code: `with bus.blocking() as sender: ...`.
+
+        Uses the open bus from another thread (a handler that is a plain function); opens it in a thread of its own otherwise.
+        """
+        return Blocking(self)
+
+    # Receiving by hand
+
+    def receiver(self, channel: Queue[T] | Topic[T] | str, *, group: str | None = None, prefetch: int = 20) -> Receiver:
+        """Receive by hand: `async with bus.receiver(orders) as receiver: async for delivery in receiver: ...`.
+
+        `group`: of a topic, by default the service's name; it has to be declared already. `prefetch`: the most messages held.
+        """
+        return Receiver(self._opened(), channel, group, prefetch)
+
+    # What is going on
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Event -> count since the bus was opened; see `unibus.telemetry` for the events."""
+        return self._opened().kit.counts.totals()
+
+    def counts_of(self, channel: Queue[Any] | Topic[Any] | str, *, group: str | None = None) -> dict[str, int]:
+        """Event -> count of one channel, or of one group of a topic."""
+        session = self._opened()
+        known = session.channels.find(channel)
+        return session.kit.counts.of(Group(known, group) if group is not None and isinstance(known, Topic) else known)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force; `settings.effective()` says where each came from."""
+        return self._opened().settings
+
+    @property
+    def adapter(self) -> Adapter:
+        return self._opened().kit.link.adapter
+
+    @property
+    def native(self) -> object:
+        """The broker's client, for what unibus does not cover."""
+        return self.adapter.native
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the connected broker can do."""
+        return self.adapter.capabilities
+
+    async def backlog(self, channel: Queue[Any] | Topic[Any] | str, *, group: str | None = None) -> Backlog:
+        """How much waits in a queue, or in one group of a topic (default: the service's)."""
+        session = self._opened()
+        return await session.kit.link.adapter.backlog(session.address(channel, group))
+
+    async def health(self) -> BusHealth:
+        """Is it at work? Never raises."""
+        session = self._session
+        if session is None:
+            return BusHealth("down", ("the bus is not open",))
+        link = session.kit.link
+        if not link.is_up or link.failure is not None:
+            return BusHealth("down", (str(link.failure or link.trouble),))
+        reasons = [complaint for intake in session.intakes if (complaint := intake.complaint())]
+        state = await link.adapter.check()
+        if state.blocked:
+            reasons.append(f"the broker takes no messages: {state.blocked}")
+        if not state.up:
+            return BusHealth("down", tuple(reasons))
+        return BusHealth("degraded" if reasons else "ok", tuple(reasons))
+
+
+def _wrong_verb(channel: Queue[Any] | Topic[Any]) -> str:
+    verb = "publish" if isinstance(channel, Topic) else "send"
+    return f"{channel}: use bus.{verb}(...) for a {type(channel).__name__.lower()}"

@@ -1,0 +1,305 @@
+"""Running handlers: a fixed number of slots that take deliveries from an intake.
+
+A slot is one long-lived task, not a task per message. The handler runs in it directly, so that timeouts inside a
+handler work; a slot whose handler left something in the context (a context variable) is replaced by a fresh one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
+from typing import Any
+
+from unibus import retry
+from unibus.clock import Timer, within
+from unibus.codec import BodyCodec
+from unibus.correlation import handling
+from unibus.delivery import Delivery
+from unibus.errors import CodecError
+from unibus.handlers import InvalidHeader
+from unibus.intake import Intake
+from unibus.retry import Action, BatchFailed, Verdict
+from unibus.telemetry import OVERDUE
+
+log = logging.getLogger("unibus")
+
+LAST_WORD = 1.0  # seconds that a cancelled handler has to end
+
+Batch = list[Delivery[Any]]
+
+
+class HandlerTimeout(Exception):  # what happened, as its name in x-error-type should read
+    """The handler ran longer than its timeout and was cancelled. A failed attempt like any other."""
+
+
+class _Slot:
+    """One place to run a handler in. `started`: monotonic, None while idle."""
+
+    __slots__ = ("deliveries", "expired", "released", "reported", "started", "task")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.started: float | None = None
+        self.deliveries: Batch = []
+        self.expired = False  # cancelled by the timeout
+        self.released = False  # cancelled by the end of the drain
+        self.reported = False  # a thread beyond its timeout, said once
+
+
+class Consumer:
+    """The slots of one handler.
+
+    `call` takes one delivery (with all layers applied); with `batch` it takes a list. `in_thread`: it can't be stopped.
+    `undecodable` is awaited for a message that can't be decoded, before it goes to the invalid-message channel.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        call: Callable[[Any], Awaitable[object]],
+        codec: BodyCodec,
+        *,
+        name: str,
+        concurrency: int,
+        timeout: float | None,
+        batch: int = 0,
+        in_thread: bool = False,
+        undecodable: Callable[[Delivery[Any], CodecError], Awaitable[None]] | None = None,
+    ) -> None:
+        self.intake = intake
+        self.name = name
+        self._call = call
+        self._decode = codec.decode
+        self._concurrency = concurrency
+        self._timeout = timeout
+        self._batch = batch
+        self._in_thread = in_thread
+        self._undecodable = undecodable
+        self._clock = intake.kit.clock
+        self._slots: set[_Slot] = set()
+        self._timer: Timer | None = None
+        self._draining = False
+        self._progress = asyncio.Event()  # while draining: a run has ended
+        self._context: Context = copy_context()
+
+    def begin(self) -> None:
+        self._context = copy_context()
+        for _ in range(self._concurrency):
+            self._open_slot()
+        self.intake.begin()
+
+    def _open_slot(self) -> None:
+        slot = _Slot()
+        self._slots.add(slot)
+        work = self._work_batches if self._batch else self._work
+        context = self._context.copy()
+        slot.task = asyncio.get_running_loop().create_task(work(slot), name=f"unibus {self.name}", context=context)
+
+    async def _work(self, slot: _Slot) -> None:
+        intake, call, decode, finish = self.intake, self._call, self._decode, self.intake.finish
+        monotonic = self._clock.monotonic
+        handling.set(None)
+        clean = copy_context()
+        while True:
+            try:
+                delivery = intake.take()
+            except IndexError:
+                await intake.wait()
+                continue
+            message = delivery.message
+            try:
+                delivery.body = decode(message.body, message.content_type)
+            except CodecError as error:
+                await self._invalid(delivery, error)
+                continue
+            slot.started = monotonic()
+            slot.deliveries = [delivery]
+            if self._timer is None:
+                self._watch()
+            handling.set(message)
+            try:
+                await call(delivery)
+            except InvalidHeader as error:
+                await self._invalid(delivery, error)
+                verdict = None
+            except BaseException as error:
+                verdict = self._verdict(slot, delivery, error)
+            else:
+                verdict = retry.ACK
+            if verdict is not None:
+                finish(delivery, verdict)
+            if self._rest(slot) or _left_something(clean):
+                break
+        self._close_slot(slot)
+
+    def _rest(self, slot: _Slot) -> bool:
+        """Between two runs. Is the slot to be closed?"""
+        slot.started, slot.deliveries, slot.reported = None, [], False
+        if slot.expired:
+            slot.expired = False
+            if slot.task is not None:
+                slot.task.uncancel()
+        if self._draining:
+            self._progress.set()
+        return slot.released
+
+    def _close_slot(self, slot: _Slot) -> None:
+        self._slots.discard(slot)
+        if not slot.released:
+            self._open_slot()
+
+    async def _invalid(self, delivery: Delivery[Any], error: CodecError) -> None:
+        if self._undecodable is not None:
+            await self._undecodable(delivery, error)
+        self.intake.finish(delivery, Verdict(Action.INVALID, reason=retry.UNDECODABLE, error=error))
+
+    def _verdict(self, slot: _Slot, delivery: Delivery[Any], error: BaseException) -> Verdict:
+        """On what came out of the handler. A cancellation of ours is the timeout or the end of the drain."""
+        if isinstance(error, KeyboardInterrupt):
+            self.intake.finish(delivery, retry.RELEASE)
+            raise error
+        if isinstance(error, asyncio.CancelledError) and slot.task is not None:
+            if slot.expired:
+                error = HandlerTimeout(f"{self.name} ran longer than {self._timeout:g} s")
+            elif slot.released or slot.task.cancelling():  # or somebody ends our task: give the message back and go
+                slot.released = True
+                return retry.RELEASE
+        return retry.decide(self.intake.policy, delivery.failures, error)
+
+    async def _work_batches(self, slot: _Slot) -> None:
+        intake = self.intake
+        handling.set(None)  # a batch has no single cause
+        clean = copy_context()
+        while True:
+            batch: Batch = []
+            while len(batch) < self._batch and intake.ready:
+                batch.append(intake.take())
+            if not batch:
+                await intake.wait()
+                continue
+            batch = await self._decode_all(batch)
+            if not batch:
+                continue
+            slot.started = self._clock.monotonic()
+            slot.deliveries = batch
+            if self._timer is None:
+                self._watch()
+            try:
+                await self._call(batch)
+            except BatchFailed as failed:
+                verdicts = self._verdicts(batch, failed)
+            except BaseException as error:
+                verdicts = [self._verdict(slot, delivery, error) for delivery in batch]
+            else:
+                verdicts = [retry.ACK] * len(batch)
+            for delivery, verdict in zip(batch, verdicts, strict=True):
+                intake.finish(delivery, verdict)
+            if self._rest(slot) or _left_something(clean):
+                break
+        self._close_slot(slot)
+
+    async def _decode_all(self, batch: Batch) -> Batch:
+        good = []
+        for delivery in batch:
+            try:
+                delivery.body = self._decode(delivery.message.body, delivery.message.content_type)
+            except CodecError as error:
+                await self._invalid(delivery, error)
+            else:
+                good.append(delivery)
+        return good
+
+    def _verdicts(self, batch: Batch, failed: BatchFailed) -> list[Verdict]:
+        """Those that BatchFailed names failed; an index that doesn't exist fails them all, since it hides another."""
+        strays = [index for index in failed.errors if not 0 <= index < len(batch)]
+        if strays:
+            error = IndexError(f"BatchFailed names {strays[0]}, and the batch has {len(batch)} messages")
+            return [retry.decide(self.intake.policy, delivery.failures, error) for delivery in batch]
+        errors = failed.errors
+        return [retry.decide(self.intake.policy, delivery.failures, errors.get(i)) for i, delivery in enumerate(batch)]
+
+    # The timeout: one timer for all slots
+
+    def _watch(self) -> None:
+        if self._timeout is not None:
+            self._timer = self._clock.call_later(self._timeout, self._sweep)
+
+    def _sweep(self) -> None:
+        self._timer = None
+        timeout = self._timeout
+        if timeout is None:
+            return
+        now = self._clock.monotonic()
+        earliest = None
+        for slot in self._slots:
+            if slot.started is None or slot.task is None or slot.expired or slot.reported:
+                continue
+            left = slot.started + timeout - now
+            if left > 0:
+                earliest = left if earliest is None else min(earliest, left)
+            elif self._in_thread:
+                slot.reported = True
+                self.intake.kit.counts.add(OVERDUE, self.intake.address)
+                text = "%s has run for %g s and can't be stopped, since it is a thread; its slot stays taken"
+                log.error(text, self.name, timeout)
+            else:
+                slot.expired = True
+                slot.task.cancel()
+        if earliest is not None:
+            self._timer = self._clock.call_later(earliest, self._sweep)
+
+    # The end
+
+    def running(self) -> int:
+        """Slots with a handler at work."""
+        return sum(slot.started is not None for slot in self._slots)
+
+    async def drain(self, timeout: float) -> None:
+        """Take no more, let what runs finish within `timeout` seconds, cancel the rest; settle, and end the subscription."""
+        self._draining = True
+        await self.intake.stop()
+        if self.intake.at_most_once:
+            await self.intake.idle()  # what is being settled first has still to run
+        try:
+            await within(self._clock, timeout, self._until_quiet())
+        except TimeoutError:
+            await self._cut_short()
+        for slot in self._slots:
+            slot.released = True
+            if slot.task is not None:
+                slot.task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.intake.close()
+
+    async def _until_quiet(self) -> None:
+        while self.running() or self.intake.owes():
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def _cut_short(self) -> None:
+        busy = [slot for slot in self._slots if slot.started is not None]
+        log.warning("%s: %d handlers cut short by the end of the drain; their messages go back", self.name, len(busy))
+        for slot in busy:
+            slot.released = True
+            if slot.task is not None:
+                slot.task.cancel()
+        if not (tasks := {slot.task for slot in busy if slot.task is not None}):
+            return
+        _, stuck = await asyncio.wait(tasks, timeout=LAST_WORD)
+        for slot in busy:
+            if slot.task in stuck:
+                log.error("%s: a handler doesn't react to its cancellation; left behind", self.name)
+                for delivery in slot.deliveries:
+                    self.intake.finish(delivery, retry.RELEASE)
+
+
+def _left_something(clean: Context) -> bool:
+    """Did a handler set a context variable? The next message must not see it."""
+    now = copy_context()
+    return any(var is not handling and value is not clean.get(var, _NOTHING) for var, value in now.items())
+
+
+_NOTHING = object()

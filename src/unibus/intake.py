@@ -1,0 +1,581 @@
+"""Receiving from one address: hold deliveries up to the prefetch, hand them out in order, decide their fates.
+
+What needs many messages at once lives here: admission, key lanes, parking, drain, the crash guard. Who runs handlers
+(`consumer`) or iterates by hand (`receiver`) takes from `ready` and calls `finish`; `settler` carries it out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from unibus import deadletter, retry, telemetry
+from unibus.adapter import Outgoing, Source, Start, Subscription
+from unibus.channel import Group, Queue, dead_letter_queue, invalid_queue
+from unibus.clock import Timer, within
+from unibus.delivery import Delivery
+from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError
+from unibus.lease import Heartbeat
+from unibus.message import CRASH_COUNT
+from unibus.retry import Action, RetryPolicy, Suspicion, Verdict
+from unibus.settlement import Place, Step, plan
+from unibus.settler import Kit, Settler
+from unibus.supervisor import FATAL, back_off
+
+log = logging.getLogger("unibus")
+
+POLL = 5.0  # seconds a receive waits: only how often an idle loop turns
+POLL_ALONE = 1.0  # the same while the crash guard is at work: an empty receive ends that
+
+
+class _Again(Exception):
+    """Leave the receive loop and subscribe anew."""
+
+
+class Intake:
+    """One address being received from. Implements `delivery.Settler`.
+
+    `requests`: the deliveries are requests, dropped once expired. `at_most_once`: settled before they are handed out.
+    """
+
+    def __init__(
+        self,
+        kit: Kit,
+        address: Queue[Any] | Group,
+        *,
+        prefetch: int,
+        policy: RetryPolicy,
+        at_most_once: bool = False,
+        requests: bool = False,
+        start: Start = "new",
+    ) -> None:
+        self.kit = kit
+        self.address = address
+        self.prefetch = prefetch
+        self.policy = policy
+        self.at_most_once = at_most_once
+        self.requests = requests
+        channel = address.topic if isinstance(address, Group) else address
+        self.place = Place(ordered=channel.ordered, private=isinstance(address, Group) and address.ephemeral)
+        self.source = Source(address, prefetch, ordered=channel.ordered, start=start, losing=self._losing)
+        self.holding: dict[Delivery[Any], None] = {}  # received and not yet settled, in order of arrival
+        self.ready: deque[Delivery[Any]] = deque()  # to be handed out
+        self.running: set[Delivery[Any]] = set()  # handed out; who took it says finish
+        self.subscribed = asyncio.Event()
+        self.trouble: str | None = None
+        self._settler = Settler(kit, address, self._settled, self._make_room)
+        self._stopping = False
+        self._subscription: Subscription | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._lanes: dict[str, deque[Delivery[Any]]] = {}  # ordered: by key, behind the one that is ready or running
+        self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
+        self._parked: dict[Delivery[Any], Timer] = {}
+        self._takers: deque[asyncio.Future[None]] = deque()
+        self._room = asyncio.Event()
+        self._reserved = 0  # room given to receives under way
+        self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
+        self._finished = asyncio.Event()  # `running` became empty
+        self._alone = False  # the crash guard at work: one delivery at a time
+        self._suspects: list[Delivery[Any]] = []
+        self._trusted = 0  # deliveries in a row that were no suspects
+        self._task: asyncio.Task[None] | None = None
+
+    # The loop
+
+    def begin(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"unibus receives from {self.address}")
+
+    async def _run(self) -> None:
+        """Subscribe, pull, and again after whatever broke; until stopped, or the link is given up."""
+        failures = epoch = 0
+        while True:
+            try:
+                epoch = await self.kit.link.up()
+                await self._subscribe()
+                failures = 0
+                await self._pull_all()
+            except _Again:
+                await self._hand_over()
+            except ConnectionLost as error:
+                self.trouble = str(error)
+                self.kit.link.lost(epoch, error)
+                await self._abandon()
+            except (Closed, *FATAL) as error:
+                self.trouble = str(error)
+                await self._abandon()
+                return
+            except Exception as error:
+                self.trouble = str(error) or type(error).__name__
+                await self._abandon()
+                wait = back_off(failures)
+                failures += 1
+                known = isinstance(error, UnibusError)
+                log.warning(
+                    "receiving from %s failed, again in %.1f s: %s", self.address, wait, error, exc_info=not known
+                )
+                await self.kit.clock.sleep(wait)
+                if isinstance(error, NotFound):
+                    await self._redeclare(epoch)
+
+    async def _subscribe(self) -> None:
+        self.source.prefetch = 1 if self._alone else self.prefetch
+        subscription = await self.kit.link.adapter.subscribe(self.source)
+        self._subscription = self._settler.subscription = subscription
+        lease = self.kit.link.adapter.capabilities.lease
+        if lease and lease.limit:
+            self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock)
+            self._heartbeat.start(self.kit.counts, self.address)
+        self.trouble = None
+        self.subscribed.set()
+
+    async def _redeclare(self, epoch: int) -> None:
+        try:
+            await self.kit.link.redeclare()
+        except ConnectionLost as error:
+            self.kit.link.lost(epoch, error)
+        except UnibusError as error:
+            log.warning("%s could not be declared again: %s", self.address, error)
+
+    async def _pull_all(self) -> None:
+        """As many receives at once as the adapter likes, until the first of them fails."""
+        capabilities = self.kit.link.adapter.capabilities
+        many = min(capabilities.receivers, -(-self.source.prefetch // capabilities.receive_batch))
+        if many <= 1:
+            await self._pull()
+            return
+        pulls = [asyncio.create_task(self._pull()) for _ in range(many)]
+        try:
+            done, _ = await asyncio.wait(pulls, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for pull in pulls:
+                pull.cancel()
+            await asyncio.wait(pulls)
+        for pull in done:
+            pull.result()
+
+    async def _pull(self) -> None:
+        subscription = self._subscription
+        assert subscription is not None  # noqa: S101  # _subscribe came first
+        receive_batch = self.kit.link.adapter.capabilities.receive_batch
+        while True:
+            room = min(self.source.prefetch - len(self.holding) - self._reserved, receive_batch)
+            if room <= 0 or self._settler.stuck:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            self._reserved += room
+            try:
+                deliveries = await subscription.receive(room, POLL_ALONE if self._alone else POLL)
+            finally:
+                self._reserved -= room
+            if deliveries:
+                self._admit(deliveries)
+            if self._suspects or (self._alone and self._calm(deliveries)):
+                raise _Again
+
+    def _make_room(self) -> None:
+        self._room.set()
+
+    # Admission
+
+    def _admit(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        self.kit.counts.add(telemetry.RECEIVED, self.address, len(deliveries))
+        for delivery in deliveries:
+            message = delivery.message
+            delivery.settler = self
+            self.holding[delivery] = None
+            if message.correlation_id is None:
+                message.correlation_id = message.id
+            crashes = 0
+            if headers := message.headers:
+                message.headers = MappingProxyType(dict(headers))  # a handler's edits must not reach a retry
+                delivery.failures += deadletter.retry_count(headers)
+                crashes = deadletter.crash_count(headers)
+            if message.expires_at is not None and message.expires_at <= self.kit.clock.time():
+                self._expire(delivery)
+                continue
+            if (crashes or (delivery.deliveries or 0) > retry.SUSPECT_AFTER) and not self.place.private:
+                if not self._trust(delivery, crashes):
+                    continue
+            else:
+                self._trusted += 1
+            if self.at_most_once:
+                self._settler.accept(delivery)  # `_settled` hands it out
+            else:
+                self._enqueue(delivery)
+
+    def _enqueue(self, delivery: Delivery[Any]) -> None:
+        key = delivery.message.key
+        if self.place.ordered and key is not None:
+            lane = self._lanes.get(key)
+            if lane is not None:
+                lane.append(delivery)
+                return
+            self._lanes[key] = deque()
+        self._offer(delivery)
+
+    def _offer(self, delivery: Delivery[Any]) -> None:
+        self.ready.append(delivery)
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._takers:
+            taker = self._takers.popleft()
+            if not taker.done():
+                taker.set_result(None)
+                return
+
+    async def wait(self) -> None:
+        """Until something may be ready. Several may wait; each delivery wakes one."""
+        if self.ready:
+            return
+        taker = asyncio.get_running_loop().create_future()
+        self._takers.append(taker)
+        try:
+            await taker
+        except asyncio.CancelledError:
+            if taker.done() and not taker.cancelled() and self.ready:
+                self._wake()  # it was meant for us: pass it on
+            raise
+
+    def take(self) -> Delivery[Any]:
+        """The next one. Raises IndexError when none is ready."""
+        delivery = self.ready.popleft()
+        self.running.add(delivery)
+        return delivery
+
+    def _expire(self, delivery: Delivery[Any]) -> None:
+        self.kit.counts.add(telemetry.EXPIRED, self.address)
+        if self.requests:
+            log.info("%s: request %s expired before it was handled; dropped", self.address, delivery.message.id)
+            self.finish(delivery, Verdict(Action.DISCARD, reason=retry.EXPIRED))
+        else:
+            self.finish(delivery, Verdict(Action.DEAD_LETTER, reason=retry.EXPIRED))
+
+    # Fates
+
+    def judge(self, delivery: Delivery[Any], error: BaseException | None) -> Verdict:
+        """By the policy; a cancelled task gives its delivery back."""
+        if isinstance(error, asyncio.CancelledError):
+            return retry.RELEASE
+        return retry.decide(self.policy, delivery.failures, error)
+
+    async def settle(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        """Returns once the step is confirmed; the first verdict counts. Raises LeaseLost, or what hindered it."""
+        if delivery.settled:
+            return
+        waiter = self._waiters[delivery] = asyncio.get_running_loop().create_future()
+        self.finish(delivery, verdict)
+        if (error := await waiter) is not None:
+            raise error
+
+    def finish(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        """Decide the fate of a delivery; it is carried out in the background."""
+        self._hand_back(delivery)
+        if delivery.settled or delivery.lost:
+            self._too_late(delivery, verdict)
+            return
+        if verdict.action is Action.RETRY and self._outlived(delivery, verdict.delay):
+            self.kit.counts.add(telemetry.EXPIRED, self.address)
+            verdict = Verdict(Action.DEAD_LETTER, reason=retry.EXPIRED, error=verdict.error)
+        step = plan(verdict, self.place, self.kit.link.adapter.capabilities)
+        if step is Step.PARK and self._stopping:
+            step = Step.RELEASE  # no time to wait for it: it comes again, elsewhere
+        if step is Step.PARK:
+            self._park(delivery, verdict)
+            return
+        delivery.settled = True
+        if verdict.action is Action.ACK:
+            self.kit.counts.add(telemetry.HANDLED, self.address)
+        else:
+            self._report(delivery, verdict)
+        if step is Step.SETTLE:
+            self._settler.accept(delivery)
+            self._next_of_key(delivery)
+        elif step is Step.RELEASE:
+            self._settler.give_back(delivery)
+            self._release_lane(delivery)
+        else:
+            if self.place.ordered:
+                self._moving.add(delivery)
+            self._settler.move(delivery, self._copy(delivery, verdict))
+
+    def _hand_back(self, delivery: Delivery[Any]) -> None:
+        self.running.discard(delivery)
+        if not self.running:
+            self._finished.set()
+
+    def _too_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        """The fate of a delivery that its handler had settled, that was settled first, or that is no longer ours."""
+        if verdict.error is not None:
+            why = "its message was settled before" if delivery.settled else "its message is no longer ours"
+            log.error("%s: failed, but %s: %s", self.address, why, deadletter.describe(verdict.error))
+        if self.at_most_once and delivery.settled:
+            event = telemetry.HANDLED if verdict.action is Action.ACK else telemetry.DISCARDED
+            self.kit.counts.add(event, self.address)
+        if delivery.lost:
+            self._resolve(
+                delivery, LeaseLost(f"message {delivery.message.id} is no longer ours; it is delivered again")
+            )
+        if self.at_most_once or not delivery.settled:
+            self._forget(delivery)
+            self._next_of_key(delivery)
+
+    def _outlived(self, delivery: Delivery[Any], delay: float) -> bool:
+        expires_at = delivery.message.expires_at
+        return expires_at is not None and expires_at <= self.kit.clock.time() + delay
+
+    def _copy(self, delivery: Delivery[Any], verdict: Verdict) -> Outgoing:
+        """The message as it goes to its next place, with the story of its failures."""
+        now = self.kit.clock.time()
+        if verdict.action is Action.RETRY:
+            headers = deadletter.failed(delivery, verdict.error, now)
+            return Outgoing(self.address, deadletter.copy(delivery.message, headers), now + verdict.delay, delivery)
+        headers = deadletter.dead(delivery, verdict.reason, verdict.error, now)
+        to = invalid_queue(self.address) if verdict.action is Action.INVALID else dead_letter_queue(self.address)
+        # What is dead doesn't expire: somebody has to look at it.
+        return Outgoing(to, deadletter.copy(delivery.message, headers, expires_at=None, priority=None), None, delivery)
+
+    def _park(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        """Hold it here until its next attempt is due; of the others only its key waits."""
+        self._report(delivery, verdict)
+        headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
+        delivery.message.headers = MappingProxyType(headers)
+        delivery.failures += 1
+        self._resolve(delivery, None)
+        if verdict.delay <= 0:
+            self._offer(delivery)
+        else:
+            self._parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
+
+    def _unpark(self, delivery: Delivery[Any]) -> None:
+        del self._parked[delivery]
+        if self._outlived(delivery, 0):
+            self._expire(delivery)
+        else:
+            self._offer(delivery)
+
+    def _report(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        """Count and log: nothing leaves its queue without its handler's consent and a trace."""
+        error, reason = verdict.error, verdict.reason
+        what = deadletter.describe(error)
+        by_word = isinstance(error, (retry.Retry, retry.DeadLetter, retry.Discard))
+        traceback = None if by_word else error
+        where, message_id, count = self.address, delivery.message.id, self.kit.counts.add
+        if verdict.action is Action.RETRY:
+            count(telemetry.RETRIED, where)
+            text = "%s: attempt %d of message %s failed, again in %g s: %s"
+            log.warning(text, where, delivery.attempt, message_id, verdict.delay, what, exc_info=traceback)
+        elif verdict.action is Action.DISCARD and reason != retry.EXPIRED:
+            count(telemetry.DISCARDED, where)
+            log.info("%s: message %s discarded: %s", where, message_id, reason)
+        elif verdict.action is Action.RELEASE:
+            count(telemetry.RELEASED, where)
+        elif self.place.private and verdict.action is not Action.DISCARD:
+            count(telemetry.DISCARDED, where)
+            text = "%s: message %s discarded (%s), since a broadcast has no dead letters: %s"
+            log.error(text, where, message_id, reason, what, exc_info=traceback)
+        elif verdict.action is Action.INVALID:
+            count(telemetry.INVALID, where)
+            log.error("%s: message %s goes to the invalid-message channel: %s", where, message_id, what)
+        elif verdict.action is Action.DEAD_LETTER:
+            count(telemetry.DEAD_LETTERED, where)
+            log.error("%s: message %s is a dead letter (%s): %s", where, message_id, reason, what, exc_info=traceback)
+
+    # Settled
+
+    def _settled(self, delivery: Delivery[Any], error: TransportError | None) -> None:
+        """The settler is through with a delivery."""
+        if self.at_most_once and not delivery.settled and error is None:
+            delivery.settled = True
+            self._enqueue(delivery)
+            return
+        self._forget(delivery)
+        self._resolve(delivery, error)
+        if delivery in self._moving:
+            self._moving.discard(delivery)
+            self._next_of_key(delivery)
+
+    def _forget(self, delivery: Delivery[Any]) -> None:
+        self.holding.pop(delivery, None)
+        self._room.set()
+
+    def _resolve(self, delivery: Delivery[Any], error: TransportError | None) -> None:
+        if self._waiters and (waiter := self._waiters.pop(delivery, None)) is not None and not waiter.done():
+            waiter.set_result(error)
+
+    def _next_of_key(self, delivery: Delivery[Any]) -> None:
+        key = delivery.message.key
+        if not self.place.ordered or key is None or (lane := self._lanes.get(key)) is None:
+            return
+        if lane:
+            self._offer(lane.popleft())
+        else:
+            del self._lanes[key]
+
+    def _release_lane(self, delivery: Delivery[Any]) -> None:
+        """What waits behind a released delivery goes back with it, or it would overtake."""
+        key = delivery.message.key
+        if self.place.ordered and key is not None:
+            for behind in self._lanes.pop(key, ()):
+                behind.settled = True
+                self._settler.give_back(behind)
+
+    # The crash guard: a message that was handed out again and again without an answer may be what kills its consumers.
+    # It is copied with its count raised, and the copy runs with nothing else in this process' hands, so that what
+    # the next crash takes down with it keeps its innocence.
+
+    def _trust(self, delivery: Delivery[Any], crashes: int) -> bool:
+        """May it be handed out now? If not, it is on its way to another place."""
+        match retry.suspect(delivery.deliveries, crashes, self.policy.crash_limit):
+            case Suspicion.NONE:
+                return True
+            case Suspicion.ALONE if self._alone:
+                self._trusted = 0
+                return True
+            case Suspicion.ALONE:
+                self._suspects.append(delivery)
+            case Suspicion.MARK:
+                self.kit.counts.add(telemetry.SUSPECTED, self.address)
+                text = "%s: message %s was handed out %s times without an answer; its next run is alone"
+                log.warning(text, self.address, delivery.message.id, delivery.deliveries)
+                self._send_back(delivery, crashes + 1)
+            case Suspicion.DEAD:
+                self.finish(delivery, Verdict(Action.DEAD_LETTER, reason=retry.CRASH_LOOP))
+        return False
+
+    def _send_back(self, delivery: Delivery[Any], crashes: int) -> None:
+        headers = {**delivery.message.headers, CRASH_COUNT: str(crashes)}
+        delivery.settled = True
+        self._settler.move(delivery, Outgoing(self.address, deadletter.copy(delivery.message, headers), None, delivery))
+
+    def _calm(self, deliveries: Sequence[Delivery[Any]]) -> bool:
+        """No suspects left, as far as one can see."""
+        return self._trusted >= self.prefetch or not (deliveries or self.holding)
+
+    async def _hand_over(self) -> None:
+        """Empty our hands, then subscribe anew: for one delivery at a time, or as usual again."""
+        suspects, self._suspects = self._suspects, []
+        try:
+            if self._subscription is not None:
+                await self._subscription.stop()
+            self._give_back_waiting()
+            while self.running:
+                self._finished.clear()
+                await self._finished.wait()
+            for suspect in suspects:
+                self._send_back(suspect, deadletter.crash_count(suspect.message.headers))
+            await self._settler.idle()
+            await self._close_subscription()
+        except ConnectionLost:  # the next subscribe meets it again
+            await self._abandon()
+        self._alone, self._trusted = bool(suspects), 0
+
+    # The end of a subscription
+
+    def _give_back_waiting(self) -> None:
+        """Release all that was not handed out."""
+        for delivery in self._take_waiting():
+            delivery.settled = True
+            self._settler.give_back(delivery)
+
+    def _take_waiting(self) -> list[Delivery[Any]]:
+        """Empty `ready`, the lanes and the parking place. A lane whose head is running stays: its key is still taken.
+
+        What was settled first (at most once) is ours alone by now: it stays and runs.
+        """
+        if self.at_most_once:
+            return []
+        for timer in self._parked.values():
+            timer.cancel()
+        waiting = [*self.ready, *self._parked, *(d for lane in self._lanes.values() for d in lane)]
+        self.ready.clear()
+        self._parked.clear()
+        taken = {d.message.key for d in (*self.running, *self._moving)}
+        self._lanes = {key: deque() for key in self._lanes if key in taken}
+        return waiting
+
+    async def _losing(self, deliveries: Sequence[Delivery[Any]], grace: float) -> None:
+        """`Source.losing`: the driver gives these up. What waits is dropped; what runs may finish within `grace`."""
+        losing = set(deliveries)
+        waiting = self._take_waiting()
+        for delivery in waiting:
+            if delivery in losing:
+                delivery.lost = True
+                self._forget(delivery)
+            else:
+                self._enqueue(delivery)
+        if grace > 0:
+            try:
+                await within(self.kit.clock, grace, self._until_settled(losing))
+            except TimeoutError:
+                log.warning("%s: %d deliveries taken away while they ran", self.address, len(losing & self.running))
+        for delivery in losing:
+            delivery.lost = True
+
+    async def _until_settled(self, deliveries: set[Delivery[Any]]) -> None:
+        while deliveries & self.holding.keys():
+            self._room.clear()
+            await self._room.wait()
+
+    async def _abandon(self) -> None:
+        """The link or the subscription is gone: so is all that came by it."""
+        self.subscribed.clear()
+        for delivery in self._take_waiting():
+            self._forget(delivery)
+        for delivery in self.holding:
+            delivery.lost = True
+        self._suspects.clear()
+        await self._close_subscription()
+
+    async def _close_subscription(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        self._settler.subscription = None
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+        if subscription is not None:
+            try:
+                await subscription.close()
+            except TransportError as error:
+                log.debug("%s: the subscription did not close in order: %s", self.address, error)
+
+    async def stop(self) -> None:
+        """Take no more, and give back what was not handed out. What runs can still be settled."""
+        self._stopping = self._settler.stopping = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if self._subscription is not None:
+            try:
+                await self._subscription.stop()
+            except TransportError as error:
+                log.debug("%s: the subscription did not stop in order: %s", self.address, error)
+        self._give_back_waiting()
+
+    async def close(self) -> None:
+        """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself."""
+        await self._settler.idle()
+        await self._close_subscription()
+
+    # For health and tests
+
+    def busy(self) -> bool:
+        """Is there anything to do now, as opposed to later?"""
+        return bool(self.ready or self.running or self._settler.busy())
+
+    def owes(self) -> bool:
+        """At most once: is there anything that was settled and has not run yet?"""
+        return self.at_most_once and bool(self.ready or self._lanes)
+
+    async def idle(self) -> None:
+        """Until all that was finished so far is settled."""
+        await self._settler.idle()
+
+    def complaint(self) -> str | None:
+        """Why this intake doesn't receive as it should, or None."""
+        return self.trouble or self._settler.trouble

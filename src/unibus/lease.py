@@ -1,0 +1,69 @@
+"""Leases: one heartbeat for all deliveries that a subscription holds, waiting and running ones alike."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from unibus import telemetry
+from unibus.adapter import Subscription
+from unibus.clock import Clock, Timer
+from unibus.delivery import Delivery
+from unibus.errors import LeaseLost, TransportError
+from unibus.telemetry import Counts
+
+log = logging.getLogger("unibus")
+
+
+class Heartbeat:
+    """Extends every held delivery whose lease is in its last two thirds, in one call, three times a lease.
+
+    A delivery whose lease is gone is marked `lost`; what settles it later is told so, and it will be redelivered.
+    """
+
+    def __init__(
+        self, subscription: Subscription, holding: Iterable[Delivery[Any]], length: float, clock: Clock
+    ) -> None:
+        self._subscription = subscription
+        self._holding = holding
+        self._length = length
+        self._clock = clock
+        self._timer: Timer | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, counts: Counts, address: object) -> None:
+        self._counts, self._address = counts, address
+        self._arm()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _arm(self) -> None:
+        self._timer = self._clock.call_later(self._length / 3, self._beat)
+
+    def _beat(self) -> None:
+        due = self._clock.monotonic() + self._length * 2 / 3
+        held = [d for d in self._holding if not d.lost and d.lease_until is not None and d.lease_until < due]
+        if held and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._extend(held))
+        self._arm()
+
+    async def _extend(self, held: list[Delivery[Any]]) -> None:
+        try:
+            results = await self._subscription.extend(held, self._length)
+        except TransportError as error:  # the receive loop sees the same and acts on it
+            log.warning("%d leases could not be extended: %s", len(held), error)
+            return
+        lost = 0
+        for delivery, result in zip(held, results, strict=True):
+            if isinstance(result, LeaseLost):
+                delivery.lost = True
+                lost += 1
+                log.warning("the lease of %r is gone; it is delivered again, here or elsewhere", delivery)
+        if lost:
+            self._counts.add(telemetry.LEASE_LOST, self._address, lost)

@@ -1,0 +1,118 @@
+"""What decorators record: which function handles what. Nothing is looked at before the bus starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from unibus.channel import Queue, Topic
+from unibus.errors import ConfigError
+from unibus.handlers import Kind
+from unibus.retry import RetryPolicy
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Guarantee = Literal["at-least-once", "at-most-once"]
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One decorated function. `options` holds what the decorator was given, and nothing it was not."""
+
+    kind: Kind
+    channel: Queue[Any] | Topic[Any] | str
+    function: Callable[..., Any]
+    options: dict[str, Any]
+    group: str | None = None  # None: the service's name
+    broadcast: bool = False
+    batch: int = 0
+
+    def __str__(self) -> str:
+        name = getattr(self.function, "__qualname__", repr(self.function))
+        return f"{self.kind} {name}"
+
+
+class Handlers:
+    """Handlers for a bus, collected in a module of their own; `bus.include(handlers)` takes them in.
+
+    The decorators return the function as it was: it stays callable, and testable without a bus.
+    """
+
+    def __init__(self) -> None:
+        self.registrations: list[Registration] = []
+
+    def consumer(
+        self,
+        queue: Queue[Any] | str,
+        *,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+        guarantee: Guarantee | None = None,
+        batch: int = 0,
+    ) -> Callable[[Function], Function]:
+        """Handle the messages of a queue; all its consumers, in all processes, compete.
+
+        `concurrency`: handlers at once in this process (10). `prefetch`: messages held (twice that). `timeout`: seconds a
+        handler may run (900; 0: no limit). `batch=n`: the handler takes a list of up to n bodies, settled one by one.
+        """
+        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
+        return self._register("consumer", queue, options, batch=batch)
+
+    def subscriber(
+        self,
+        topic: Topic[Any] | str,
+        *,
+        group: str | None = None,
+        broadcast: bool = False,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+        guarantee: Guarantee | None = None,
+        batch: int = 0,
+    ) -> Callable[[Function], Function]:
+        """Handle the messages of a topic, as a member of `group` (default: the service's name).
+
+        Each group gets every message that is published after the group was declared; members of a group compete.
+        `broadcast`: no group; each process gets every message while it runs, and keeps no backlog and no dead letters.
+        """
+        if broadcast and group is not None:
+            raise ConfigError(f"subscriber of {topic}: broadcast=True has no group; drop group={group!r}")
+        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
+        return self._register("subscriber", topic, options, group=group, broadcast=broadcast, batch=batch)
+
+    def responder(
+        self,
+        queue: Queue[Any] | str,
+        *,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> Callable[[Function], Function]:
+        """Answer the requests of a queue with what the function returns.
+
+        An exception is answered at once, as RemoteError. With `retry` the request is tried again first, as long as its
+        requester still waits.
+        """
+        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry)
+        return self._register("responder", queue, options)
+
+    def include(self, handlers: Handlers) -> None:
+        """Take in the handlers of another module."""
+        self.registrations.extend(handlers.registrations)
+
+    def _register(
+        self, kind: Kind, channel: Queue[Any] | Topic[Any] | str, options: dict[str, Any], **more: Any
+    ) -> Callable[[Function], Function]:
+        def register(function: Function) -> Function:
+            self.registrations.append(Registration(kind, channel, function, options, **more))
+            return function
+
+        return register
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,242 @@
+"""Request and reply (EIP: Request-Reply, Return Address, Correlation Identifier).
+
+A reply is matched by the id of the request's message, never by the conversation's correlation id. Each process has one
+inbox, opened with its first request. A return address comes from outside and is not trusted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from unibus import deadletter, retry, telemetry
+from unibus.adapter import Outcome, Outgoing, Source, Subscription
+from unibus.channel import Inbox, Queue
+from unibus.codec import BodyCodec
+from unibus.delivery import Delivery
+from unibus.errors import Closed, CodecError, ConnectionLost, RemoteError, Timeout, TransportError, UnibusError
+from unibus.handlers import InvalidHeader
+from unibus.layers import Handling
+from unibus.message import REPLY_ERROR, REPLY_STATUS, Message, new_id
+from unibus.retry import Action, RetryPolicy
+from unibus.settler import Kit
+from unibus.supervisor import FATAL, back_off
+
+log = logging.getLogger("unibus")
+
+ERROR = "error"  # the only x-reply-status that is written: a reply without one is a result
+INBOX_PREFETCH = 1000
+POLL = 5.0
+
+
+class Requester:
+    """The inbox of a process, and who waits for what in it."""
+
+    def __init__(self, kit: Kit, inbox: Inbox) -> None:
+        self._kit = kit
+        self._source = Source(inbox, INBOX_PREFETCH)
+        self._waiting: dict[str, asyncio.Future[Message]] = {}
+        self._address: str | None = None  # what goes into reply_to, while the inbox is open
+        self._open = asyncio.Event()
+        self._failure: UnibusError | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def request(self, outgoing: Outgoing, codec: BodyCodec, timeout: float) -> Any:
+        """Send, and wait for the reply. Raises Timeout, RemoteError, ConnectionLost, CodecError, or what send raises."""
+        clock, message = self._kit.clock, outgoing.message
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        where = outgoing.to
+
+        def expire() -> None:
+            if not future.done():
+                future.set_exception(Timeout(f"no reply from {where} within {timeout:g} s"))
+
+        timer = clock.call_later(timeout, expire)
+        self._waiting[message.id] = future
+        try:
+            if self._task is None:
+                self._task = asyncio.create_task(self._run(), name="unibus inbox")
+            await self._opened(future)
+            message.reply_to = self._address
+            message.expires_at = clock.time() + timeout
+            sent = self._kit.publisher.submit(outgoing, timeout)
+            await asyncio.wait((sent, future), return_when=asyncio.FIRST_COMPLETED)
+            if sent.done() and (error := sent.result()) is not None:
+                raise error
+            reply = await future
+        finally:
+            timer.cancel()
+            self._waiting.pop(message.id, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # seen
+            else:
+                future.cancel()
+        if reply.headers.get(REPLY_STATUS) == ERROR:
+            kind, _, text = reply.headers.get(REPLY_ERROR, "").partition(": ")
+            raise RemoteError(kind or "Error", text)
+        return codec.decode(reply.body, reply.content_type)
+
+    async def _opened(self, future: asyncio.Future[Message]) -> None:
+        """Until the inbox is open, or the request's time is over."""
+        if self._open.is_set():
+            return
+        opened = asyncio.ensure_future(self._open.wait())
+        try:
+            await asyncio.wait((opened, future), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            opened.cancel()
+        if future.done():
+            future.result()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _run(self) -> None:
+        """Keep the inbox open. Losing it fails the requests under way at once: their replies can't arrive any more."""
+        link, failures = self._kit.link, 0
+        while True:
+            subscription: Subscription | None = None
+            epoch = 0
+            try:
+                epoch = await link.up()
+                subscription = await link.adapter.subscribe(self._source)
+                address = subscription.address
+                self._address = address.name if isinstance(address, Inbox) else str(address)
+                self._open.set()
+                failures = 0
+                await self._receive(subscription)
+            except (Closed, *FATAL) as error:
+                self._lose(error)
+                self._failure = error
+                self._open.set()
+                return
+            except Exception as error:
+                if isinstance(error, ConnectionLost):
+                    link.lost(epoch, error)
+                else:
+                    log.warning("the inbox failed: %s", error, exc_info=not isinstance(error, UnibusError))
+                    await self._kit.clock.sleep(back_off(failures))
+                    failures += 1
+                lost = ConnectionLost("the inbox is gone, and with it the reply; the request may have been handled")
+                lost.__cause__ = error
+                self._lose(lost)
+            finally:
+                self._open.clear()
+                if subscription is not None:
+                    await _close(subscription)
+
+    async def _receive(self, subscription: Subscription) -> None:
+        while True:
+            deliveries = await subscription.receive(INBOX_PREFETCH, POLL)
+            late = 0
+            for delivery in deliveries:
+                future = self._waiting.get(delivery.message.causation_id or "")
+                if future is None or future.done():
+                    late += 1
+                else:
+                    future.set_result(delivery.message)
+            if late:
+                self._kit.counts.add(telemetry.LATE_REPLIES, None, late)
+                log.info("%d replies came when nobody waited for them any more; dropped", late)
+            if deliveries:
+                await subscription.settle(Outcome.ACCEPTED, deliveries)
+
+    def _lose(self, error: UnibusError) -> None:
+        self._address = None
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+
+    async def close(self) -> None:
+        self._lose(Closed("the bus was closed before the reply came"))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+
+async def _close(subscription: Subscription) -> None:
+    try:
+        await subscription.close()
+    except TransportError as error:
+        log.debug("the inbox did not close in order: %s", error)
+
+
+class Responder:
+    """Makes a consumer's handling of a handler that answers: result or error to the requester, then ack.
+
+    An exception is answered at once. Only with a policy of its own (`retry=` was given) is the request tried again, and
+    only as long as the next attempt starts before the requester's deadline. A reply that can't be sent never brings the
+    request back: it was handled.
+    """
+
+    def __init__(
+        self, kit: Kit, queue: Queue[Any], codec: BodyCodec, answer: Handling, policy: RetryPolicy | None
+    ) -> None:
+        self._kit = kit
+        self._queue = queue
+        self._codec = codec
+        self._answer = answer
+        self._policy = policy
+
+    async def __call__(self, delivery: Delivery[Any]) -> None:
+        try:
+            result = await self._answer(delivery)
+            body = self._codec.encode(result)
+        except InvalidHeader:
+            raise  # answered by `undecodable`
+        except retry.DeadLetter as error:
+            await self._reply_error(delivery, error)
+            raise
+        except Exception as error:
+            if self._may_retry(delivery, error):
+                raise
+            await self._reply_error(delivery, error)
+            if isinstance(error, retry.Discard):
+                raise
+            log.warning("%s: answered with an error: %s", self._queue, deadletter.describe(error), exc_info=error)
+        else:
+            await self._reply(delivery, Message(body, content_type=self._codec.content_type))
+
+    async def undecodable(self, delivery: Delivery[Any], error: CodecError) -> None:
+        """A request that can't be read is answered too, so that its sender need not wait."""
+        await self._reply_error(delivery, error)
+
+    def _may_retry(self, delivery: Delivery[Any], error: Exception) -> bool:
+        if self._policy is None:
+            return False
+        verdict = retry.decide(self._policy, delivery.failures, error)
+        expires_at = delivery.message.expires_at
+        in_time = expires_at is None or self._kit.clock.time() + verdict.delay < expires_at
+        return verdict.action is Action.RETRY and in_time
+
+    async def _reply_error(self, delivery: Delivery[Any], error: Exception) -> None:
+        text = deadletter.one_line(f"{type(error).__name__}: {error}", 1024)
+        headers = {REPLY_STATUS: ERROR, REPLY_ERROR: text}
+        await self._reply(delivery, Message(b"", headers=headers))
+
+    async def _reply(self, delivery: Delivery[Any], reply: Message) -> None:
+        request, counts = delivery.message, self._kit.counts
+        if request.reply_to is None:
+            log.warning("%s: request %s has no return address; its answer is dropped", self._queue, request.id)
+            counts.add(telemetry.REPLIES_FAILED, self._queue)
+            return
+        clock = self._kit.clock
+        reply.id = new_id()
+        reply.causation_id = request.id
+        reply.correlation_id = request.correlation_id
+        reply.timestamp = clock.time()
+        reply.expires_at = request.expires_at
+        timeout = None
+        if request.expires_at is not None:
+            timeout = max(0.0, min(request.expires_at - reply.timestamp, self._kit.publisher.timeout))
+        error: UnibusError | None
+        try:
+            to = self._kit.link.adapter.reply_to(request.reply_to)
+            error = await self._kit.publisher.submit(Outgoing(to, reply), timeout)
+        except UnibusError as refused:
+            error = refused
+        if error is None:
+            counts.add(telemetry.REPLIED, self._queue)
+        else:
+            counts.add(telemetry.REPLIES_FAILED, self._queue)
+            log.warning("%s: the reply to request %s was not delivered: %s", self._queue, request.id, error)

@@ -1,0 +1,330 @@
+"""What exists while a bus is open: the link, the publisher, the inbox, the consumers. Built at start, gone at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from unibus.adapter import Adapter, Outgoing
+from unibus.channel import Group, Inbox, Queue, Topic
+from unibus.clock import Clock
+from unibus.codec import codec_for, codec_of
+from unibus.consumer import Consumer
+from unibus.correlation import correlate, handling
+from unibus.delivery import Delivery
+from unibus.errors import CodecError, ConfigError, Timeout, Unsupported
+from unibus.handlers import Handler, resolve
+from unibus.intake import Intake
+from unibus.layers import Handling, Layer, compose
+from unibus.message import NO_HEADERS, Message, check_headers, new_id
+from unibus.publisher import Publisher, check_limits
+from unibus.reply import Requester, Responder
+from unibus.settler import Kit
+from unibus.supervisor import Link
+from unibus.telemetry import Counts
+from unibus.threads import Threads
+from unibus.topology import Channels, Station, build, check
+
+if TYPE_CHECKING:
+    from unibus.config import Settings
+
+log = logging.getLogger("unibus")
+
+
+class Route:
+    """All that a send to one channel needs, looked up once."""
+
+    __slots__ = ("channel", "content_type", "delayed", "encode", "priorities")
+
+    def __init__(self, channel: Queue[Any] | Topic[Any]) -> None:
+        codec = codec_for(channel)
+        self.channel = channel
+        self.encode = codec.encode
+        self.content_type = codec.content_type
+        self.priorities = channel.priorities
+        self.delayed = channel.delayed
+
+
+class Session:
+    """One open bus."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        settings: Settings,
+        channels: Channels,
+        stations: Sequence[Station],
+        *,
+        clock: Clock,
+        layers: Sequence[Layer],
+        instance: str,
+    ) -> None:
+        counts = Counts()
+        self.settings = settings
+        self.channels = channels
+        self.topology = build(channels, stations, settings)
+        link = Link(adapter, self.topology, clock, counts)
+        self.kit = Kit(link, Publisher(link, clock, counts, settings.send_timeout), clock, counts)
+        self.consumers: list[Consumer] = []
+        self.intakes: list[Intake] = []
+        self.running = False
+        self._stations = stations
+        self._layers = layers
+        self._threads: list[Threads] = []
+        self._routes: dict[Queue[Any] | Topic[Any] | str, Route] = {}
+        self._requester = Requester(self.kit, Inbox(f"{settings.service}.reply.{instance}"))
+        # Mistakes in handlers come out here, before any I/O.
+        self._handlers = [_resolved(station, layers) for station in stations]
+
+    async def open(self) -> None:
+        """Connect and declare. Raises what the broker says, or Unsupported."""
+        link = self.kit.link
+        check(self.channels, self._stations, link.adapter.capabilities)
+        await link.open()
+        # The server's version may know less than the newest one.
+        try:
+            check(self.channels, self._stations, link.adapter.capabilities)
+        except BaseException:
+            await link.close()
+            raise
+
+    # Sending
+
+    def route(self, channel: Queue[Any] | Topic[Any] | str) -> Route:
+        try:
+            return self._routes[channel]
+        except KeyError:
+            route = self._routes[channel] = Route(self.channels.find(channel))
+            return route
+
+    def outgoing(
+        self,
+        route: Route,
+        body: Any,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float | None = None,
+        expires_in: float | None = None,
+        priority: int | None = None,
+    ) -> Outgoing:
+        """The message as it goes out. Raises CodecError, Unsupported, MessageTooLarge."""
+        clock = self.kit.clock
+        if type(body) is Message:
+            message = self._from_message(route, body)
+        else:
+            message = Message(route.encode(body), new_id(), None, route.content_type)
+        if key is not None:
+            message.key = key
+        if headers:
+            message.headers = MappingProxyType({**message.headers, **headers})
+        if message.headers:
+            check_headers(message.headers)
+        if message.key is not None:
+            _check_key(message.key, route.channel)
+        if (cause := handling.get()) is not None:
+            correlate(message, cause)
+        now = clock.time()
+        if message.timestamp is None:
+            message.timestamp = now
+        if expires_in is not None:
+            message.expires_at = now + expires_in
+        if priority is not None:
+            message.priority = priority
+        if message.priority is not None and not (route.priorities and 0 <= message.priority < route.priorities):
+            raise Unsupported(_no_priority(route.channel, message.priority))
+        delay = message.delay if delay is None else delay
+        not_before = None
+        if delay is not None:
+            not_before = now + self._checked_delay(route, delay)
+            message.delay = None
+        check_limits(message, self.kit.link.adapter.capabilities, route.channel)
+        return Outgoing(route.channel, message, not_before)
+
+    def _from_message(self, route: Route, given: Message) -> Message:
+        """A Message of the caller's own: a body in bytes is sent as it is; what is open is filled in."""
+        raw = isinstance(given.body, bytes)
+        return Message(
+            given.body if raw else route.encode(given.body),
+            _one_line(given.id, "id") or new_id(),
+            _one_line(given.type, "type"),
+            _one_line(given.content_type, "content_type") or route.content_type,
+            MappingProxyType(dict(given.headers)) if given.headers else NO_HEADERS,
+            given.key,
+            _one_line(given.correlation_id, "correlation_id"),
+            _one_line(given.causation_id, "causation_id"),
+            _one_line(given.reply_to, "reply_to"),
+            given.timestamp,
+            given.expires_at,
+            given.priority,
+            given.delay,
+        )
+
+    def _checked_delay(self, route: Route, delay: float) -> float:
+        if not route.delayed:
+            raise Unsupported(
+                f"{route.channel} was not declared with delayed=True, so a message to it can't be delayed"
+            )
+        if not 0 <= delay < float("inf"):
+            raise CodecError(f"delay={delay}: use seconds, 0 or more")
+        limit = self.kit.link.adapter.capabilities.delay.limit
+        if limit is not None and delay > limit:
+            raise Unsupported(f"{route.channel}: delay={delay:g} s is beyond what the broker can do, {limit:g} s")
+        return delay
+
+    async def request(self, queue: Queue[Any] | str, body: Any, timeout: float | None, **more: Any) -> Any:
+        route = self.route(queue)
+        reply = getattr(route.channel, "reply", None)
+        if reply is None:
+            raise Unsupported(f"{route.channel} was not declared with reply=..., so nobody answers")
+        if timeout is None:
+            timeout = self.settings.request_timeout
+        try:
+            return await self._requester.request(self.outgoing(route, body, **more), codec_of(reply), timeout)
+        except Timeout as error:
+            raise error.with_traceback(None) from error.__cause__
+
+    # Receiving
+
+    def start(self) -> None:
+        """Start the handlers."""
+        self.running = True
+        for station, handler in zip(self._stations, self._handlers, strict=True):
+            consumer = self._consumer(station, handler)
+            self.consumers.append(consumer)
+            self.intakes.append(consumer.intake)
+            consumer.begin()
+
+    async def started(self, intakes: Sequence[Intake]) -> None:
+        """Until these subscriptions stand: what is sent from now on arrives. Raises what ended the link."""
+        link = self.kit.link
+        for intake in intakes:
+            subscribed = asyncio.ensure_future(intake.subscribed.wait())
+            failed = asyncio.ensure_future(link.failed.wait())
+            try:
+                await asyncio.wait((subscribed, failed), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                subscribed.cancel()
+                failed.cancel()
+            if link.failure is not None:
+                raise link.failure
+
+    def _consumer(self, station: Station, handler: Handler) -> Consumer:
+        settings, registration = station.settings, station.registration
+        requests = registration.kind == "responder"
+        intake = Intake(
+            self.kit,
+            station.address,
+            prefetch=settings.prefetch,
+            policy=settings.retry,
+            at_most_once=settings.guarantee == "at-most-once",
+            requests=requests,
+        )
+        call: Handling = handler.call
+        if not handler.is_async:
+            call = self._in_threads(handler, settings.concurrency)
+        call = compose(call, self._layers)
+        undecodable = None
+        if requests and isinstance(station.address, Queue):
+            policy = settings.retry if "retry" in registration.options else None
+            responder = Responder(self.kit, station.address, codec_of(station.address.reply), call, policy)
+            call, undecodable = responder, responder.undecodable
+        return Consumer(
+            intake,
+            call,
+            codec_for(station.channel),
+            name=handler.name,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
+            batch=registration.batch,
+            in_thread=not handler.is_async,
+            undecodable=undecodable,
+        )
+
+    def _in_threads(self, handler: Handler, size: int) -> Handling:
+        threads = Threads(size, handler.name)
+        self._threads.append(threads)
+        call = handler.call
+
+        def handle(delivery: Delivery[Any]) -> Any:
+            return threads.run(lambda: call(delivery))
+
+        return handle
+
+    def address(self, channel: Queue[Any] | Topic[Any] | str, group: str | None) -> Queue[Any] | Group:
+        """What is received from: the queue, or a group of the topic, by default the service's."""
+        known = self.channels.find(channel)
+        if isinstance(known, Topic):
+            return Group(known, group or self.settings.service)
+        if group is not None:
+            raise ConfigError(f"{known} has no groups; drop group={group!r}")
+        return known
+
+    def intake(self, address: Queue[Any] | Group, prefetch: int) -> Intake:
+        """For a receiver by hand."""
+        settings = self.settings.consumer(address, {"prefetch": prefetch})
+        intake = Intake(self.kit, address, prefetch=prefetch, policy=settings.retry)
+        self.intakes.append(intake)
+        return intake
+
+    # The end
+
+    async def drain(self) -> None:
+        """Stop the handlers: no new messages, those under way get `shutdown_timeout` seconds, all is settled."""
+        consumers, self.consumers = self.consumers, []
+        self.running = False
+        await asyncio.gather(*(consumer.drain(self.settings.shutdown_timeout) for consumer in consumers))
+        for consumer in consumers:
+            self.intakes.remove(consumer.intake)
+        for threads in self._threads:
+            threads.close()
+        self._threads.clear()
+
+    async def close(self) -> None:
+        await self.drain()
+        for intake in list(self.intakes):
+            await self.end(intake)
+        await self.kit.publisher.drain()
+        await self._requester.close()
+        await self.kit.publisher.close()
+        await self.kit.link.close()
+
+    async def end(self, intake: Intake) -> None:
+        """Of a receiver by hand: what it holds goes back."""
+        if intake in self.intakes:
+            self.intakes.remove(intake)
+            await intake.stop()
+            await intake.close()
+
+    def busy(self) -> bool:
+        """Is there anything under way, as opposed to waiting for its time?"""
+        return self.kit.publisher.busy() or any(intake.busy() for intake in self.intakes)
+
+
+def _resolved(station: Station, layers: Sequence[Layer]) -> Handler:
+    registration = station.registration
+    handler = resolve(registration.function, kind=registration.kind, channel=station.channel, batch=registration.batch)
+    if registration.batch and layers:
+        raise ConfigError(f"{registration}: batch={registration.batch}, but layers wrap the handling of one message")
+    return handler
+
+
+def _check_key(key: object, channel: Queue[Any] | Topic[Any]) -> None:
+    if not isinstance(key, str):
+        raise CodecError(f"{channel}: a key is a str, not {type(key).__name__}; convert it first")
+    if not key or "\0" in key:
+        raise CodecError(f"{channel}: a key is not empty and holds no NUL; use None for no key")
+
+
+def _one_line(text: str | None, field: str) -> str | None:
+    if text is not None and any(c in text for c in "\r\n\0"):
+        raise CodecError(f"Message.{field} holds a line break or NUL")
+    return text
+
+
+def _no_priority(channel: Queue[Any] | Topic[Any], priority: int) -> str:
+    if channel.priorities:
+        return f"{channel}: priority={priority}; it was declared with 0 to {channel.priorities - 1}"
+    return f"{channel} was not declared with priorities=n, so its messages have no priority"

@@ -1,0 +1,205 @@
+"""Settling in groups: while one call is in flight, collect; copies are confirmed before their originals are settled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unibus import telemetry
+from unibus.adapter import Move, Outcome, Outgoing, Subscription
+from unibus.channel import Group, Queue
+from unibus.clock import Clock
+from unibus.delivery import Delivery
+from unibus.errors import Closed, ConnectionLost, LeaseLost, TransportError, UnibusError, Unsupported
+from unibus.publisher import Publisher
+from unibus.supervisor import Link, back_off
+from unibus.telemetry import Counts
+
+log = logging.getLogger("unibus")
+
+SETTLE_TRIES = 6
+FIRST_MOVE_WAIT = 3  # in doublings of the shortest back-off: a dead-letter channel rarely comes back at once
+
+Transfer = tuple[Delivery[Any], Outgoing]
+Settled = Callable[[Delivery[Any], TransportError | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """What all parts of one open bus share."""
+
+    link: Link
+    publisher: Publisher
+    clock: Clock
+    counts: Counts
+
+
+class Settler:
+    """Carries out what an intake decided. `settled` is called once for each delivery, with its error if it has one."""
+
+    def __init__(self, kit: Kit, address: Queue[Any] | Group, settled: Settled, changed: Callable[[], None]) -> None:
+        self.subscription: Subscription | None = None
+        self.stopping = False
+        self.stuck = 0  # groups of copies that can't be sent now
+        self.trouble: str | None = None
+        self._kit = kit
+        self._address = address
+        self._settled = settled
+        self._changed = changed  # called when `stuck` changes
+        self._done: list[Delivery[Any]] = []
+        self._returns: list[Delivery[Any]] = []
+        self._moves: list[Transfer] = []
+        self._task: asyncio.Task[None] | None = None
+        self._moving: set[asyncio.Task[None]] = set()
+
+    def accept(self, delivery: Delivery[Any]) -> None:
+        self._done.append(delivery)
+        if self._task is None:
+            self._start()
+
+    def give_back(self, delivery: Delivery[Any]) -> None:
+        self._returns.append(delivery)
+        if self._task is None:
+            self._start()
+
+    def move(self, delivery: Delivery[Any], outgoing: Outgoing) -> None:
+        self._moves.append((delivery, outgoing))
+        if self._task is None:
+            self._start()
+
+    def busy(self) -> bool:
+        return self._task is not None or bool(self._moving)
+
+    async def idle(self) -> None:
+        """Until all is settled. Ends: every call has a deadline, and moves give up once `stopping` is set."""
+        while waiting := [task for task in (self._task, *self._moving) if task is not None]:
+            await asyncio.wait(waiting)
+
+    def _start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._flush())
+
+    async def _flush(self) -> None:
+        try:
+            while self._done or self._returns or self._moves:
+                if self._moves:
+                    moves, self._moves = self._moves, []
+                    task = asyncio.get_running_loop().create_task(self._carry_out(moves))
+                    self._moving.add(task)
+                    task.add_done_callback(self._moving.discard)
+                if self._done:
+                    done, self._done = self._done, []
+                    await self._settle(Outcome.ACCEPTED, done)
+                if self._returns:
+                    returns, self._returns = self._returns, []
+                    await self._settle(Outcome.RELEASED, returns)
+        finally:
+            self._task = None
+
+    async def _settle(self, outcome: Outcome, deliveries: list[Delivery[Any]]) -> None:
+        limit = self._kit.link.adapter.capabilities.settle_batch
+        for at in range(0, len(deliveries), limit):
+            part = deliveries[at : at + limit]
+            for delivery, error in zip(part, await self._settle_part(outcome, part), strict=True):
+                self._settled(delivery, error)
+
+    async def _settle_part(self, outcome: Outcome, deliveries: list[Delivery[Any]]) -> Sequence[TransportError | None]:
+        """One result each. What the broker puts off is tried again; what can't be settled is counted: it comes again."""
+        subscription, epoch = self.subscription, self._kit.link.epoch
+        results: list[TransportError | None] = [None] * len(deliveries)
+        waiting = list(range(len(deliveries)))
+        for failures in range(SETTLE_TRIES):
+            part = [deliveries[i] for i in waiting]
+            try:
+                if subscription is None or subscription is not self.subscription:
+                    raise ConnectionLost("the link that the delivery came by is gone")
+                answers = await subscription.settle(outcome, part)
+            except ConnectionLost as error:
+                self._kit.link.lost(epoch, error)
+                answers = [_lease_lost(delivery, error) for delivery in part]
+            except TransportError as error:
+                answers = [error] * len(part)
+            except Exception as error:  # a fault of the adapter: the messages come again
+                log.exception("the adapter failed to settle %d messages of %s", len(part), self._address)
+                answers = [_lease_lost(delivery, error) for delivery in part]
+            for i, answer in zip(waiting, answers, strict=True):
+                results[i] = answer
+            waiting = [i for i in waiting if (result := results[i]) is not None and result.retryable]
+            if not waiting:
+                break
+            await self._kit.clock.sleep(back_off(failures))
+        if failed := [result for result in results if result is not None]:
+            self._kit.counts.add(telemetry.LEASE_LOST, self._address, len(failed))
+            log.warning("%s: %d deliveries not settled, they come again: %s", self._address, len(failed), failed[0])
+        return results
+
+    async def _carry_out(self, moves: list[Transfer]) -> None:
+        """Move, again until it succeeds; meanwhile the messages are kept, and `stuck` says to take in no more."""
+        failures = 0
+        while True:
+            for delivery, _ in moves:
+                if delivery.lost:  # it comes again, and needs no copy
+                    self._settled(delivery, _lease_lost(delivery, None))
+            moves = [move for move in moves if not move[0].lost]
+            if not moves:
+                return
+            errors = await self._try(moves)
+            failed = [(move, error) for move, error in zip(moves, errors, strict=True) if error is not None]
+            if not failed:
+                return
+            moves = [move for move, _ in failed]
+            to, error = moves[0][1].to, failed[0][1]
+            if self.stopping and failures:
+                log.error("%s: %d messages given back, since %s takes none: %s", self._address, len(moves), to, error)
+                await self._settle(Outcome.RELEASED, [delivery for delivery, _ in moves])
+                return
+            wait = back_off(failures + FIRST_MOVE_WAIT)
+            failures += 1
+            self.trouble = f"{to} takes no messages from {self._address}: {error}"
+            log.error("%s; they are kept, again in %.1f s", self.trouble, wait)
+            self.stuck += 1
+            try:
+                await self._kit.clock.sleep(wait)
+            finally:
+                self.stuck -= 1
+                if not self.stuck:
+                    self.trouble = None
+                self._changed()
+
+    async def _try(self, moves: list[Transfer]) -> list[UnibusError | None]:
+        """One try of each, in one step where the adapter can; else send, confirm, settle. What succeeded is settled."""
+        results: list[UnibusError | None] = [None] * len(moves)
+        rest = list(range(len(moves)))
+        subscription = self.subscription
+        if subscription is not None and self._kit.link.adapter.capabilities.atomic_move:
+            answers: Sequence[TransportError | Unsupported | None]
+            try:
+                answers = await subscription.move([Move(d, [out]) for d, out in moves], self._kit.publisher.timeout)
+            except TransportError as error:
+                answers = [error] * len(moves)
+            rest = []
+            for i, answer in enumerate(answers):
+                if isinstance(answer, Unsupported):
+                    rest.append(i)
+                elif answer is None or isinstance(answer, LeaseLost):
+                    self._settled(moves[i][0], answer)
+                else:
+                    results[i] = answer
+        if rest:
+            errors: Sequence[UnibusError | None]
+            try:
+                errors = await self._kit.publisher.send_all([moves[i][1] for i in rest])
+            except Closed as error:
+                errors = [error] * len(rest)
+            for i, sent in zip(rest, errors, strict=True):
+                results[i] = sent
+            await self._settle(Outcome.ACCEPTED, [moves[i][0] for i in rest if results[i] is None])
+        return results
+
+
+def _lease_lost(delivery: Delivery[Any], cause: BaseException | None) -> LeaseLost:
+    error = LeaseLost(f"message {delivery.message.id} is no longer ours; it is delivered again, here or elsewhere")
+    error.__cause__ = cause
+    return error

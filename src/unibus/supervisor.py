@@ -1,0 +1,128 @@
+"""The link to the broker, kept up: one place that connects, declares, and reconnects with back-off."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from unibus import telemetry
+from unibus.adapter import Adapter, Topology
+from unibus.clock import Clock, within
+from unibus.errors import (
+    AuthenticationFailed,
+    Closed,
+    ConfigError,
+    ConnectionLost,
+    PermissionDenied,
+    TransportError,
+    UnibusError,
+)
+from unibus.telemetry import Counts
+
+log = logging.getLogger("unibus")
+
+FIRST_WAIT = 0.1
+LONGEST_WAIT = 10.0
+# Trying again would not help, and may lock the account.
+FATAL = (AuthenticationFailed, PermissionDenied, ConfigError)
+
+
+def back_off(failures: int) -> float:
+    """Seconds before the next try, with jitter so that many processes don't come back at once."""
+    return float(min(FIRST_WAIT * 2.0 ** min(failures, 16), LONGEST_WAIT) * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
+
+
+class Link:
+    """One adapter, connected and declared. `epoch` counts the connections: a failure of an older one is old news."""
+
+    def __init__(self, adapter: Adapter, topology: Topology, clock: Clock, counts: Counts) -> None:
+        self.adapter = adapter
+        self.topology = topology
+        self.epoch = 0
+        self.failure: UnibusError | None = None  # why the link is down for good
+        self.failed = asyncio.Event()  # set with `failure`
+        self.trouble: str | None = None  # why it is down now
+        self._clock = clock
+        self._counts = counts
+        self._up = asyncio.Event()
+        self._closed = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Connect and declare once; a failure is the caller's."""
+        try:
+            await self.adapter.connect()
+            await self.adapter.declare(self.topology)
+        except BaseException:
+            await self.adapter.close()
+            raise
+        self.epoch += 1
+        self._up.set()
+
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set() and not self._closed
+
+    async def up(self, timeout: float | None = None) -> int:
+        """Wait until the link is up; its epoch. Raises ConnectionLost after `timeout`, Closed, or what ended the link."""
+        if not self._up.is_set():
+            try:
+                await within(self._clock, timeout, self._up.wait())
+            except TimeoutError:
+                raise ConnectionLost(f"no link to the broker: {self.trouble}") from None
+        if self.failure is not None:
+            raise self.failure
+        if self._closed:
+            raise Closed("the bus is closed")
+        return self.epoch
+
+    def lost(self, epoch: int, error: BaseException) -> None:
+        """Say that the connection of `epoch` broke. Starts to reconnect, once."""
+        if epoch != self.epoch or self._closed or self.failure is not None or not self._up.is_set():
+            return
+        self._up.clear()
+        self.trouble = str(error) or type(error).__name__
+        log.warning("link to the broker lost: %s", self.trouble)
+        self._task = asyncio.create_task(self._reconnect())
+
+    async def redeclare(self) -> None:
+        """Make again what was deleted on the broker (declare=create), or say what is missing."""
+        await self.adapter.declare(self.topology)
+
+    async def _reconnect(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self.adapter.close()
+                await self.adapter.connect()
+                await self.adapter.declare(self.topology)
+            except FATAL as error:
+                log.error("link to the broker given up: %s", error)  # noqa: TRY400  # the traceback says nothing more
+                self.failure = error
+                self.failed.set()
+                self._up.set()
+                return
+            except TransportError as error:
+                self.trouble = str(error)
+                wait = back_off(failures)
+                failures += 1
+                log.warning("no link to the broker yet, again in %.1f s: %s", wait, error)
+                await self._clock.sleep(wait)
+            else:
+                break
+        self.epoch += 1
+        self.trouble = None
+        self._counts.add(telemetry.RECONNECTED, None)
+        log.info("link to the broker is up again")
+        self._up.set()
+
+    async def close(self) -> None:
+        """Idempotent."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+        self._up.set()
+        await self.adapter.close()

@@ -1,0 +1,179 @@
+"""From handlers, channels and settings to the topology: finite, known at start, checked against the broker's abilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unibus.adapter import Declared, Topology
+from unibus.capabilities import Capabilities, Support
+from unibus.channel import (
+    DEAD_LETTER,
+    INVALID,
+    Group,
+    Queue,
+    Topic,
+    dead_letter_queue,
+    invalid_queue,
+)
+from unibus.errors import ConfigError, UnknownChannel, Unsupported
+from unibus.registrations import Registration
+from unibus.settlement import Place, check_policy
+
+if TYPE_CHECKING:  # importing unibus must not import its configuration
+    from unibus.config import ConsumerSettings, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """One handler at its address, with all that was said about it."""
+
+    registration: Registration
+    address: Queue[Any] | Group
+    settings: ConsumerSettings
+
+    @property
+    def channel(self) -> Queue[Any] | Topic[Any]:
+        return self.address.topic if isinstance(self.address, Group) else self.address
+
+
+class Channels:
+    """The channels a bus knows, by name: from its handlers, `Bus(channels=...)` and unibus.toml."""
+
+    def __init__(self, channels: Iterable[Queue[Any] | Topic[Any]]) -> None:
+        self._by_name: dict[str, Queue[Any] | Topic[Any]] = {}
+        for channel in channels:
+            self.add(channel)
+
+    def add(self, channel: Queue[Any] | Topic[Any]) -> None:
+        """Raises ConfigError where one name stands for two different channels."""
+        known = self._by_name.setdefault(channel.name, channel)
+        if type(known) is not type(channel):
+            raise ConfigError(f"{channel.name!r} is declared as a queue and as a topic; give one of them another name")
+        for feature in ("body", "ordered", "priorities", "delayed", "codec", "reply"):
+            mine, theirs = getattr(known, feature, None), getattr(channel, feature, None)
+            if mine is not theirs and mine != theirs:
+                raise ConfigError(
+                    f"{channel} is declared twice, with different {feature}; declare it once and import it"
+                )
+
+    def find(self, channel: Queue[Any] | Topic[Any] | str) -> Queue[Any] | Topic[Any]:
+        """The channel itself; raises UnknownChannel."""
+        name = channel if isinstance(channel, str) else channel.name
+        known = self._by_name.get(name)
+        if known is None:
+            if isinstance(channel, str):
+                raise UnknownChannel(name, tuple(self._by_name))
+            error = UnknownChannel(name, ())
+            error.args = (
+                f"{channel} is not known to this bus: it has no handler for it; name it in Bus(channels=[...])",
+            )
+            raise error
+        if not isinstance(channel, str) and type(known) is not type(channel):
+            raise ConfigError(f"{name!r} is a {type(known).__name__.lower()}, not a {type(channel).__name__.lower()}")
+        return known
+
+    def __iter__(self) -> Iterator[Queue[Any] | Topic[Any]]:
+        return iter(self._by_name.values())
+
+
+def stations(
+    registrations: Sequence[Registration], channels: Channels, settings: Settings, instance: str
+) -> list[Station]:
+    """Where each handler stands. Raises ConfigError for two handlers at one address."""
+    found: list[Station] = []
+    taken: dict[object, Registration] = {}
+    for number, registration in enumerate(registrations):
+        channel = channels.find(registration.channel)
+        address: Queue[Any] | Group
+        if registration.kind == "subscriber":
+            if not isinstance(channel, Topic):
+                raise ConfigError(f"{registration}: {channel} is no topic; use @bus.consumer for a queue")
+            if registration.broadcast:
+                address = Group(channel, f"{settings.service}.{instance}.{number}", ephemeral=True)
+            else:
+                address = Group(channel, registration.group or settings.service)
+        elif isinstance(channel, Queue):
+            address = channel
+        else:
+            raise ConfigError(f"{registration}: {channel} is no queue; use @bus.subscriber for a topic")
+        if address in taken:
+            hint = (
+                "give one of them another group"
+                if isinstance(address, Group)
+                else "a queue has one handler in a process"
+            )
+            raise ConfigError(f"{address} has two handlers, {taken[address]} and {registration}: {hint}")
+        taken[address] = registration
+        found.append(Station(registration, address, settings.consumer(address, registration.options)))
+    return found
+
+
+def build(channels: Channels, stations: Sequence[Station], settings: Settings) -> Topology:
+    """Everything the bus will ever need on the broker."""
+    groups = dict.fromkeys(
+        [s.address for s in stations if isinstance(s.address, Group) and not s.address.ephemeral]
+        + settings.declared_groups()
+    )
+    declared: list[Declared] = []
+    for channel in channels:
+        declared.append(Declared(channel, settings.physical(channel), options=settings.options(channel)))
+        if isinstance(channel, Queue):
+            declared += _failures(channel, settings)
+    for group in groups:
+        declared.append(Declared(group, settings.physical(group), options=settings.options(group)))
+        declared += _failures(group, settings)
+    _check_names(declared)
+    waits = set(settings.delays)
+    for station in stations:
+        if not station.channel.ordered and station.settings.guarantee == "at-least-once":
+            waits.update(station.settings.retry.waits())
+    return Topology(settings.declare, tuple(declared), tuple(sorted(waits)))
+
+
+def _failures(address: Queue[Any] | Group, settings: Settings) -> list[Declared]:
+    return [
+        Declared(dead_letter_queue(address), settings.derived(address, DEAD_LETTER), "dead letter"),
+        Declared(invalid_queue(address), settings.derived(address, INVALID), "invalid"),
+    ]
+
+
+def _check_names(declared: Sequence[Declared]) -> None:
+    """No two addresses may meet: `a.b` the queue and group `b` of topic `a` would."""
+    seen: dict[str, Declared] = {}
+    for one in declared:
+        if isinstance(one.address, Topic):
+            continue  # topics stand apart from what is received from, on every broker
+        other = seen.setdefault(one.name, one)
+        if other is not one:
+            raise ConfigError(
+                f"{other.address} and {one.address} would both be {one.name!r} on the broker; rename one of them"
+            )
+
+
+def check(channels: Channels, stations: Sequence[Station], capabilities: Capabilities) -> None:
+    """Refuse at start what the broker can't do. Raises one Unsupported that lists all of it."""
+    problems: list[str] = []
+
+    def need(what: str, support: Support, level: float = 0) -> None:
+        if not support:
+            problems.append(f"{what}: {capabilities.adapter} can't do that ({support.how})")
+        elif support.limit is not None and level > support.limit:
+            problems.append(f"{what}: {capabilities.adapter} goes up to {support.limit:g}")
+
+    for channel in channels:
+        if channel.ordered:
+            need(f"{channel} is ordered by key", capabilities.order)
+        if channel.priorities:
+            need(f"{channel} has {channel.priorities} priorities", capabilities.priority, channel.priorities)
+        if channel.delayed:
+            need(f"{channel} takes delayed messages", capabilities.delay)
+        if isinstance(channel, Queue) and channel.reply is not None:
+            need(f"{channel} has replies", capabilities.reply)
+    for station in stations:
+        private = isinstance(station.address, Group) and station.address.ephemeral
+        place = Place(ordered=station.channel.ordered, private=private)
+        check_policy(station.settings.retry, place, capabilities, f"{station.registration} of {station.address}")
+    if problems:
+        raise Unsupported("; ".join(problems))
