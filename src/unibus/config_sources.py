@@ -277,7 +277,7 @@ def _convert(annotation: Any, text: str) -> tuple[Any, list[str]]:
 
 def _nearest(variable: str, root: type[Root], names: Names) -> str:
     match = get_close_matches(variable.upper(), list(_spellings(root, names, _PREFIX, ())), n=1, cutoff=0.8)
-    return f"; did you mean {match[0]}?" if match else ""
+    return f"; did you mean {match[0]}?" if match and match[0] != variable else ""
 
 
 def _spellings(shape: Any, names: Names, prefix: str, key: Key) -> Iterator[str]:

@@ -185,10 +185,9 @@ def explain(model: type[BaseModel], exc: ValidationError) -> Iterator[tuple[Key,
             lambda m: f"expected a value {m[1]}" if m[1] else "expected ",
             error["msg"],
         )
-        if error["type"] in {"value_error", "assertion_error"}:  # written by a validator, which may quote what it got
-            words = _redacted(
-                words.partition(", ")[2], error["input"], secret=any(is_secret(str(p)) for p in map(str, path))
-            )
+        if error["type"] not in _SILENT:  # written by a validator, which may quote what it got
+            words = re.sub(r"^(Value error|Assertion failed), ", "", words)
+            words = _redacted(words, error["input"], secret=any(is_secret(str(part)) for part in path))
         yield table, key, words
 
 
