@@ -19,11 +19,11 @@ from unibus.errors import (
     TransportError,
     UnknownChannel,
 )
-from unibus_rabbitmq import config, errors, topology, wire
+from unibus_rabbitmq import config, declare, errors, topology, wire
 from unibus_rabbitmq.capabilities import known
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.publisher import Publisher
-from unibus_rabbitmq.subscription import RabbitMQSubscription
+from unibus_rabbitmq.subscription import Hooks, RabbitMQSubscription
 
 log = logging.getLogger("unibus.rabbitmq")
 
@@ -93,9 +93,9 @@ class RabbitMQAdapter:
         link = self._link(self._consuming)
         made = topology.plan(topology_, self._endpoint.prefix, link.version)
         if topology_.mode == "create":
-            await topology.create(link, made, _TIMEOUT)
+            await declare.create(link, made, _TIMEOUT)
         elif topology_.mode == "verify":
-            await topology.verify(link, made, _TIMEOUT)
+            await declare.verify(link, made, _TIMEOUT)
         self._plan = made
         self._topology = topology_
 
@@ -136,7 +136,7 @@ class RabbitMQAdapter:
         except Exception as exc:
             raise errors.translate(exc, f"subscribe to {source.address}") from exc
         subscription = RabbitMQSubscription(
-            source, place, link, channel, self._clock, self._plan, self._names.holds, self._send_one
+            source, place, link, channel, self._clock, self._plan, Hooks(self._send_one, self._subscriptions.discard)
         )
         if isinstance(source.address, Inbox):
             subscription.address = Inbox(place.queue)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aiormq.abc import AbstractChannel
@@ -17,12 +18,19 @@ from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
 from unibus.message import ORIGINAL_DESTINATION, ORIGINAL_SUBSCRIPTION
 from unibus_rabbitmq import errors, frames, wire
+from unibus_rabbitmq.intake import Intake
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.topology import Place, Plan
 
 log = logging.getLogger("unibus.rabbitmq")
 
-Rehold = Callable[[Outgoing], Awaitable[TransportError | None]]
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a subscription needs of its adapter."""
+
+    rehold: Callable[[Outgoing], Awaitable[TransportError | None]]
+    closed: Callable[[RabbitMQSubscription], None]
 
 
 class RabbitMQSubscription:
@@ -36,8 +44,7 @@ class RabbitMQSubscription:
         channel: AbstractChannel,
         clock: Clock,
         plan: Plan,
-        holds: str,
-        rehold: Rehold,
+        hooks: Hooks,
     ) -> None:
         self.source = source
         self.address: Queue[Any] | Group | Inbox = source.address
@@ -47,8 +54,7 @@ class RabbitMQSubscription:
         self._number = channel.number
         self._clock = clock
         self._plan = plan
-        self._holds = holds
-        self._rehold = rehold
+        self._hooks = hooks
         self._inbox = isinstance(source.address, Inbox)
         self._buffer: deque[wire.Received] = deque()
         # Every tag that the server counts as unsettled, ascending; the delivery once it was given out.
@@ -59,12 +65,8 @@ class RabbitMQSubscription:
         self._stopped = False
         self._tags: list[str] = []  # consumer tags
         self._taken = 0  # by browsing
-        self._incoming: wire.Received | None = None
-        self._parts: list[bytes] = []
-        self._left = 0
-        self._method = b""
         self._tasks: set[asyncio.Task[None]] = set()
-        link.wire.sinks[channel.number] = self
+        link.wire.sinks[channel.number] = self._intake = Intake(self._arrived, self._leave)
         channel.on_consumer_cancel_callbacks.add(self._cancelled)
         channel.closing.add_done_callback(self._closed)
 
@@ -77,41 +79,6 @@ class RabbitMQSubscription:
         except Exception as exc:
             raise errors.translate(exc, f"consume from {self._place.queue!r}") from exc
         self._tags.append(str(ok.consumer_tag))
-
-    # -- frames -----------------------------------------------------------------------------------------------
-
-    def frame(self, kind: int, payload: bytes) -> bool:
-        if kind == frames.METHOD:
-            if payload[:4] == frames.DELIVER:
-                self._method = payload
-                return True
-            if payload[:4] == frames.CHANNEL_CLOSE:
-                self._leave()
-            return False
-        if kind == frames.HEADER:
-            if not self._method:
-                return False
-            tag, redelivered, names_at = frames.read_deliver(self._method)
-            received = wire.Received(tag, redelivered, self._method, names_at, payload)
-            self._method = b""
-            self._left = frames.body_size(payload)
-            if self._left:
-                self._incoming = received
-            else:
-                self._arrived(received)
-            return True
-        incoming = self._incoming
-        if incoming is None:
-            return False
-        self._left -= len(payload)
-        if self._left > 0 or self._parts:
-            self._parts.append(payload)
-        if self._left <= 0:
-            incoming.body = b"".join(self._parts) if self._parts else payload
-            self._parts = []
-            self._incoming = None
-            self._arrived(incoming)
-        return True
 
     def _arrived(self, received: wire.Received) -> None:
         self._open[received.tag] = None
@@ -173,7 +140,7 @@ class RabbitMQSubscription:
             if due is not None and due > self._clock.time() and not source.browse:
                 self._start(self._hold_again(delivery, due))
                 continue
-            if headers and wire.DEATH in headers:
+            if self._place.letters and headers and wire.DEATH in headers:
                 self._explain(delivery)
             found.append(delivery)
         self._taken += len(found)
@@ -181,26 +148,24 @@ class RabbitMQSubscription:
 
     def _explain(self, delivery: Delivery[Any]) -> None:
         """Give what the server dead-lettered the headers that the core would have given it."""
-        added = wire.broker_death(delivery.native, self._holds)  # type: ignore[arg-type]  # we made it
+        added = wire.broker_death(delivery.native)  # type: ignore[arg-type]  # we made it
         if not added:
             return
         origin = self._plan.logical.get(added[ORIGINAL_DESTINATION])
-        if isinstance(origin, Group):
-            added |= {ORIGINAL_DESTINATION: origin.topic.name, ORIGINAL_SUBSCRIPTION: origin.name}
-        elif origin is not None:
-            added[ORIGINAL_DESTINATION] = stem(origin)
+        if origin is not None:
+            topic = origin.topic if isinstance(origin, Group) else origin
+            added |= {ORIGINAL_DESTINATION: stem(topic), ORIGINAL_SUBSCRIPTION: origin.name}
         delivery.message.headers = {**delivery.message.headers, **added}
 
     async def _hold_again(self, delivery: Delivery[Any], due: float) -> None:
         """The next hop of a long delay: to the next hold queue, confirmed, and only then away from here."""
-        error = await self._rehold(Outgoing(self.address, delivery.message, due, delivery))
+        error = await self._hooks.rehold(Outgoing(self.address, delivery.message, due, delivery))
         if error is None:
             self._settle_now(Outcome.ACCEPTED, [delivery])
             return
-        if self._over is None:  # the core's supervisor reconnects, with back-off; the message stays here, unsettled
-            log.warning("a delayed message of %s can't go on to its next hold queue: %s", self.address, error)
-            self._over = error if isinstance(error, ConnectionLost | NotFound) else ConnectionLost(str(error))
-            self._wake()
+        # The message stays here, unsettled. The core subscribes again, with back-off, and declares again what is missing.
+        log.warning("a delayed message of %s can't go on to its next hold queue: %s", self.address, error)
+        self._end(error)
 
     # -- settle -----------------------------------------------------------------------------------------------
 
@@ -286,6 +251,7 @@ class RabbitMQSubscription:
             self._link.write(self._settle_frames(Outcome.RELEASED, back))
 
     async def close(self) -> None:
+        self._hooks.closed(self)
         await self.stop()
         for task in self._tasks:
             task.cancel()
@@ -310,7 +276,7 @@ class RabbitMQSubscription:
 
     def _leave(self) -> None:
         self._dead = True
-        if self._link.wire.sinks.get(self._number) is self:
+        if self._link.wire.sinks.get(self._number) is self._intake:
             del self._link.wire.sinks[self._number]
 
     def _cancelled(self, frame: Any) -> None:
@@ -330,8 +296,7 @@ class RabbitMQSubscription:
         else:
             error = errors.translate(cause, f"consume from {self._place.queue!r}")
             error.__cause__ = cause
-        # A refusal in the middle of a run (a consumer timeout, say) is cured by subscribing again.
-        self._end(error if isinstance(error, ConnectionLost | NotFound) else ConnectionLost(str(error)))
+        self._end(error)
         self._buffer.clear()
         self._start(self._lose(self._held()))
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
+from unibus.deadletter import stamp
 from unibus.errors import Refused
 from unibus.message import (
     BROKER_HEADERS,
@@ -29,6 +31,7 @@ from unibus.message import (
     EXPIRES_AT,
     ID,
     KEY,
+    MOVED_TO_DLQ_AT,
     NO_HEADERS,
     NOT_BEFORE,
     ORIGINAL_DESTINATION,
@@ -229,17 +232,17 @@ def deliveries(received: Received, *, counted: bool) -> int:
     return 2 if received.redelivered and not counted else 1
 
 
-def broker_death(received: Received, hold_prefix: str) -> dict[str, str]:
-    """The dead-letter headers of a message that the server itself dead-lettered, else nothing.
-
-    A hold queue dead-letters what is due; that is no death.
-    """
+def broker_death(received: Received) -> dict[str, str]:
+    """For a message in a dead-letter queue: the headers that are missing because the server itself put it there."""
     headers = received.properties.headers
     deaths = headers.get(DEATH) if headers else None
     if not headers or not isinstance(deaths, list) or DLQ_REASON in headers:
         return {}
     last = deaths[0] if deaths and isinstance(deaths[0], dict) else {}
-    queue = str(last.get("queue", ""))
-    if queue.startswith(hold_prefix):
-        return {}
-    return {DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT, ORIGINAL_DESTINATION: queue}
+    found = {
+        DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT,
+        ORIGINAL_DESTINATION: str(last.get("queue", "")),
+    }
+    if isinstance(moved := last.get("time"), datetime):
+        found[MOVED_TO_DLQ_AT] = stamp(moved.timestamp())
+    return found

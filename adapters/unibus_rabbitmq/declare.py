@@ -1,0 +1,140 @@
+"""Carrying out a plan: make what is missing, or say what is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelNotFoundEntity
+
+from unibus.errors import NotFound
+from unibus_rabbitmq import errors
+from unibus_rabbitmq.link import Link
+from unibus_rabbitmq.topology import Binding, Exchange, Plan, QueueSpec
+
+log = logging.getLogger("unibus.rabbitmq")
+
+_AT_ONCE = 8  # channels that declare side by side
+
+
+async def create(link: Link, made: Plan, timeout: float) -> None:
+    """Make what is missing, log each; an object that is there and different is a ConfigError."""
+    await _each(link, made.exchanges.values(), _make_exchange, timeout)
+    await _each(link, made.queues.values(), _make_queue, timeout)
+    await _each(link, made.bindings, _bind, timeout)
+
+
+async def verify(link: Link, made: Plan, timeout: float) -> None:
+    """One NotFound that lists all exchanges and queues that are missing. AMQP has no way to look at bindings."""
+    missing: list[str] = []
+
+    async def look(channels: _Channels, item: Exchange | QueueSpec) -> None:
+        if not await _exists(channels, item):
+            missing.append(f"{'exchange' if isinstance(item, Exchange) else 'queue'} {item.name!r}")
+
+    await _each(link, [*made.exchanges.values(), *made.queues.values()], look, timeout)
+    if missing:
+        raise NotFound(
+            f"missing on RabbitMQ: {', '.join(sorted(missing))}; run `unibus declare`, or set declare = create"
+        )
+
+
+class _Channels:
+    """Throw-away channels: one that a refused declaration has closed is replaced."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._free: list[AbstractChannel] = []
+
+    async def __call__(self, act: Callable[[AbstractChannel], Awaitable[Any]]) -> Any:
+        channel = self._free.pop() if self._free else await self._link.channel()
+        try:
+            return await act(channel)
+        finally:
+            if not channel.is_closed:
+                self._free.append(channel)
+
+    async def close(self) -> None:
+        for channel in self._free:
+            await channel.close()
+
+
+async def _each(link: Link, items: Any, act: Callable[[_Channels, Any], Awaitable[None]], timeout: float) -> None:
+    """`act` on all items, some side by side; the first failure ends it."""
+    channels = _Channels(link)
+    waiting = iter(list(items))
+
+    async def work() -> None:
+        for item in waiting:
+            await act(channels, item)
+
+    try:
+        async with asyncio.timeout(timeout):
+            results = await asyncio.gather(*(work() for _ in range(_AT_ONCE)), return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            await channels.close()
+    except Exception as exc:
+        raise errors.translate(exc, "declare") from exc
+
+
+async def _exists(channels: _Channels, item: Exchange | QueueSpec) -> bool:
+    async def look(channel: AbstractChannel) -> None:
+        if isinstance(item, Exchange):
+            await channel.exchange_declare(item.name, exchange_type=item.type, passive=True)
+        else:
+            await channel.queue_declare(item.name, passive=True)
+
+    try:
+        await channels(look)
+    except ChannelNotFoundEntity:
+        return False
+    except Exception as exc:
+        raise errors.translate(exc, f"look at {item.name!r}") from exc
+    return True
+
+
+async def _make_exchange(channels: _Channels, item: Exchange) -> None:
+    there = await _exists(channels, item)
+    if there and not item.ours:
+        return
+    arguments = dict(item.arguments or {})
+    try:
+        await channels(
+            lambda c: c.exchange_declare(item.name, exchange_type=item.type, durable=True, arguments=arguments)
+        )
+    except Exception as exc:
+        raise errors.mismatch(exc, f"declare exchange {item.name!r}") from exc
+    if not there:
+        log.info("declared exchange %s (%s)", item.name, item.type)
+
+
+async def _make_queue(channels: _Channels, item: QueueSpec) -> None:
+    there = await _exists(channels, item)
+    if there and not item.strict:
+        return
+    try:
+        await channels(lambda c: c.queue_declare(item.name, durable=True, arguments=dict(item.arguments)))
+    except Exception as exc:
+        raise errors.mismatch(exc, f"declare queue {item.name!r}") from exc
+    if not there:
+        log.info("declared queue %s (%s)", item.name, item.arguments["x-queue-type"])
+
+
+async def _bind(channels: _Channels, item: Binding) -> None:
+    arguments = dict(item.arguments) if item.arguments else None
+
+    async def bind(channel: AbstractChannel) -> None:
+        if item.to_exchange:
+            await channel.exchange_bind(item.destination, item.source, item.key, arguments=arguments)
+        else:
+            await channel.queue_bind(item.destination, item.source, item.key, arguments=arguments)
+
+    try:
+        await channels(bind)
+    except Exception as exc:
+        raise errors.translate(exc, f"bind {item.destination!r} to {item.source!r}") from exc
