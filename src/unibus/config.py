@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from unibus.adapter import Secret, Url
 from unibus.channel import Group, Queue, Topic, check_name
+from unibus.config_environment import Names, read_environment
 from unibus.config_settings import ConsumerSettings, Setting, Settings, consumer_values
-from unibus.config_sources import CODE, Layer, Names, flat, from_code, read_environment, read_file, variable_of
+from unibus.config_sources import CODE, Layer, flat, from_code, read_file, variable_of
 from unibus.config_tables import (
     FEATURES,
     BusTable,
@@ -81,16 +82,22 @@ def load(
     root = schema(tuple(sorted(_brokers())))
     scope: Key = ("bus", check_name(bus, "bus")) if bus is not None else ()
     written = read_file(root, file, environ, problems)
-    environment = read_environment(root, environ, _names(scope, channels, groups, written), problems)
     values, settings, exceptions = _from_bus(code, problems)
     given = from_code(root, scope, values)
+    names = _names(scope, channels, groups, written, _early_service(environ, written, given, scope))
+    environment = read_environment(root, environ, names, problems)
     problems += [*written.check(), *given.check()]
     layers = [environment, written, given, from_code(root, scope, _BUILT_IN, "built-in")]
 
     merged, tables = _merge(root, layers, scope)
     problems += _clashes(tables, written, scope, channels)
-    url, broker, place = _url(tables, layers, scope, problems)
-    service = _service(tables.service or merged.service, merged.app, problems)
+    url, broker, standing = _url(tables, layers, scope, problems)
+    service = tables.service or merged.service or _program(merged.app)
+    standing["service"] = _place(layers, (*scope, "service")) or _place(layers, ("service",)) or "built-in"
+    try:
+        check_name(service, "service")
+    except ConfigError as exc:
+        problems.append(f"{standing['service']}: {exc}")
     if problems or url is None:
         raise ConfigError(joined(problems))
 
@@ -99,10 +106,9 @@ def load(
         given.add((*scope, broker), settings, CODE)
     if url.query:
         query = Layer(root)
-        query.add((*scope, broker), url.query, f"query of url, {place}")
+        query.add((*scope, broker), url.query, f"query of url, {standing['url']}")
         layers.insert(0, query)
     merged, tables = _merge(root, layers, scope)
-    derived = {"url": str(url), "service": service}
     return Settings(
         app=merged.app,
         service=service,
@@ -116,10 +122,11 @@ def load(
         shutdown_timeout=tables.shutdown_timeout or 0.0,
         driver=getattr(tables, broker, {}),
         _tables=tables,
-        _found=tuple(_found(merged, tables, layers, scope, broker, derived)),
+        _found=tuple(_found(merged.app, service, url, standing, tables, layers, scope, broker)),
         _exceptions=exceptions,
         _channels=channels,
         _groups=groups,
+        _written={t: tuple(written.table((*scope, "topics", t, "groups"))) for t in tables.topics},
     )
 
 
@@ -133,8 +140,10 @@ def _merge(root: type[Root], layers: Sequence[Layer], scope: Key) -> tuple[Root,
     return merged, merged.bus[scope[1]] if scope else merged
 
 
-def _names(scope: Key, channels: Sequence[Queue[Any] | Topic[Any]], groups: Sequence[Group], written: Layer) -> Names:
-    """All names that this bus knows: those of the code first."""
+def _names(
+    scope: Key, channels: Sequence[Queue[Any] | Topic[Any]], groups: Sequence[Group], written: Layer, service: str
+) -> Names:
+    """All names that a variable of this bus may mean. The group of a subscriber that names none is the service."""
     names = Names(scope)
     names.known["bus",] = [*written.table(("bus",)), *scope[1:]]
     for kind, cls in (("queues", Queue), ("topics", Topic)):
@@ -143,7 +152,8 @@ def _names(scope: Key, channels: Sequence[Queue[Any] | Topic[Any]], groups: Sequ
     for group in groups:
         if not group.ephemeral:
             names.add(("topics", group.topic.name, "groups"), [group.name])
-    for topic in written.table((*scope, "topics")):
+    for topic in list(names.known[(*scope, "topics")]):
+        names.add(("topics", topic, "groups"), [service])
         names.add(("topics", topic, "groups"), written.table((*scope, "topics", topic, "groups")))
     return names
 
@@ -194,8 +204,10 @@ def _clashes(
                     yield f"{place}: {feature}: the code declares {getattr(channel, feature)!r}; say it there only"
 
 
-def _url(tables: BusTable, layers: Sequence[Layer], scope: Key, problems: list[str]) -> tuple[Url | None, str, str]:
-    """The URL with user and password, its broker, and where it stands.
+def _url(
+    tables: BusTable, layers: Sequence[Layer], scope: Key, problems: list[str]
+) -> tuple[Url | None, str, dict[str, str]]:
+    """The URL with user and password, its broker, and where url, username and password stand.
 
     Of two users or passwords the one of the higher source counts: a URL in the environment over a `username` in the
     file; a setting over a URL of the same source.
@@ -204,42 +216,51 @@ def _url(tables: BusTable, layers: Sequence[Layer], scope: Key, problems: list[s
         if not any((*scope, "url") in layer.wrong for layer in layers):
             where = f"[{dotted(scope)}] of unibus.toml" if scope else "unibus.toml"
             problems.append(f"no url: set {variable_of((*scope, 'url'))}, or url in {where}, or pass Bus(url=...)")
-        return None, "", ""
-    rank, place = _standing(layers, (*scope, "url"))
+        return None, "", {}
+    place = _place(layers, (*scope, "url"))
     try:
         url = parse(tables.url.get_secret_value())
         broker = broker_name(url.scheme)
     except ConfigError as exc:
         problems.append(f"{place}: {exc}")
-        return None, "", ""
+        return None, "", {}
+    standing = dict.fromkeys(("url", "username", "password"), place)
     username, password = url.username, url.password
-    if tables.username is not None and (username is None or _standing(layers, (*scope, "username"))[0] <= rank):
+    if tables.username is not None and (username is None or _outranks(layers, scope, "username")):
         if username != tables.username:
             password = None  # it was another user's
         username = tables.username
-    if tables.password is not None and (password is None or _standing(layers, (*scope, "password"))[0] <= rank):
+        standing["username"] = _place(layers, (*scope, "username"))
+    if tables.password is not None and (password is None or _outranks(layers, scope, "password")):
         password = Secret(tables.password.get_secret_value())
-    return replace(url, username=username, password=password), broker, place
+        standing["password"] = _place(layers, (*scope, "password"))
+    return replace(url, username=username, password=password), broker, standing
 
 
-def _standing(layers: Sequence[Layer], key: Key) -> tuple[int, str]:
-    """Which layer a value in force comes from, and its place there."""
-    return next((n, layer.places[key]) for n, layer in enumerate(layers) if key in layer.places)
+def _outranks(layers: Sequence[Layer], scope: Key, name: str) -> bool:
+    """Whether a setting stands in the layer of the URL or in a higher one."""
+    return next(name in layer.table(scope) for layer in layers if {name, "url"} & layer.table(scope).keys())
 
 
-def _service(given: str | None, app: str | None, problems: list[str]) -> str:
-    """The name of this process' kind: given, or the package of its app, or the program."""
-    if given is not None:
-        try:
-            return check_name(given, "service")
-        except ConfigError as exc:
-            problems.append(str(exc))
-            return given
+def _place(layers: Sequence[Layer], key: Key) -> str:
+    return next((layer.places[key] for layer in layers if key in layer.places), "")
+
+
+def _program(app: str | None) -> str:
+    """What a process without a `service` is called: the package of its app, or the program."""
     program = Path(sys.argv[0] if sys.argv else "")
     name = app.partition(":")[0].partition(".")[0] if app else program.stem
     if name == "__main__":  # python -m package
         name = program.parent.name
     return re.sub(r"[^A-Za-z0-9_-]", "-", name).strip("-")[:60] or "unibus"
+
+
+def _early_service(environ: Mapping[str, str], written: Layer, given: Layer, scope: Key) -> str:
+    """The service before anything is checked: variables may address the group that is called like it."""
+    found = [environ.get(variable_of((*scope, "service"))), written.table(scope).get("service")]
+    found += [given.table(scope).get("service"), environ.get("UNIBUS_SERVICE"), written.tree.get("service")]
+    app = environ.get("UNIBUS_APP") or written.tree.get("app")
+    return str(next(filter(None, found), None) or _program(app if isinstance(app, str) else None))
 
 
 def _belongs(given: Layer, scope: Key, broker: str) -> bool:
@@ -252,22 +273,25 @@ def _belongs(given: Layer, scope: Key, broker: str) -> bool:
 
 
 def _found(
-    merged: Root, tables: BusTable, layers: Sequence[Layer], scope: Key, broker: str, derived: Mapping[str, str]
+    app: str | None,
+    service: str,
+    url: Url,
+    standing: Mapping[str, str],
+    tables: BusTable,
+    layers: Sequence[Layer],
+    scope: Key,
+    broker: str,
 ) -> Iterator[Setting]:
-    """Every setting in force, with the place of the layer that it comes from."""
+    """Every setting in force, with its place in the layer that it comes from."""
+    if app is not None:
+        yield Setting("app", app, _place(layers, ("app",)))
+    link = {"service": service, "url": str(url), "username": url.username, "password": url.password and MASK}
+    yield from (Setting(key, value, standing[key]) for key, value in link.items() if value is not None)
     others = _brokers() - {broker}
-    places: dict[Key, str] = {}
-    for layer in reversed(layers):
-        places.update(layer.places)
-    if merged.app is not None:
-        yield Setting("app", merged.app, places["app",])
-    inherited = places.get(("service",), "built-in")
-    yield Setting("service", derived["service"], places.get((*scope, "service"), inherited))
     for key, value in flat(tables.model_dump(exclude_unset=True)):
-        at = {"queues": 2, "topics": 4 if key[2:3] == ("groups",) else 2}.get(
-            key[0], 0
-        )  # where a broker's name may stand
-        if key[0] in {"app", "service", "bus"} or key[at : at + 1] in {(name,) for name in others} or value is None:
+        # Where a broker's name may stand; a channel may be called like one, or "password-resets".
+        at = {"queues": 2, "topics": 4 if key[2:3] == ("groups",) else 2}.get(key[0], 0)
+        if key[0] in {"app", "bus", *link} or set(key[at : at + 1]) & others or value is None:
             continue
         shown = MASK if any(is_secret(part) for part in key[at:]) else masked("", value)
-        yield Setting(dotted(key), derived.get(dotted(key), shown), places[*scope, *key])
+        yield Setting(dotted(key), shown, _place(layers, (*scope, *key)))

@@ -66,6 +66,7 @@ class Settings:
     _exceptions: RetryPolicy = field(repr=False)  # of Bus(defaults=...): retry_on, give_up_on
     _channels: tuple[Queue[Any] | Topic[Any], ...] = field(repr=False)
     _groups: tuple[Group, ...] = field(repr=False)
+    _written: Mapping[str, tuple[str, ...]] = field(repr=False)  # the groups of each topic that stand in the file
 
     def consumer(self, address: Queue[Any] | Group, code: Mapping[str, object]) -> ConsumerSettings:
         """For the consumer of `address`; `code` is what its decorator was given."""
@@ -115,7 +116,7 @@ class Settings:
     def declared_groups(self) -> list[Group]:
         """Those that only unibus.toml declares, before their service is deployed."""
         topics = {c.name: c for c in (*self.declared_channels(), *self._channels) if isinstance(c, Topic)}
-        found = [Group(topics[name], g) for name, table in self._tables.topics.items() for g in table.groups]
+        found = [Group(topics[name], g) for name, groups in self._written.items() for g in groups]
         return [group for group in found if group not in self._groups]
 
     def effective(self) -> list[Setting]:

@@ -458,6 +458,7 @@ def test_which_file_is_read(place: Place, tmp_path: Path) -> None:
     ("toml", "words"),
     [
         ("url = ", "unibus.toml: is not TOML"),
+        ("'a[0]' = 1", "unibus.toml: a[0]: unknown key"),
         ("ulr = 1", "unibus.toml: ulr: unknown key; did you mean 'url'?"),
         ("[queue.orders]", "unibus.toml: queue: unknown key; did you mean 'queues'?"),
         ("[queues.orders]\nconcurency = 1", "[queues.orders]: concurency: unknown key; did you mean 'concurrency'?"),
@@ -521,7 +522,7 @@ def test_all_that_is_wrong_is_in_one_error(place: Place) -> None:
         "Bus(...)",
         "unibus.toml [queues.orders]",
         "no url",
-        "service name 'a b'",
+        "environment UNIBUS_SERVICE",
     ]
 
 
@@ -853,6 +854,27 @@ def test_where_everything_came_from(place: Place) -> None:
     }
     assert {key: found[key] for key in expected} == expected | {"request_timeout": (3.0, "code")}
     assert len(found) == len(settings.effective())
+
+
+def test_the_group_that_is_called_like_the_service(place: Place) -> None:
+    variable = {"UNIBUS_TOPICS__ORDER_CHARGED__GROUPS__SHOP_1__PREFETCH": "7"}
+    shop = Group(CHARGED, "shop-1")
+    for toml, env, code in (
+        ("service = 'shop-1'", {}, {}),
+        ("", {"UNIBUS_SERVICE": "shop-1"}, {}),
+        ("", {}, {"service": "shop-1"}),
+        ("app = 'shop-1:bus'", {}, {}),
+    ):
+        settings = place.load(toml, variable | env, {**MEMORY, **code})
+        assert consumer(settings, shop).prefetch == 7
+        assert settings.declared_groups() == []  # a variable declares nothing
+
+
+def test_where_user_and_password_of_a_url_came_from(place: Place) -> None:
+    settings = place.load("username = 'c'", {"UNIBUS_URL": "amqp://a:b@h"}, {"password": "d"})
+    assert settings.source("username") == settings.source("password") == "environment UNIBUS_URL"
+    settings = place.load("username = 'c'", {}, {"url": "amqp://a:b@h", "password": "d"})
+    assert (settings.source("username"), settings.source("password")) == ("unibus.toml", "code")
 
 
 def test_the_environment_of_the_process_is_the_default(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
