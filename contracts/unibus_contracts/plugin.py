@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from .contract import Terms
+    from .harness import Harness
+    from .kit import Kit
+
+pytest.register_assert_rewrite("unibus_contracts.kit", "unibus_contracts.refusals")
+
+SECONDS = 60  # a test, setup and teardown included; the contracts' own limit is shorter and says more
+
+
+class _Run:
+    """What this process knows of the run. Under xdist only the controller's is complete; it hears by reports."""
+
+    def __init__(self) -> None:
+        self.contracts: dict[str, dict[str, Any]] = {}
+        self.outcomes: dict[str, tuple[str, float]] = {}
+        self.capabilities: dict[str, Any] | None = None
+
+
+_RUN = pytest.StashKey[_Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -10,3 +36,130 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--unibus-url", metavar="URL", help="the broker to run the contracts on, for example memory://")
     group.addoption("--unibus-report", metavar="FILE", help="write the outcome of every contract to this file, as JSON")
     group.addoption("--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; default: random")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RUN] = _Run()
+    config.pluginmanager.register(_Recorder(config), "unibus-contracts-recorder")
+
+
+def _terms(item: pytest.Item) -> Terms | None:
+    terms: Terms | None = getattr(getattr(item, "function", None), "__unibus_contract__", None)
+    return terms
+
+
+# First, so that contracts which -k or -m takes out are reported as not run.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known = config.stash[_RUN].contracts
+    for item in items:
+        terms = _terms(item)
+        if terms is None:
+            continue
+        if terms.id in known:
+            raise pytest.UsageError(f"two contracts have the id {terms.id}")
+        known[terms.id] = terms.as_dict()
+        item.user_properties.append(("unibus_contract", terms.as_dict()))
+        if config.pluginmanager.hasplugin("timeout"):
+            from .kit import FACTOR
+
+            item.add_marker(pytest.mark.timeout(SECONDS * FACTOR))
+
+
+@pytest.fixture(scope="session")
+def unibus_harness(request: pytest.FixtureRequest) -> Harness:
+    """The broker to test. Override it for a harness that can do more."""
+    from .harness import UrlHarness
+
+    url = request.config.getoption("--unibus-url")
+    if not url:
+        raise pytest.UsageError("contracts need a broker: give --unibus-url, for example --unibus-url memory://")
+    return UrlHarness(url, request.config.getoption("--unibus-prefix"))
+
+
+@pytest.fixture(scope="session")
+def _unibus_shared(unibus_harness: Harness) -> Iterator[dict[str, Any]]:
+    import asyncio
+
+    yield {}
+    asyncio.run(unibus_harness.cleanup())
+
+
+@pytest.fixture
+def kit(request: pytest.FixtureRequest, unibus_harness: Harness, _unibus_shared: dict[str, Any]) -> Kit:
+    from .kit import Kit
+
+    def note(name: str, value: object) -> None:
+        request.node.user_properties.append((name, value))
+
+    return Kit(unibus_harness, _unibus_shared, note)
+
+
+class _Recorder:
+    """Hears every report, of this process or of xdist's workers, and writes the file at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._run = config.stash[_RUN]
+        self._unheard: set[str] = set()  # of xdist's workers
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._unheard.update(id for id in ids if "unibus_contracts/suite/" in id)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties = dict(report.user_properties)
+        terms: Any = properties.get("unibus_contract")
+        if terms is None:
+            return
+        from .report import FAILED, NOT_RUN, PASSED, REFUSED
+
+        self._unheard.discard(report.nodeid)
+        id = terms["id"]
+        self._run.contracts.setdefault(id, terms)
+        if "unibus_capabilities" in properties:
+            self._run.capabilities = properties["unibus_capabilities"]  # type: ignore[assignment] # our own note
+        outcome, seconds = self._run.outcomes.get(id, (NOT_RUN, 0.0))
+        if report.failed:
+            outcome = FAILED
+        elif report.when == "call" and report.passed and outcome != FAILED:
+            outcome = REFUSED if "unibus_refused" in properties else PASSED
+        self._run.outcomes[id] = (outcome, seconds + report.duration)
+
+    def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
+        if report.when == "call" and report.passed and "unibus_refused" in dict(report.user_properties):
+            return "refused as declared", "r", "REFUSED AS DECLARED"
+        return None
+
+    def _report(self) -> dict[str, Any] | None:
+        url = self._config.getoption("--unibus-url")
+        if not self._run.contracts or hasattr(self._config, "workerinput"):
+            return None
+        from .harness import shown
+        from .report import build
+
+        unheard = {id: {"id": id, "promise": "", "chapter": "", "capability": None} for id in sorted(self._unheard)}
+        contracts = {**self._run.contracts, **unheard}
+        return build(shown(url or "harness"), contracts, self._run.outcomes, self._run.capabilities)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        path = self._config.getoption("--unibus-report")
+        report = self._report()
+        if report is not None and report["unexercised"] and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if report is not None and path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        report = self._report()
+        if report is None:
+            return
+        from .report import line, problems
+
+        terminalreporter.write_sep("=", "unibus contracts")
+        terminalreporter.write_line(line(report))
+        for problem in problems(report):
+            terminalreporter.write_line(f"  {problem}")

@@ -1,0 +1,61 @@
+"""`@contract`: one promise, its stable id, and the capability it needs.
+
+A contract is an async test of one argument, the `Kit`. Where the adapter declares the needed feature, it must pass; where
+the adapter declares it refused, the refusal itself is checked instead (`refusals`). So a flag never removes an assertion.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+
+import pytest
+
+from unibus.capabilities import Capabilities, Support
+
+from .kit import Kit
+from .refusals import REFUSALS
+
+Body = Callable[[Kit], Awaitable[None]]
+
+_ID = re.compile(r"[a-z]+\.[a-z0-9_]+")
+FEATURES = tuple(name for name, field in Capabilities.__dataclass_fields__.items() if field.type == Support.__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is promised. `capability`: the feature it needs, None for what every adapter must do."""
+
+    id: str
+    promise: str
+    chapter: str
+    capability: str | None = None
+
+    def as_dict(self) -> dict[str, str | None]:
+        return asdict(self)
+
+
+def contract(id: str, promise: str, *, needs: str | None = None) -> Callable[[Body], Body]:
+    """Mark a test of the suite as a contract."""
+    if not _ID.fullmatch(id):
+        raise ValueError(f"contract id {id!r}: use <group>.<words_with_underscores>")
+    if not promise.endswith(".") or "\n" in promise:
+        raise ValueError(f"contract {id}: the promise is one sentence on one line")
+    if needs is not None and needs not in REFUSALS:
+        raise ValueError(f"contract {id}: needs={needs!r} is no feature with a refusal; known: {', '.join(REFUSALS)}")
+
+    def decorate(function: Body) -> Body:
+        chapter = function.__module__.rpartition(".")[2].removeprefix("test_")
+        terms = Terms(id, promise, chapter, needs)
+
+        @functools.wraps(function)
+        async def run(kit: Kit) -> None:
+            await kit.run(function, needs, REFUSALS[needs] if needs else None)
+
+        run.__unibus_contract__ = terms  # type: ignore[attr-defined] # how the plugin knows a contract from a test
+        marked: Body = pytest.mark.asyncio(run)
+        return marked
+
+    return decorate

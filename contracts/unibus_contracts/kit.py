@@ -1,0 +1,188 @@
+"""What a contract works with: buses, channels of its own, and ways to wait that are bounded and never a fixed sleep."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict
+from typing import Any, Generic, TypeVar
+
+from unibus import Bus, Delivery, Queue, RetryPolicy, Topic, deadletter
+from unibus.capabilities import Capabilities
+
+from .harness import Harness, nowhere
+
+T = TypeVar("T")
+Place = Queue[Any] | tuple[Topic[Any], str]  # where messages wait: a queue, or a topic's group
+
+FACTOR = float(os.environ.get("UNIBUS_TIMEOUT_FACTOR", "1"))
+SOON = 10.0 * FACTOR  # seconds within which what must happen has happened
+LIMIT = 45.0 * FACTOR  # seconds a contract may take in all
+POLL = 0.005
+SENTINEL = b"sentinel-"
+
+# Few and short, because a broker may need a queue of its own for each different wait of a run.
+AT_ONCE = RetryPolicy(max_retries=2, backoff=0)
+LATER = RetryPolicy(max_retries=2, backoff=1, multiplier=1)
+NEVER = RetryPolicy(max_retries=0)
+
+
+async def until(condition: Callable[[], object], what: str, timeout: float = SOON) -> None:
+    """Return once the condition holds; fail, saying what was waited for, when it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:g} s: {what}")
+        await asyncio.sleep(POLL)
+
+
+async def eventually(probe: Callable[[], Awaitable[T]], enough: Callable[[T], object], what: str) -> T:
+    """The first answer of the probe that is good enough."""
+    deadline = time.monotonic() + SOON
+    while not enough(answer := await probe()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {SOON:g} s: {what}; last answer: {answer!r}")
+        await asyncio.sleep(POLL * 10)
+    return answer
+
+
+class Seen(Generic[T]):
+    """What handlers have noted, in order; also from threads."""
+
+    def __init__(self) -> None:
+        self.all: list[T] = []
+
+    def __call__(self, item: T) -> None:
+        self.all.append(item)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    async def reach(self, count: int) -> list[T]:
+        """All that was noted, once it is `count` or more."""
+        await until(lambda: len(self.all) >= count, f"{count} noted, {len(self.all)} so far")
+        return list(self.all)
+
+
+async def take(receiver: Any, count: int = 1, timeout: float = SOON) -> list[Delivery[Any]]:
+    """The next `count` deliveries of a receiver, not settled."""
+    taken: list[Delivery[Any]] = []
+    while len(taken) < count:
+        delivery = await receiver.receive(timeout=timeout)
+        assert delivery is not None, f"{len(taken)} of {count} messages arrived within {timeout:g} s"
+        taken.append(delivery)
+    return taken
+
+
+async def leftover(bus: Bus, place: Place) -> list[Delivery[Any]]:
+    """All that still waits at a place whose bodies are bytes. It is taken away.
+
+    Proves absence without waiting: a sentinel is sent now, and what had been there before comes before it.
+    """
+    sentinel = SENTINEL + os.urandom(8)
+    found: list[Delivery[Any]] = []
+    channel, group = place if isinstance(place, tuple) else (place, None)
+    async with bus.receiver(channel, group=group, prefetch=100) as receiver:
+        if isinstance(channel, Topic):
+            await bus.publish(channel, sentinel)
+        else:
+            await bus.send(channel, sentinel)
+        while True:
+            (delivery,) = await take(receiver)
+            await delivery.ack()
+            if delivery.body == sentinel:
+                return found
+            if not delivery.body.startswith(SENTINEL):  # of another group of this topic
+                found.append(delivery)
+
+
+async def letters(bus: Bus, place: Place, count: int = 1) -> list[Delivery[Any]]:
+    """The dead letters of a queue or group, once there are `count` of them. They stay where they are."""
+    channel, group = place if isinstance(place, tuple) else (place, None)
+
+    async def look() -> list[Delivery[Any]]:
+        return [letter async for letter in deadletter.browse(bus, channel, group=group)]
+
+    found = await eventually(look, lambda found: len(found) >= count, f"{count} dead letters")
+    assert len(found) == count, f"{len(found)} dead letters instead of {count}"
+    return found
+
+
+def bodies(deliveries: Iterable[Delivery[Any]]) -> list[Any]:
+    return [delivery.body for delivery in deliveries]
+
+
+def _as_dict(capabilities: Capabilities) -> dict[str, Any]:
+    """What a report says of the adapter: it travels as JSON."""
+    features = {name: asdict(support) for name, support in capabilities.features().items()}
+    return {"adapter": capabilities.adapter, "version": capabilities.version, "features": features}
+
+
+class Kit:
+    """One contract's hand luggage. `note` tells the plugin what the outcome stands for."""
+
+    def __init__(self, harness: Harness, shared: dict[str, Any], note: Callable[[str, Any], None]) -> None:
+        self.harness = harness
+        self._shared = shared  # the same for every contract of the run: what is asked of the broker once
+        self._note = note
+
+    async def run(
+        self,
+        contract: Callable[[Kit], Awaitable[None]],
+        needs: str | None,
+        refusal: Callable[[Kit], Awaitable[None]] | None,
+    ) -> None:
+        """The contract, or where its capability is declared refused, the proof that it is."""
+        async with asyncio.timeout(LIMIT):
+            capabilities = await self.capabilities()
+            self._note("unibus_capabilities", _as_dict(capabilities))
+            if needs is None or refusal is None or capabilities.features()[needs]:
+                await contract(self)
+            else:
+                await refusal(self)
+                self._note("unibus_refused", needs)
+
+    def bus(self, *known: Queue[Any] | Topic[Any] | tuple[Topic[Any], str], **settings: Any) -> Bus:
+        """A bus, not open, that knows these channels and groups beside those of its handlers.
+
+        A group is declared as services do it, by a handler; so a bus that was given one is opened, but not run.
+        """
+        bus = self.harness.bus(channels=[one[0] if isinstance(one, tuple) else one for one in known], **settings)
+        for one in known:
+            if isinstance(one, tuple):
+
+                @bus.subscriber(one[0], group=one[1])
+                async def never(body: Any) -> None:
+                    raise AssertionError("this bus is not for running")
+
+        return bus
+
+    def queue(self, body: Any = bytes, *, label: str = "q", **features: Any) -> Queue[Any]:
+        return Queue(self.harness.channel(label), body, **features)
+
+    def named_queue(self, name: str) -> Queue[Any]:
+        """A queue of bytes whose name a contract has made of one of its own."""
+        return Queue(name, bytes)
+
+    def topic(self, body: Any = bytes, *, label: str = "t", **features: Any) -> Topic[Any]:
+        return Topic(self.harness.channel(label), body, **features)
+
+    async def capabilities(self) -> Capabilities:
+        """What the connected adapter declares. An unreachable broker fails every contract, each with the same error."""
+        if "error" in self._shared:
+            raise AssertionError(f"the broker can't be reached: {self._shared['error']}")
+        if "capabilities" not in self._shared:
+            try:
+                async with self.harness.bus() as bus:
+                    self._shared["capabilities"] = bus.capabilities
+            except Exception as error:
+                self._shared["error"] = f"{type(error).__name__}: {error}"
+                raise
+        found: Capabilities = self._shared["capabilities"]
+        return found
+
+    def nowhere(self, password: str) -> str | None:
+        """The tested URL with a port where nobody listens, and this password. None: it names no host."""
+        return nowhere(self.harness.url, password)

@@ -1,0 +1,207 @@
+"""What "refused" must mean, feature by feature: an error before anything was done, and no message lost by it.
+
+One function a feature. It runs instead of each contract that needs the feature, on adapters that declare it refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from unibus import Bus, ConfigError, Delivery, Message, Queue, RetryPolicy, Topic, Unsupported, deadletter
+from unibus.adapter import Declared, Move, Outcome, Outgoing, Source, Subscription, Topology
+from unibus.channel import Group
+
+from .kit import Kit, bodies, eventually, leftover, take
+
+
+@asynccontextmanager
+async def subscribed(bus: Bus, queue: Queue[Any], prefetch: int = 20) -> AsyncIterator[Subscription]:
+    """A subscription of the SPI itself, for what the public interface hides."""
+    subscription = await bus.adapter.subscribe(Source(queue, prefetch=prefetch))
+    try:
+        yield subscription
+    finally:
+        await subscription.stop()
+        await subscription.close()
+
+
+async def receive(subscription: Subscription, count: int = 1) -> list[Delivery[Any]]:
+    """The next `count` deliveries of a subscription, not settled."""
+    taken: list[Delivery[Any]] = []
+
+    async def more() -> int:
+        taken.extend(await subscription.receive(count - len(taken), 1.0))
+        return len(taken)
+
+    await eventually(more, lambda found: found >= count, f"{count} deliveries")
+    return taken
+
+
+async def refused_at_start(bus: Bus) -> None:
+    """The bus must not open, with handlers or without."""
+    with pytest.raises((Unsupported, ConfigError)):
+        async with bus.running():
+            pass
+    with pytest.raises((Unsupported, ConfigError)):
+        async with bus:
+            pass
+
+
+async def _channel(kit: Kit, **feature: Any) -> None:
+    for channel in (kit.queue(**feature), kit.topic(**feature)):
+        await refused_at_start(kit.bus(channel))
+    queue = kit.queue(**feature)
+    bus = kit.bus(queue)
+
+    @bus.consumer(queue)
+    async def never(body: bytes) -> None: ...
+
+    await refused_at_start(bus)
+
+
+async def order(kit: Kit) -> None:
+    await _channel(kit, ordered=True)
+
+
+async def delay(kit: Kit) -> None:
+    await _channel(kit, delayed=True)
+    queue = kit.queue()
+    bus = kit.bus(queue)
+    wait = (await kit.capabilities()).park_below + 10
+
+    @bus.consumer(queue, retry=RetryPolicy(max_retries=1, backoff=wait))
+    async def never(body: bytes) -> None: ...
+
+    await refused_at_start(bus)
+
+
+async def priority(kit: Kit) -> None:
+    await _channel(kit, priorities=2)
+
+
+async def reply(kit: Kit) -> None:
+    queue = kit.queue(reply=bytes)
+    await refused_at_start(kit.bus(queue))
+
+
+def starting_at_all(kit: Kit, topic: Topic[Any], group: Group) -> Topology:
+    """A topology whose group is to have the history of its topic."""
+    prefix = kit.harness.prefix
+    of_topic = Declared(topic, prefix + topic.name)
+    return Topology("create", (of_topic, Declared(group, f"{prefix}{topic.name}.{group.name}", start="all")))
+
+
+async def replay(kit: Kit) -> None:
+    """By the SPI, declaring and subscribing alike: a group that silently began now would miss what it asked for."""
+    topic = kit.topic()
+    group = Group(topic, "g")
+    async with kit.bus((topic, "g")) as bus:
+        with pytest.raises(Unsupported):
+            await bus.adapter.subscribe(Source(group, start="all"))
+        with pytest.raises(Unsupported):
+            await bus.adapter.declare(starting_at_all(kit, topic, group))
+
+
+async def browse(kit: Kit) -> None:
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        with pytest.raises(Unsupported):
+            async for _ in deadletter.browse(bus, queue):
+                pass
+
+
+async def release(kit: Kit) -> None:
+    """The call raises, and the delivery is still ours to settle."""
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        await bus.send(queue, b"kept")
+        async with bus.receiver(queue) as receiver:
+            (delivery,) = await take(receiver)
+            with pytest.raises(Unsupported):
+                await delivery.release()
+            await delivery.ack()
+        assert await leftover(bus, queue) == []
+
+
+async def lease(kit: Kit) -> None:
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        await bus.send(queue, b"kept")
+        async with subscribed(bus, queue) as subscription:
+            held = await receive(subscription)
+            assert held[0].lease_until is None, "no lease is declared, but the delivery has an end"
+            with pytest.raises(Unsupported):
+                await subscription.extend(held, 30)
+            assert list(await subscription.settle(Outcome.ACCEPTED, held)) == [None]
+        assert await leftover(bus, queue) == []
+
+
+async def atomic_move(kit: Kit) -> None:
+    """The call raises; nothing was sent, nothing was settled."""
+    queue, target = kit.queue(), kit.queue(label="target")
+    async with kit.bus(queue, target) as bus:
+        await bus.send(queue, b"kept")
+        async with subscribed(bus, queue) as subscription:
+            held = await receive(subscription)
+            with pytest.raises(Unsupported):
+                await subscription.move([Move(held[0], [Outgoing(target, Message(b"copy", id="copy"))])], 10)
+        assert bodies(await leftover(bus, queue)) == [b"kept"]
+        assert await leftover(bus, target) == []
+
+
+async def delivery_count(kit: Kit) -> None:
+    """No number is better than a made-up one."""
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        await bus.send(queue, b"x")
+        async with subscribed(bus, queue) as subscription:
+            (delivery,) = await receive(subscription)
+            assert delivery.deliveries is None
+
+
+async def settle_confirmed(kit: Kit) -> None:
+    """The settle may return early, but it takes effect soon."""
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        await bus.send(queue, b"x")
+        async with subscribed(bus, queue) as subscription:
+            assert list(await subscription.settle(Outcome.ACCEPTED, await receive(subscription))) == [None]
+
+            async def waiting() -> int:
+                backlog = await bus.backlog(queue)
+                return backlog.ready + (backlog.in_flight or 0)
+
+            await eventually(waiting, lambda left: left == 0, "the settled message is off the broker")
+        assert await leftover(bus, queue) == []
+
+
+async def dedup(kit: Kit) -> None:
+    """An id is no reason to drop a message where deduplication is not declared."""
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        for body in (b"first", b"second"):
+            await bus.send(queue, Message(body, id="same"))
+        assert sorted(bodies(await leftover(bus, queue))) == [b"first", b"second"]
+
+
+REFUSALS: dict[str, Callable[[Kit], Awaitable[None]]] = {
+    function.__name__: function
+    for function in (
+        order,
+        delay,
+        priority,
+        replay,
+        browse,
+        reply,
+        release,
+        lease,
+        atomic_move,
+        delivery_count,
+        settle_confirmed,
+        dedup,
+    )
+}

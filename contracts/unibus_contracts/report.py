@@ -1,0 +1,67 @@
+"""The outcome of a run as data: one entry a contract, and which declared features no passed contract has exercised. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PASSED = "passed"
+REFUSED = "refused-as-declared"
+FAILED = "failed"
+NOT_RUN = "not-run"
+
+# Declared by adapters, and proven only by a crash or an outage: the fault contracts will exercise these.
+NEEDS_FAULTS = frozenset({"attempt"})
+
+
+def build(
+    url: str,
+    contracts: Mapping[str, Mapping[str, Any]],
+    outcomes: Mapping[str, tuple[str, float]],
+    capabilities: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds)."""
+    entries = []
+    for id, terms in contracts.items():
+        outcome, seconds = outcomes.get(id, (NOT_RUN, 0.0))
+        entries.append({**terms, "outcome": outcome, "duration": round(seconds, 3)})
+    told = capabilities or {}
+    report = {
+        "suite": 1,
+        "url": url,
+        "adapter": told.get("adapter"),
+        "version": told.get("version"),
+        "features": told.get("features", {}),
+        "contracts": entries,
+    }
+    report["unexercised"] = unexercised(report["features"], entries)
+    return report
+
+
+def unexercised(features: Mapping[str, Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Features that are declared and that no passed contract needs. Meaningful only if every contract was run."""
+    if not entries or any(entry["outcome"] == NOT_RUN for entry in entries):
+        return []
+    proven = {entry["capability"] for entry in entries if entry["outcome"] == PASSED}
+    declared = (name for name, support in features.items() if support["level"] != "refused")
+    return [name for name in declared if name not in proven and name not in NEEDS_FAULTS]
+
+
+def problems(report: Mapping[str, Any]) -> list[str]:
+    """Why this report is no pass, a line each; empty: it is one."""
+    entries = report.get("contracts", [])
+    found = [f"{entry['id']}: {entry['promise']}" for entry in entries if entry["outcome"] == FAILED]
+    if not any(entry["outcome"] == PASSED for entry in entries):
+        found.append("no contract passed: an empty report proves nothing")
+    found += [f"feature {name!r} is declared, and no passed contract has used it" for name in report["unexercised"]]
+    return found
+
+
+def line(report: Mapping[str, Any]) -> str:
+    """One line for people."""
+    outcomes = [entry["outcome"] for entry in report.get("contracts", [])]
+    name = " ".join(str(part) for part in (report.get("adapter"), report.get("version")) if part) or "no adapter"
+    counts = f"{outcomes.count(PASSED)} passed, {outcomes.count(REFUSED)} refused as declared"
+    return (
+        f"{name} at {report.get('url')}: {counts}, {outcomes.count(FAILED)} failed, {outcomes.count(NOT_RUN)} not run"
+    )

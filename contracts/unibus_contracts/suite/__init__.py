@@ -1,0 +1,1 @@
+"""The contracts, a file a chapter."""
