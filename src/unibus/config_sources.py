@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,10 +85,9 @@ class Layer(PydanticBaseSettingsSource):
             return
         yield from (f"{self.place(table)}: {key}: {words}" for table, key, words in problems)
         for place in places:
-            last = next(
-                n for n in reversed(range(len(path))) if isinstance(path[n], str)
-            )  # behind it: places in a list
-            wrong = tuple(map(str, place[: last + 1]))
+            wrong = tuple(
+                str(part) for part in takewhile(lambda part: isinstance(part, str), place)
+            )  # a list goes whole
             self.wrong.add(wrong)
             self.table(wrong[:-1]).pop(wrong[-1], None)
 

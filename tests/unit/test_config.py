@@ -471,6 +471,7 @@ def test_which_file_is_read(place: Place, tmp_path: Path) -> None:
         ("[queues.orders]\nconcurrency = true", "expected a valid integer"),
         ("send_timeout = '30'", "unibus.toml: send_timeout: expected a valid number"),
         ("delays = [5, 0]", "unibus.toml: delays[1]: expected a value greater than 0"),
+        ("delays = [0]\n[queues.orders.retry]\nbackoff = 1", "unibus.toml: delays[0]: expected a value greater than 0"),
         ("delays = 5", "unibus.toml: delays: expected a valid list"),
         ("defaults = 5", "unibus.toml: defaults: expected a table"),
         ("kafka = 5", "unibus.toml: kafka: expected a table"),
