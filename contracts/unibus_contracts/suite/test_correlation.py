@@ -6,7 +6,7 @@ import asyncio
 
 from unibus import DeadLetter, Delivery, Message, deadletter
 from unibus_contracts.contract import contract
-from unibus_contracts.kit import LATER, Kit, Seen, leftover, until
+from unibus_contracts.kit import LATER, Kit, Seen, leftover, letters, until
 
 
 def conversation(message: Message) -> str:
@@ -91,7 +91,7 @@ async def test_survives(kit: Kit) -> None:
 
     async with bus.running():
         await bus.send(queue, Message(b"x", id="me", correlation_id="talk", causation_id="cause"))
-        await until(lambda: bus.counts.get("dead_lettered") == 1, "dead")
+        await letters(bus, queue)
         assert await deadletter.redrive(bus, queue) == 1
         await seen.reach(3)
     assert seen.all == [("me", "talk", "cause", None)] * 3

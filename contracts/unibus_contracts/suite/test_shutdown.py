@@ -114,14 +114,36 @@ async def test_restarts(kit: Kit) -> None:
             await seen.reach(opened)
     assert seen.all == [1] * 6
     async with kit.bus(queue) as reader:
+        found: list[Delivery[bytes]] = []
         async with reader.receiver(queue, prefetch=20) as receiver:
-            found = await take(receiver, 20)
-            assert {delivery.attempt for delivery in found} == {1}
-            for delivery in found:
-                await delivery.ack()
+            # One by one: a broker that counts may have made them suspects, and those come alone.
+            while len(found) < 20:
+                found += await take(receiver)
+                await found[-1].ack()
+        assert {delivery.attempt for delivery in found} == {1}
         assert sorted(bodies(found)) == sorted(sent)
         assert await letters(reader, queue, 0) == []
         assert await leftover(reader, queue) == []
+
+
+@contract("shutdown.reopened_receivers", "Six receivers that take everything and give it back dead-letter nothing.")
+async def test_reopened(kit: Kit) -> None:
+    queue = kit.queue()
+    sent = [b"%d" % n for n in range(10)]
+    async with kit.bus(queue) as bus:
+        await bus.send_many(queue, sent)
+        for _ in range(6):
+            async with bus.receiver(queue, prefetch=10) as receiver:
+                (delivery,) = await take(receiver)  # the others are buffered
+                assert delivery.attempt == 1
+        found: list[Delivery[bytes]] = []
+        async with bus.receiver(queue, prefetch=10) as receiver:
+            while len(found) < 10:
+                found += await take(receiver)
+                await found[-1].ack()
+        assert sorted(bodies(found)) == sorted(sent)
+        assert await letters(bus, queue, 0) == []
+        assert await leftover(bus, queue) == []
 
 
 @contract("shutdown.sends_are_decided", "A send that is under way at close arrives, or raises Closed; never neither.")

@@ -1,0 +1,250 @@
+"""The contract suite's own parts that need no broker: decorator, waiting, URLs, reports, summary, plugin."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unibus.capabilities import Capabilities
+from unibus_contracts import __main__ as command
+from unibus_contracts import report, summary
+from unibus_contracts.contract import contract
+from unibus_contracts.harness import FaultUnavailable, UrlHarness, nowhere, shown
+from unibus_contracts.kit import Kit, Seen, eventually, until
+from unibus_contracts.refusals import REFUSALS
+
+pytest_plugins = ["pytester"]
+
+
+async def body(kit: Kit) -> None: ...
+
+
+class TestContract:
+    def test_terms(self) -> None:
+        marked = contract("publish.works", "It works.", needs="delay")(body)
+        terms = marked.__unibus_contract__  # type: ignore[attr-defined]  # how the plugin finds it
+        assert terms.as_dict() == {
+            "id": "publish.works",
+            "promise": "It works.",
+            "chapter": "contracts_kit",
+            "capability": "delay",
+        }
+
+    @pytest.mark.parametrize(
+        ("id", "promise", "needs"),
+        [
+            ("nodot", "It works.", None),
+            ("Publish.x", "It works.", None),
+            ("publish.with space", "It works.", None),
+            ("publish.x", "No full stop", None),
+            ("publish.x", "Two\nlines.", None),
+            ("publish.x", "It works.", "telepathy"),
+        ],
+    )
+    def test_refused(self, id: str, promise: str, needs: str | None) -> None:
+        with pytest.raises(ValueError, match="contract"):
+            contract(id, promise, needs=needs)
+
+    def test_a_refusal_for_every_feature(self) -> None:
+        """`attempt` shows over a crash alone: the fault contracts."""
+        features = {name for name, field in Capabilities.__dataclass_fields__.items() if field.type == "Support"}
+        assert features - set(REFUSALS) == report.NEEDS_FAULTS
+
+
+class TestWaiting:
+    async def test_until(self) -> None:
+        begun = time.monotonic()
+        await until(lambda: time.monotonic() - begun > 0.02, "a moment")
+        with pytest.raises(AssertionError, match="pigs fly"):
+            await until(lambda: False, "pigs fly", timeout=0.02)
+
+    async def test_eventually(self) -> None:
+        seen = Seen[int]()
+
+        async def probe() -> int:
+            seen(len(seen))
+            return len(seen)
+
+        assert await eventually(probe, lambda n: n >= 3, "three") == 3
+        assert await seen.reach(2) == [0, 1, 2]
+
+
+class TestUrls:
+    @pytest.mark.parametrize(
+        ("url", "text"),
+        [
+            ("amqp://user:secret@host:5672/shop", "amqp://host:5672/shop"),
+            ("amqp://user:se/cr@et@host/", "amqp://host/"),
+            ("amqp://user:secret?@host/", "amqp://host/"),
+            ("amqp://a:secret@one,b:secret@two/?key=secret", "amqp://two/"),
+            ("sqs://eu-west-1?endpoint_url=http://u:secret@host", "sqs://host"),
+            ("redis://:secret@host", "redis://host"),
+            ("memory://", "memory://"),
+        ],
+    )
+    def test_shown(self, url: str, text: str) -> None:
+        assert shown(url) == text
+        assert "secret" not in repr(UrlHarness(url))
+
+    def test_nowhere(self) -> None:
+        url = nowhere("amqp://u:p@host:5672/shop?heartbeat=5", "p@ss/word")
+        assert url is not None
+        assert url.startswith("amqp://user:p%40ss%2Fword@127.0.0.1:")
+        assert url.endswith("/shop?heartbeat=5")
+        url = nowhere("sqs://eu-west-1?endpoint_url=http%3A%2F%2Flocalhost%3A4566", "x")
+        assert url is not None
+        assert "eu-west-1" in url
+        assert "4566" not in url
+        assert nowhere("memory://", "x") is None
+        assert nowhere("memory://name", "x") is None
+
+    def test_harness(self) -> None:
+        one, two = UrlHarness("memory://"), UrlHarness("memory://", "p.")
+        assert one.url.startswith("memory://ctr-")  # shared by the buses of this harness, and by no other
+        assert one.url != two.url
+        assert one.prefix != UrlHarness("memory://").prefix
+        assert two.prefix == "p."
+        assert len({one.channel("q") for _ in range(100)} | {two.channel("q") for _ in range(100)}) == 200
+        with pytest.raises(FaultUnavailable):
+            one.cut_link()
+
+
+def terms(id: str, capability: str | None = None) -> dict[str, Any]:
+    return {"id": id, "promise": "It works.", "chapter": "x", "capability": capability}
+
+
+def told(**levels: str) -> dict[str, Any]:
+    features = {name: {"level": level, "how": "", "limit": None} for name, level in levels.items()}
+    return {"adapter": "memory", "version": "1", "features": features}
+
+
+def built(outcomes: dict[str, str], needs: str | None = None, levels: dict[str, str] | None = None) -> dict[str, Any]:
+    known = {id: terms(id, needs) for id in outcomes}
+    run = {id: (outcome, 0.1) for id, outcome in outcomes.items() if outcome != report.NOT_RUN}
+    return report.build("memory://", known, run, told(**(levels or {})))
+
+
+class TestReport:
+    def test_build(self) -> None:
+        result = built({"a.a": report.PASSED, "b.b": report.NOT_RUN})
+        assert [entry["outcome"] for entry in result["contracts"]] == ["passed", "not-run"]
+        assert result["contracts"][0] == {**terms("a.a"), "outcome": "passed", "duration": 0.1}
+        assert json.loads(json.dumps(result)) == result
+
+    def test_line(self) -> None:
+        result = built({"a.a": report.PASSED, "b.b": report.REFUSED, "c.c": report.FAILED, "d.d": report.NOT_RUN})
+        assert report.line(result) == "memory 1 at memory://: 1 passed, 1 refused as declared, 1 failed, 1 not run"
+
+    def test_a_pass(self) -> None:
+        assert report.problems(built({"a.a": report.PASSED, "b.b": report.REFUSED})) == []
+
+    @pytest.mark.parametrize(
+        "outcomes", [{}, {"a.a": report.NOT_RUN}, {"a.a": report.REFUSED}, {"a.a": report.PASSED, "b.b": report.FAILED}]
+    )
+    def test_no_pass(self, outcomes: dict[str, str]) -> None:
+        assert report.problems(built(outcomes))
+
+    def test_a_declared_feature_must_be_used(self) -> None:
+        levels = {"delay": "native", "order": "refused", "attempt": "emulated"}
+        assert built({"a.a": report.PASSED}, None, levels)["unexercised"] == ["delay"]
+        assert built({"a.a": report.PASSED}, "delay", levels)["unexercised"] == []
+        assert built({"a.a": report.FAILED}, "delay", levels)["unexercised"] == ["delay"]
+        # Of a part of the suite nothing follows.
+        assert built({"a.a": report.PASSED, "b.b": report.NOT_RUN}, None, levels)["unexercised"] == []
+
+
+class TestCommands:
+    def test_summary(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        good, bad, broken = tmp_path / "good.json", tmp_path / "bad.json", tmp_path / "broken.json"
+        good.write_text(json.dumps(built({"a.a": report.PASSED})))
+        bad.write_text(json.dumps(built({"a.a": report.FAILED})))
+        broken.write_text("{}")
+        assert summary.main([str(good)]) == 0
+        assert capsys.readouterr().out.count("\n") == 1
+        assert summary.main([str(good), str(bad)]) == 1
+        assert summary.main([str(broken)]) == 1
+        assert summary.main([str(tmp_path / "absent.json")]) == 1
+        assert summary.main([]) == 1
+
+    def test_one_report_for_each_url(self) -> None:
+        urls = ["memory://", "amqp://one", "amqp://two"]
+        assert [path.name for path in command.report_paths(urls, Path("r"))] == [
+            "memory.json",
+            "amqp-1.json",
+            "amqp-2.json",
+        ]
+
+    def test_an_empty_url_is_an_error(self) -> None:
+        with pytest.raises(SystemExit):
+            command.main(["memory://", ""])
+
+
+CONTRACTS = """
+    from unibus_contracts.contract import contract
+
+    @contract("a.good", "It passes.")
+    async def test_good(kit):
+        assert (await kit.capabilities()).adapter == "memory"
+
+    @contract("a.bad", "It fails.")
+    async def test_bad(kit):
+        assert False
+
+    @contract("a.refused", "It needs what the broker can't do.", needs="replay")
+    async def test_refused(kit):
+        raise AssertionError("the refusal runs instead")
+"""
+
+
+class TestPlugin:
+    def run(self, pytester: pytest.Pytester, *arguments: str) -> tuple[pytest.RunResult, dict[str, Any]]:
+        pytester.makepyfile(test_them=CONTRACTS)
+        given = [
+            "--unibus-url",
+            "memory://",
+            "--unibus-report",
+            "out/report.json",
+            "-p",
+            "no:cacheprovider",
+            *arguments,
+        ]
+        result = pytester.runpytest_subprocess(*given)
+        return result, json.loads((pytester.path / "out/report.json").read_text())
+
+    def test_report(self, pytester: pytest.Pytester) -> None:
+        result, written = self.run(pytester)
+        result.assert_outcomes(passed=1, failed=1)
+        result.stdout.fnmatch_lines(["memory at memory://*: 1 passed, 1 refused as declared, 1 failed, 0 not run"])
+        outcomes = {entry["id"]: entry["outcome"] for entry in written["contracts"]}
+        assert outcomes == {"a.good": "passed", "a.bad": "failed", "a.refused": "refused-as-declared"}
+        assert written["adapter"] == "memory"
+        assert written["features"]["replay"]["level"] == "refused"
+
+    def test_what_was_left_out_is_not_run(self, pytester: pytest.Pytester) -> None:
+        result, written = self.run(pytester, "-k", "good")
+        assert result.ret == 0
+        outcomes = {entry["id"]: entry["outcome"] for entry in written["contracts"]}
+        assert outcomes == {"a.good": "passed", "a.bad": "not-run", "a.refused": "not-run"}
+
+    def test_a_declared_feature_that_nothing_used_fails_the_run(self, pytester: pytest.Pytester) -> None:
+        pytester.makepyfile(test_them=CONTRACTS.replace("assert False", "pass"))
+        result = pytester.runpytest_subprocess("--unibus-url", "memory://", "-p", "no:cacheprovider")
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        result.stdout.fnmatch_lines(["*feature 'order' is declared, and no passed contract has used it"])
+
+    def test_a_broker_that_is_not_there(self, pytester: pytest.Pytester) -> None:
+        result, written = self.run(pytester, "--unibus-url", "nosuch://u:hunter2@host")
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        assert {entry["outcome"] for entry in written["contracts"]} == {"failed"}
+        assert "hunter2" not in result.stdout.str()
+        assert "hunter2" not in json.dumps(written)
+
+    def test_no_url(self, pytester: pytest.Pytester) -> None:
+        pytester.makepyfile(test_them=CONTRACTS)
+        result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+        assert result.ret != 0
+        result.stdout.fnmatch_lines(["*contracts need a broker: give --unibus-url*"])
