@@ -171,15 +171,15 @@ class Kit:
 
     async def capabilities(self) -> Capabilities:
         """What the connected adapter declares. An unreachable broker fails every contract, each with the same error."""
-        if "error" in self._shared:
-            raise AssertionError(f"the broker can't be reached: {self._shared['error']}")
-        if "capabilities" not in self._shared:
+        if "capabilities" not in self._shared and "error" not in self._shared:
             try:
                 async with self.harness.bus() as bus:
                     self._shared["capabilities"] = bus.capabilities
             except Exception as error:
                 self._shared["error"] = f"{type(error).__name__}: {error}"
-                raise
+        if "error" in self._shared:
+            # Not with its traceback: pytest prints the arguments of each frame, and one is the URL with its password.
+            raise AssertionError(f"the broker can't be reached: {self._shared['error']}")
         found: Capabilities = self._shared["capabilities"]
         return found
 
