@@ -1,19 +1,26 @@
-"""What a failed message carries: the headers of retries and dead letters, and how a redrive takes them off again. Pure."""
+"""Dead letters: the headers that failed messages carry, which is pure; and looking at and redriving them."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Never
 
 from unibus import message as names
-from unibus.channel import Group, stem
+from unibus.adapter import Outgoing, Source
+from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue, stem
+from unibus.codec import BodyCodec, codec_for
 from unibus.delivery import Delivery
+from unibus.errors import CodecError, Unsupported
 from unibus.message import Message
-from unibus.retry import BROKER_LIMIT, CRASH_LOOP, EXPIRED, UNDECODABLE
+from unibus.retry import BROKER_LIMIT, CRASH_LOOP, EXPIRED, UNDECODABLE, Verdict
+from unibus.telemetry import REDRIVEN
+
+if TYPE_CHECKING:
+    from unibus.bus import Bus
 
 ERROR_BYTES = 1024  # with all the other headers it must fit an AMQP frame and the attributes of SQS
 _READ_CHARS = 8192  # of an error's text, which may hold a whole body
@@ -79,7 +86,7 @@ def dead(delivery: Delivery[Any], reason: str, error: BaseException | None, now:
     The user's headers and the redrive count stay. Where no handler ran (expired, undecodable, a crash loop) the count of
     failed attempts is what it was, and without an error the last one's story stays.
     """
-    ran = reason not in _NOT_RUN
+    ran = reason not in _NOT_RUN or (reason == EXPIRED and error is not None)  # the latter: no time left for a retry
     headers = {k: v for k, v in delivery.message.headers.items() if k not in _NOT_ON_A_RETRY}
     headers[names.RETRY_COUNT] = str(delivery.failures + ran)
     if ran or error is not None:
@@ -201,3 +208,105 @@ def stack_digest(error: BaseException) -> str:
 def _number(text: str | None) -> int:
     """A count from a header that anybody may have written."""
     return int(text) if text and len(text) <= 9 and text.isascii() and text.isdecimal() else 0
+
+
+# Looking and redriving
+
+PAGE = 100  # deliveries at a time
+QUIET = 5.0  # seconds without a message that mean that there are no more
+MOST_HELD = 10_000  # dead letters that one redrive holds back because `where` didn't choose them
+
+
+async def browse(
+    bus: Bus, channel: Queue[Any] | Topic[Any] | str, *, group: str | None = None, invalid: bool = False
+) -> AsyncIterator[Delivery[Any]]:
+    """Look at the dead letters of a queue, or of one group of a topic, without taking them.
+
+    `invalid`: look at its invalid-message channel instead. The bodies are decoded where that is possible, else bytes. Where the
+    broker can't look, the messages are taken and handed back (`bus.capabilities.browse` says so), which reorders them.
+    """
+    session = bus._opened()
+    address = session.address(channel, group)
+    queue = invalid_queue(address) if invalid else dead_letter_queue(address)
+    codec = codec_for(session.channels.find(channel))
+    adapter = session.kit.link.adapter
+    waiting = await adapter.backlog(queue)
+    left = waiting.ready if waiting.exact else float("inf")
+    if not left:
+        return
+    subscription = await adapter.subscribe(Source(queue, PAGE, browse=True))
+    try:
+        while left > 0 and (deliveries := await subscription.receive(PAGE, QUIET)):
+            for delivery in deliveries:
+                left -= 1
+                delivery.settler = _LOOKING
+                delivery.body = readable(codec, delivery.message)
+                yield delivery
+    finally:
+        await subscription.stop()
+        await subscription.close()
+
+
+async def redrive(
+    bus: Bus,
+    channel: Queue[Any] | Topic[Any] | str,
+    *,
+    group: str | None = None,
+    invalid: bool = False,
+    where: Callable[[Delivery[Any]], bool] | None = None,
+    limit: int | None = None,
+) -> int:
+    """Send dead letters back to the queue or group where they failed, counts reset; the number of those sent.
+
+    Each is gone from the dead-letter channel once its copy is confirmed: interrupted, it loses nothing, and can be run
+    again. `where` chooses by the delivery, whose body is bytes; `limit`: how many at most; `invalid`: from the invalid-message
+    channel. What is not chosen stays.
+    """
+    session = bus._opened()
+    address = session.address(channel, group)
+    queue = invalid_queue(address) if invalid else dead_letter_queue(address)
+    waiting = await session.kit.link.adapter.backlog(queue)
+    left = waiting.ready if waiting.exact else MOST_HELD
+    if limit is not None and where is None:
+        left = min(left, limit)
+    if left <= 0:
+        return 0
+    moved = 0
+    intake = session.intake(queue, min(left, MOST_HELD), trusting=True)
+    intake.begin()
+    try:
+        while left > 0 and (limit is None or moved < limit):
+            batch = await intake.take_some(min(left, PAGE), QUIET)
+            if not batch:
+                break
+            left -= len(batch)
+            chosen = [d for d in batch if where is None or where(d)]
+            if limit is not None:
+                del chosen[limit - moved :]
+            await intake.relocate([(d, Outgoing(address, redriven(d.message), None, d)) for d in chosen])
+            moved += len(chosen)
+            session.kit.counts.add(REDRIVEN, address, len(chosen))
+    finally:
+        await session.end(intake)
+    return moved
+
+
+class _Looking:
+    """The settler of a delivery that was only looked at."""
+
+    async def settle(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        self.judge(delivery, None)
+
+    def judge(self, delivery: Delivery[Any], error: BaseException | None) -> Never:
+        raise Unsupported(f"message {delivery.message.id} was only looked at; redrive it, or receive from its queue")
+
+
+_LOOKING = _Looking()
+
+
+def readable(codec: BodyCodec, message: Message) -> Any:
+    """The decoded body, or the bytes if they can't be decoded."""
+    try:
+        return codec.decode(message.body, message.content_type)
+    except CodecError:
+        return message.body

@@ -40,6 +40,7 @@ class Intake:
     """One address being received from. Implements `delivery.Settler`.
 
     `requests`: the deliveries are requests, dropped once expired. `at_most_once`: settled before they are handed out.
+    `trusting`: no crash guard, for places where no handler runs.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Intake:
         policy: RetryPolicy,
         at_most_once: bool = False,
         requests: bool = False,
+        trusting: bool = False,
         start: Start = "new",
     ) -> None:
         self.kit = kit
@@ -61,6 +63,7 @@ class Intake:
         self.requests = requests
         channel = address.topic if isinstance(address, Group) else address
         self.place = Place(ordered=channel.ordered, private=isinstance(address, Group) and address.ephemeral)
+        self._guarded = not (trusting or self.place.private)
         self.source = Source(address, prefetch, ordered=channel.ordered, start=start, losing=self._losing)
         self.holding: dict[Delivery[Any], None] = {}  # received and not yet settled, in order of arrival
         self.ready: deque[Delivery[Any]] = deque()  # to be handed out
@@ -198,7 +201,7 @@ class Intake:
             if message.expires_at is not None and message.expires_at <= self.kit.clock.time():
                 self._expire(delivery)
                 continue
-            if (crashes or (delivery.deliveries or 0) > retry.SUSPECT_AFTER) and not self.place.private:
+            if (crashes or (delivery.deliveries or 0) > retry.SUSPECT_AFTER) and self._guarded:
                 if not self._trust(delivery, crashes):
                     continue
             else:
@@ -247,6 +250,15 @@ class Intake:
         delivery = self.ready.popleft()
         self.running.add(delivery)
         return delivery
+
+    async def take_some(self, limit: int, timeout: float) -> list[Delivery[Any]]:
+        """Up to `limit` of what is ready; none after `timeout` seconds without any."""
+        if not self.ready:
+            try:
+                await within(self.kit.clock, timeout, self.wait())
+            except TimeoutError:
+                return []
+        return [self.take() for _ in range(min(limit, len(self.ready)))]
 
     def _expire(self, delivery: Delivery[Any]) -> None:
         self.kit.counts.add(telemetry.EXPIRED, self.address)
@@ -303,6 +315,19 @@ class Intake:
             if self.place.ordered:
                 self._moving.add(delivery)
             self._settler.move(delivery, self._copy(delivery, verdict))
+
+    async def relocate(self, transfers: Sequence[tuple[Delivery[Any], Outgoing]]) -> None:
+        """Send each message to another place, and settle it here. Raises the first error, once all are through."""
+        waiters = []
+        for delivery, outgoing in transfers:
+            self._hand_back(delivery)
+            delivery.settled = True
+            self._waiters[delivery] = waiter = asyncio.get_running_loop().create_future()
+            waiters.append(waiter)
+            self._settler.move(delivery, outgoing)
+        errors = [error for waiter in waiters if (error := await waiter) is not None]
+        if errors:
+            raise errors[0]
 
     def _hand_back(self, delivery: Delivery[Any]) -> None:
         self.running.discard(delivery)

@@ -13,7 +13,7 @@ from unibus.channel import Address, Group, Queue
 from unibus.clock import Clock, Timer
 from unibus.errors import ConnectionLost, TransportError
 from unibus.memory_places import SOON, Entry, Key, Place, make_place
-from unibus.message import NO_HEADERS
+from unibus.message import NO_HEADERS, Message
 
 if TYPE_CHECKING:
     from unibus.memory import MemoryAdapter
@@ -60,6 +60,10 @@ class MemoryBroker:
     def delayed(self) -> int:
         """Messages that wait for their time."""
         return len(self._delayed)
+
+    def waiting(self, address: Queue[Any] | Group) -> list[Message]:
+        """Copies of what waits at an address, oldest first."""
+        return [Message(*e.fields) for p in self._places.values() if p.address == address for e in p]
 
     def cut(self, *, down: bool = False) -> None:
         """Break every link: all calls raise ConnectionLost until `connect`. What was held goes back, counted."""

@@ -262,10 +262,10 @@ class Session:
             raise ConfigError(f"{known} has no groups; drop group={group!r}")
         return known
 
-    def intake(self, address: Queue[Any] | Group, prefetch: int) -> Intake:
-        """For a receiver by hand."""
+    def intake(self, address: Queue[Any] | Group, prefetch: int, *, trusting: bool = False) -> Intake:
+        """For a receiver by hand, or a redrive."""
         settings = self.settings.consumer(address, {"prefetch": prefetch})
-        intake = Intake(self.kit, address, prefetch=prefetch, policy=settings.retry)
+        intake = Intake(self.kit, address, prefetch=prefetch, policy=settings.retry, trusting=trusting)
         self.intakes.append(intake)
         return intake
 
