@@ -40,7 +40,7 @@ def main() -> int:
             return _demo(options.file, options.journal, handlers=not options.elsewhere)
         with tempfile.TemporaryDirectory() as folder:
             return _demo(options.file, Path(folder, "journal"), handlers=True)
-    except UnibusError as error:
+    except (UnibusError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
