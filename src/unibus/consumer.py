@@ -75,7 +75,7 @@ class Consumer:
         self._concurrency = concurrency
         self._timeout = timeout
         self._batch = batch
-        self._in_thread = in_thread
+        self.in_thread = in_thread
         self._undecodable = undecodable
         self._clock = intake.kit.clock
         self._slots: set[_Slot] = set()
@@ -239,7 +239,7 @@ class Consumer:
             left = slot.started + timeout - now
             if left > 0:
                 earliest = left if earliest is None else min(earliest, left)
-            elif self._in_thread:
+            elif self.in_thread:
                 slot.reported = True
                 self.intake.kit.counts.add(OVERDUE, self.intake.address)
                 text = "%s has run for %g s and can't be stopped, since it is a thread; its slot stays taken"

@@ -589,9 +589,13 @@ class Intake:
 
     # For health and tests
 
+    def moving(self) -> bool:
+        """Is anything on its way to or from a handler?"""
+        return bool(self.ready or self._settler.busy())
+
     def busy(self) -> bool:
         """Is there anything to do now, as opposed to later?"""
-        return bool(self.ready or self.running or self._settler.busy())
+        return self.moving() or bool(self.running)
 
     def owes(self) -> bool:
         """At most once: is there anything that was settled and has not run yet?"""

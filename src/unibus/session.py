@@ -298,6 +298,14 @@ class Session:
             await intake.stop()
             await intake.close()
 
+    def moving(self) -> bool:
+        """Is anything under way besides handlers that wait for something? A thread may always be at work."""
+        return (
+            self.kit.publisher.busy()
+            or any(intake.moving() for intake in self.intakes)
+            or any(consumer.in_thread and consumer.running() for consumer in self.consumers)
+        )
+
     def busy(self) -> bool:
         """Is there anything under way, as opposed to waiting for its time?"""
         return self.kit.publisher.busy() or any(intake.busy() for intake in self.intakes)

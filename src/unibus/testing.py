@@ -54,10 +54,10 @@ class Lab:
         """
         loop = asyncio.get_running_loop()
         end = self.clock.monotonic() + seconds
-        await self._calm(loop.time() + STUCK)
+        await self._calm(loop.time() + STUCK, wait=False)
         while (due := self.clock.next_due()) is not None and self.clock.monotonic() + due <= end:
             self.clock.move(due)
-            await self._calm(loop.time() + STUCK)
+            await self._calm(loop.time() + STUCK, wait=False)
         self.clock.move(max(0.0, end - self.clock.monotonic()))
         await self._calm(loop.time() + PATIENCE)
 
@@ -87,20 +87,28 @@ class Lab:
     def _busy(self) -> bool:
         return self.bus._opened().busy() or self.broker.ready() > 0
 
-    async def _calm(self, deadline: float) -> bool:
-        """Turn the loop until nothing happens any more. False at the deadline (real time)."""
+    async def _calm(self, deadline: float, *, wait: bool = True) -> bool:
+        """Turn the loop until nothing happens any more. False at the deadline (real time).
+
+        Without `wait`, handlers that wait for something don't count as happening, unless they run in threads.
+        """
         loop = asyncio.get_running_loop()
         calm = spins = 0
         while calm < CALM:
             spins += 1
             await asyncio.sleep(0 if spins < SPINS else REAL_WAIT)
-            if self._busy():
-                calm = 0
-                if loop.time() > deadline:
-                    return False
-            else:
+            if not self._busy() or not (wait or self._moving()):
                 calm += 1
+                continue
+            calm = 0
+            if loop.time() > deadline:
+                return False
         return True
+
+    def _moving(self) -> bool:
+        """Is anything under way besides handlers that wait?"""
+        session = self.bus._opened()
+        return self.broker.ready() > 0 or session.moving()
 
     def _what(self) -> str:
         session = self.bus._opened()
