@@ -16,10 +16,11 @@ from unibus.errors import (
     ConfigError,
     ConnectionLost,
     PermissionDenied,
-    TransportError,
     UnknownChannel,
+    Unsupported,
 )
 from unibus_rabbitmq import config, declare, errors, topology, wire
+from unibus_rabbitmq.browse import Browser
 from unibus_rabbitmq.capabilities import known
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.publisher import Publisher
@@ -27,7 +28,7 @@ from unibus_rabbitmq.subscription import Hooks, RabbitMQSubscription
 
 log = logging.getLogger("unibus.rabbitmq")
 
-_TIMEOUT = 30.0  # of what has no deadline of its own
+_TIMEOUT = 20.0  # of what has no deadline of its own
 _CLOSE_TIMEOUT = 5.0
 
 
@@ -119,14 +120,17 @@ class RabbitMQAdapter:
         assert self._publisher is not None  # noqa: S101  # for mypy: made with the link
         return await self._publisher.send(batch, self._route, self._plan.steps, timeout)
 
-    async def _send_one(self, outgoing: Outgoing) -> TransportError | None:
+    async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
+        """For subscriptions: what goes on to another hold queue, or back to its own queue as a copy."""
         try:
-            return (await self.send([outgoing], _TIMEOUT))[0]
+            return await self.send(batch, _TIMEOUT)
         except ConnectionLost as error:
-            return error
+            return [error] * len(batch)
 
     async def subscribe(self, source: Source) -> RabbitMQSubscription:
         link = self._link(self._consuming)
+        if source.start != "new":
+            raise Unsupported(f"{source.address}: start={source.start!r}, but RabbitMQ keeps no history")
         place = self._plan.places.get(source.address)
         try:
             async with asyncio.timeout(_TIMEOUT):
@@ -135,8 +139,9 @@ class RabbitMQAdapter:
                     place = await self._private_place(channel, source.address)
         except Exception as exc:
             raise errors.translate(exc, f"subscribe to {source.address}") from exc
-        subscription = RabbitMQSubscription(
-            source, place, link, channel, self._clock, self._plan, Hooks(self._send_one, self._subscriptions.discard)
+        made = Browser if source.browse else RabbitMQSubscription
+        subscription = made(
+            source, place, link, channel, self._clock, self._plan, Hooks(self._send_back, self._subscriptions.discard)
         )
         if isinstance(source.address, Inbox):
             subscription.address = Inbox(place.queue)

@@ -40,7 +40,11 @@ def known(version: str | None = None) -> Capabilities:
         ),
         release=native(
             "basic.nack with requeue, at once: a delay is refused"
-            + ("" if server >= (4, 3) else "; counts towards x-delivery-limit")
+            + (
+                ""
+                if server >= (4, 3)
+                else "; the server counts it, so from the third time on by a copy at the end of the queue"
+            )
         ),
         lease=refused(
             "a delivery is held until it is settled or the channel ends; consumer_timeout (30 min) ends the channel"

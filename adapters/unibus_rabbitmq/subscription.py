@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +17,24 @@ from unibus.channel import Group, Inbox, Queue, stem
 from unibus.clock import Clock
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
-from unibus.message import ORIGINAL_DESTINATION, ORIGINAL_SUBSCRIPTION
-from unibus_rabbitmq import errors, frames, wire
+from unibus.message import CRASH_COUNT, ORIGINAL_DESTINATION, ORIGINAL_SUBSCRIPTION
+from unibus.retry import SUSPECT_AFTER
+from unibus_rabbitmq import errors, wire
 from unibus_rabbitmq.intake import Intake
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.topology import Place, Plan
+from unibus_rabbitmq.unsettled import Unsettled
 
 log = logging.getLogger("unibus.rabbitmq")
+
+TIMEOUT = 10.0  # of each call
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What a subscription needs of its adapter."""
 
-    rehold: Callable[[Outgoing], Awaitable[TransportError | None]]
+    send: Callable[[Sequence[Outgoing]], Awaitable[Results]]
     closed: Callable[[RabbitMQSubscription], None]
 
 
@@ -56,15 +61,17 @@ class RabbitMQSubscription:
         self._plan = plan
         self._hooks = hooks
         self._inbox = isinstance(source.address, Inbox)
+        self._fallback = f"{secrets.token_hex(8)}-"  # of the ids of messages that have none
         self._buffer: deque[wire.Received] = deque()
-        # Every tag that the server counts as unsettled, ascending; the delivery once it was given out.
-        self._open: OrderedDict[int, Delivery[Any] | None] = OrderedDict()
+        self._unsettled = Unsettled(channel.number)
         self._waiter: asyncio.Future[None] | None = None
         self._over: UnibusError | None = None  # why nothing comes any more
         self._dead = False  # the channel is gone, and with it all tags
         self._stopped = False
+        self._holds = True  # what came back from a hold queue early goes to the next one
+        self._closing = False
+        self._losing: asyncio.Task[None] | None = None
         self._tags: list[str] = []  # consumer tags
-        self._taken = 0  # by browsing
         self._tasks: set[asyncio.Task[None]] = set()
         link.wire.sinks[channel.number] = self._intake = Intake(self._arrived, self._leave)
         channel.on_consumer_cancel_callbacks.add(self._cancelled)
@@ -81,7 +88,7 @@ class RabbitMQSubscription:
         self._tags.append(str(ok.consumer_tag))
 
     def _arrived(self, received: wire.Received) -> None:
-        self._open[received.tag] = None
+        self._unsettled.arrived(received.tag)
         self._buffer.append(received)
         self._wake()
 
@@ -92,20 +99,27 @@ class RabbitMQSubscription:
     # -- receive ----------------------------------------------------------------------------------------------
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        await asyncio.sleep(0)  # a consumer that always finds something must not starve the others
         deadline = self._clock.monotonic() + timeout
         while True:
             if self._over is not None:
+                if self._losing is not None:
+                    await asyncio.shield(self._losing)
                 raise self._over
-            if self._buffer and not self._stopped:
+            if self._stopped:
+                return []
+            if self._buffer:
                 found = self._take(limit)
                 if found:
                     return found
             left = deadline - self._clock.monotonic()
             if left <= 0:
                 return []
-            if self.source.browse and self._taken == len(self._tags) * self.source.prefetch:
-                await self.consume(left)  # the first page is in hand, unsettled: another consumer gets the next one
+            await self._ask_for_more(left)
             await self._wait(left)
+
+    async def _ask_for_more(self, timeout: float) -> None:
+        """For browsing: the server sends by itself."""
 
     async def _wait(self, timeout: float) -> None:
         """Until something arrives or ends; several callers share the future."""
@@ -120,31 +134,29 @@ class RabbitMQSubscription:
 
     def _take(self, limit: int) -> list[Delivery[Any]]:
         found: list[Delivery[Any]] = []
-        buffer, source, queue, counted = self._buffer, self.source, self._place.queue, self._place.counted
+        buffer = self._buffer
         while buffer and len(found) < limit:
-            received = buffer.popleft()
-            headers = received.properties.headers
-            due = wire.not_before(received) if headers else None
-            message = wire.decode(
-                received, inbox=self._inbox, fallback=f"{queue}@{self._number}.{received.tag}.{id(self):x}"
-            )
-            delivery: Delivery[Any] = Delivery(
-                message,
-                source,
-                self,
-                deliveries=wire.deliveries(received, counted=counted),
-                native=received,
-                position=f"{queue}@{received.tag}",
-            )
-            self._open[received.tag] = delivery
-            if due is not None and due > self._clock.time() and not source.browse:
-                self._start(self._hold_again(delivery, due))
-                continue
-            if self._place.letters and headers and wire.DEATH in headers:
-                self._explain(delivery)
+            delivery = self._delivery(buffer.popleft())
+            headers = delivery.native.properties.headers  # type: ignore[attr-defined]  # we made it
+            if headers:
+                due = wire.not_before(headers)
+                if due is not None and due > self._clock.time() and self._holds:
+                    self._start(self._hold_again(delivery, due))
+                    continue
+                if self._place.letters and wire.DEATH in headers:
+                    self._explain(delivery)
             found.append(delivery)
-        self._taken += len(found)
         return found
+
+    def _delivery(self, received: wire.Received) -> Delivery[Any]:
+        position = f"{self._place.queue}@{received.tag}"
+        message = wire.decode(received, inbox=self._inbox, fallback=self._fallback + position)
+        count = wire.deliveries(received, counted=self._place.counted)
+        delivery: Delivery[Any] = Delivery(
+            message, self.source, self, deliveries=count, native=received, position=position
+        )
+        self._unsettled.given(received.tag, delivery)
+        return delivery
 
     def _explain(self, delivery: Delivery[Any]) -> None:
         """Give what the server dead-lettered the headers that the core would have given it."""
@@ -159,9 +171,9 @@ class RabbitMQSubscription:
 
     async def _hold_again(self, delivery: Delivery[Any], due: float) -> None:
         """The next hop of a long delay: to the next hold queue, confirmed, and only then away from here."""
-        error = await self._hooks.rehold(Outgoing(self.address, delivery.message, due, delivery))
+        (error,) = await self._hooks.send([self._again(delivery, due)])
         if error is None:
-            self._settle_now(Outcome.ACCEPTED, [delivery])
+            await self.settle(Outcome.ACCEPTED, [delivery])
             return
         # The message stays here, unsettled. The core subscribes again, with back-off, and declares again what is missing.
         log.warning("a delayed message of %s can't go on to its next hold queue: %s", self.address, error)
@@ -174,50 +186,55 @@ class RabbitMQSubscription:
     ) -> Results:
         if outcome is Outcome.RELEASED and any(delays):
             raise Unsupported("RabbitMQ gives a message back at once; send a delayed copy, then accept this one")
-        results = self._settle_now(outcome, deliveries)
-        if not self._dead:
-            try:
-                await self._link.drain()
-            except ConnectionLost as error:
-                return [error if result is None else result for result in results]
-        return results
-
-    def _settle_now(self, outcome: Outcome, deliveries: Sequence[Delivery[Any]]) -> list[TransportError | None]:
-        """One write. Unknown tags never reach the server: it would close the channel."""
         results: list[TransportError | None] = [None] * len(deliveries)
-        unsettled = self._open
-        tags = []
+        mine: dict[int, int] = {}  # tag -> index
         for index, delivery in enumerate(deliveries):
-            tag = delivery.native.tag if isinstance(delivery.native, wire.Received) else 0
-            if delivery.token is not self or self._dead or delivery.lost or unsettled.pop(tag, None) is None:
-                results[index] = LeaseLost(
-                    f"{delivery.position}: no longer ours: settled before, or its channel is gone"
-                )
+            tag = _tag(delivery)
+            if tag in mine or self._dead or delivery.lost or not self._unsettled.has(delivery):
+                results[index] = LeaseLost(f"{delivery.position}: settled before, or its channel is gone")
             else:
-                tags.append(tag)
-        if tags:
-            tags.sort()
-            try:
-                self._link.write(self._settle_frames(outcome, tags))
-            except ConnectionLost as error:
-                return [error if result is None else result for result in results]
+                mine[tag] = index
+        try:
+            if outcome is Outcome.ACCEPTED:
+                self._accept(list(mine))
+            else:
+                await self._release([deliveries[index] for index in mine.values()])
+            await self._link.drain()
+        except ConnectionLost as error:
+            for index in mine.values():
+                results[index] = error
         return results
 
-    def _settle_frames(self, outcome: Outcome, tags: list[int]) -> bytes:
-        number = self._number
-        if outcome is Outcome.RELEASED:
-            return b"".join(frames.nack_frame(number, tag) for tag in tags)
-        # One ack for all tags below the first that stays open. It names a tag that is open: the server knows no other.
-        first_open = next(iter(self._open), None)
-        upto = 0
-        if first_open is None:
-            upto = len(tags)
-        else:
-            while upto < len(tags) and tags[upto] < first_open:
-                upto += 1
-        parts = [frames.ack_frame(number, tags[upto - 1], True)] if upto else []
-        parts += [frames.ack_frame(number, tag, False) for tag in tags[upto:]]
-        return b"".join(parts)
+    def _accept(self, tags: list[int]) -> None:
+        if tags:
+            self._link.write(self._unsettled.accept(tags))
+
+    async def _release(self, deliveries: list[Delivery[Any]]) -> None:
+        """Back to the queue. Where the server counts that, one which was handed out often goes back as a fresh copy.
+
+        Its count would make it a suspect of the crash guard, and a dead letter in the end, for nothing but restarts. With a
+        single active consumer that is about to leave, they go back when the channel ends, in their order.
+        """
+        if self._place.single and self._stopped:
+            self._unsettled.keep(deliveries)
+            return
+        nack: list[Delivery[Any]] = []
+        copy: list[Delivery[Any]] = []
+        for delivery in deliveries:
+            (copy if self._place.copies and _suspicious(delivery) else nack).append(delivery)
+        if copy:
+            for delivery, error in zip(copy, await self._hooks.send([self._again(d) for d in copy]), strict=True):
+                if not self._unsettled.has(delivery):
+                    continue  # the channel went meanwhile
+                if error is None:
+                    self._accept([_tag(delivery)])
+                else:
+                    nack.append(delivery)
+        if nack and not self._dead:
+            self._link.write(self._unsettled.release([_tag(delivery) for delivery in nack]))
+
+    def _again(self, delivery: Delivery[Any], not_before: float | None = None) -> Outgoing:
+        return Outgoing(self.address, delivery.message, not_before, delivery)
 
     async def move(self, moves: Sequence[Move], timeout: float) -> Results:
         raise Unsupported("RabbitMQ has no atomic move; send, then accept")
@@ -237,18 +254,20 @@ class RabbitMQSubscription:
             return
         self._stopped = True
         self._wake()
+        if self._place.single:
+            # The next consumer would be active at once and overtake what is still in hand here. The end of the channel gives
+            # back the rest and makes it active in one step.
+            return
         try:
-            async with asyncio.timeout(_TIMEOUT):
+            async with asyncio.timeout(TIMEOUT):
                 for consumer in self._tags:
                     await self._channel.basic_cancel(consumer)
         except Exception as exc:
             log.warning("stop receiving from %s: %s", self.address, errors.translate(exc, "basic.cancel"))
-        back = [received.tag for received in self._buffer]
+        back = [self._delivery(received) for received in self._buffer]
         self._buffer.clear()
         if back and not self._dead:
-            for tag in back:
-                self._open.pop(tag, None)
-            self._link.write(self._settle_frames(Outcome.RELEASED, back))
+            await self.settle(Outcome.RELEASED, back)
 
     async def close(self) -> None:
         self._hooks.closed(self)
@@ -257,22 +276,15 @@ class RabbitMQSubscription:
             task.cancel()
         if self._dead:
             return
-        self._dead = True
-        self._mark_lost(self._held())
+        self._closing = self._dead = True
+        self._unsettled.lose_all()
+        self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
         try:
-            async with asyncio.timeout(_TIMEOUT):
+            async with asyncio.timeout(TIMEOUT):
                 await self._channel.close()  # gives back what is still unsettled
         except Exception as exc:
             log.warning("close the channel of %s: %s", self.address, errors.translate(exc, "channel.close"))
         self._leave()
-
-    def _held(self) -> list[Delivery[Any]]:
-        return [delivery for delivery in self._open.values() if delivery is not None]
-
-    def _mark_lost(self, deliveries: Sequence[Delivery[Any]]) -> None:
-        for delivery in deliveries:
-            delivery.lost = True
-        self._open.clear()
 
     def _leave(self) -> None:
         self._dead = True
@@ -284,9 +296,8 @@ class RabbitMQSubscription:
         self._end(NotFound(f"{self.address}: its queue {self._place.queue!r} was deleted, or its node is gone"))
 
     def _closed(self, closing: asyncio.Future[Any]) -> None:
-        mine = self._dead and self._stopped
         self._leave()
-        if mine:
+        if self._closing:
             return
         cause = None if closing.cancelled() else closing.exception()
         if self._link.lost is not None:
@@ -298,7 +309,7 @@ class RabbitMQSubscription:
             error.__cause__ = cause
         self._end(error)
         self._buffer.clear()
-        self._start(self._lose(self._held()))
+        self._losing = self._start(self._lose(self._unsettled.given_out()))
 
     def _end(self, error: UnibusError) -> None:
         if self._over is None:
@@ -310,12 +321,13 @@ class RabbitMQSubscription:
             if held:
                 await self.source.losing(held, 0)
         finally:
-            self._mark_lost(held)
+            self._unsettled.lose_all()
 
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -323,9 +335,14 @@ class RabbitMQSubscription:
             log.error("subscription of %s: %r", self.address, exc)
 
 
-_TIMEOUT = 10.0
-
-
 async def _never(message: Any) -> None:
     """The callback that aiormq wants: the tap takes every delivery before aiormq sees it."""
     raise AssertionError(f"a delivery went past the tap: {message.delivery!r}")
+
+
+def _suspicious(delivery: Delivery[Any]) -> bool:
+    return (delivery.deliveries or 0) >= SUSPECT_AFTER or CRASH_COUNT in delivery.message.headers
+
+
+def _tag(delivery: Delivery[Any]) -> int:
+    return delivery.native.tag if isinstance(delivery.native, wire.Received) else 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
-from unibus.errors import ConfigError
+from unibus.errors import ConfigError, Unsupported
 from unibus_rabbitmq import config
 from unibus_rabbitmq.capabilities import number
 
@@ -36,6 +36,8 @@ class Place:
 
     queue: str
     counted: bool = True  # a quorum queue: it counts deliveries
+    copies: bool = False  # giving a message back counts as a delivery, and order does not matter: see `_release`
+    single: bool = False  # has a single active consumer
     letters: bool = False  # dead letters come here, the server's own too
 
 
@@ -99,11 +101,14 @@ class _Planner:
         self.names = names
         self.topics: dict[Topic[Any], config.TopicOptions] = {}
         # From 4.0 on a quorum queue has a limit of 20 unless told otherwise. What only waits must not run into it.
-        self.unlimited = {"x-queue-type": "quorum"} | ({"x-delivery-limit": -1} if number(version) >= (4, 0) else {})
+        self.version = number(version)
+        self.unlimited = {"x-queue-type": "quorum"} | ({"x-delivery-limit": -1} if self.version >= (4, 0) else {})
 
     def plan(self) -> Plan:
         for declared in self.topology.channels:
             config.check_name(declared.name, declared.address)
+            if declared.start != "new":
+                raise Unsupported(f"{declared.address}: start={declared.start!r}, but RabbitMQ keeps no history")
             address = declared.address
             if isinstance(address, Topic):
                 self._topic(declared, address)
@@ -188,7 +193,8 @@ class _Planner:
             arguments["x-single-active-consumer"] = True
         made = self.made
         made.queues[declared.name] = QueueSpec(declared.name, arguments)
-        made.places[address] = Place(declared.name, counted=kind == "quorum")
+        copies = not features.ordered and not (kind == "quorum" and self.version >= (4, 3))
+        made.places[address] = Place(declared.name, counted=kind == "quorum", copies=copies, single=features.ordered)
         made.logical[declared.name] = address
         made.bindings.append(Binding(self.names.returns, declared.name, declared.name))
 

@@ -217,10 +217,9 @@ def _time(headers: Mapping[str, Any], name: str) -> float | None:
         return None  # a foreign header of the same name
 
 
-def not_before(received: Received) -> float | None:
+def not_before(headers: Mapping[str, Any]) -> float | None:
     """When the message is due, if it came back from a hold queue for another hop."""
-    headers = received.properties.headers
-    return _time(headers, NOT_BEFORE) if headers and NOT_BEFORE in headers else None
+    return _time(headers, NOT_BEFORE) if NOT_BEFORE in headers else None
 
 
 def deliveries(received: Received, *, counted: bool) -> int:
