@@ -259,7 +259,7 @@ async def redrive(
     """Send dead letters back to the queue or group where they failed, counts reset; the number of those sent.
 
     Each is gone from the dead-letter channel once its copy is confirmed: interrupted, it loses nothing, and can be run
-    again. `where` chooses by the delivery, whose body is bytes; `limit`: how many at most; `invalid`: from the invalid-message
+    again. `where` chooses by the delivery, as `browse` shows it; `limit`: how many at most; `invalid`: from the invalid-message
     channel. What is not chosen stays.
     """
     session = bus._opened()
@@ -271,6 +271,7 @@ async def redrive(
         left = min(left, limit)
     if left <= 0:
         return 0
+    codec = codec_for(session.channels.find(channel))
     moved = 0
     intake = session.intake(queue, min(left, MOST_HELD), trusting=True)
     intake.begin()
@@ -280,6 +281,8 @@ async def redrive(
             if not batch:
                 break
             left -= len(batch)
+            for delivery in batch:
+                delivery.body = readable(codec, delivery.message)
             chosen = [d for d in batch if where is None or where(d)]
             if limit is not None:
                 del chosen[limit - moved :]

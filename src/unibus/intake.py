@@ -72,6 +72,7 @@ class Intake:
         self.trouble: str | None = None
         self._settler = Settler(kit, address, self._settled, self._make_room)
         self._stopping = False
+        self._over = False
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
         self._lanes: dict[str, deque[Delivery[Any]]] = {}  # ordered: by key, behind the one that is ready or running
@@ -233,9 +234,11 @@ class Intake:
                 return
 
     async def wait(self) -> None:
-        """Until something may be ready. Several may wait; each delivery wakes one."""
+        """Until something may be ready. Several may wait; each delivery wakes one. Raises Closed at the end."""
         if self.ready:
             return
+        if self._over:
+            raise Closed(f"no more is received from {self.address}")
         taker = asyncio.get_running_loop().create_future()
         self._takers.append(taker)
         try:
@@ -586,6 +589,9 @@ class Intake:
         """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself."""
         await self._settler.idle()
         await self._close_subscription()
+        self._over = True
+        while self._takers:
+            self._wake()
 
     # For health and tests
 

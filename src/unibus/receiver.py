@@ -47,10 +47,11 @@ class Receiver:
         return self
 
     async def __anext__(self) -> Delivery[Any]:
-        delivery = await self.receive()
-        if delivery is None:
-            raise StopAsyncIteration
-        return delivery
+        """Ends when the receiver or its bus is closed."""
+        try:
+            return await self._next()
+        except Closed:
+            raise StopAsyncIteration from None
 
     async def receive(self, timeout: float | None = None) -> Delivery[Any] | None:
         """The next delivery; None after `timeout` seconds (None: wait for ever). Raises Closed."""
