@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
-from unibus import Bus, Delivery, Queue, RetryPolicy, Topic, deadletter
+from unibus import Bus, Delivery, NotFound, Queue, RetryPolicy, Topic, deadletter
+from unibus.adapter import Declared, Topology
 from unibus.capabilities import Capabilities
 
 from .harness import Harness, nowhere
@@ -98,12 +99,15 @@ async def leftover(bus: Bus, place: Place) -> list[Delivery[Any]]:
                 found.append(delivery)
 
 
-async def letters(bus: Bus, place: Place, count: int = 1) -> list[Delivery[Any]]:
-    """The dead letters of a queue or group, once there are `count` of them. They stay where they are."""
+async def letters(bus: Bus, place: Place, count: int = 1, *, invalid: bool = False) -> list[Delivery[Any]]:
+    """The dead letters of a queue or group, once there are `count` of them. They stay where they are.
+
+    `invalid`: those of its invalid-message channel instead.
+    """
     channel, group = place if isinstance(place, tuple) else (place, None)
 
     async def look() -> list[Delivery[Any]]:
-        return [letter async for letter in deadletter.browse(bus, channel, group=group)]
+        return [letter async for letter in deadletter.browse(bus, channel, group=group, invalid=invalid)]
 
     found = await eventually(look, lambda found: len(found) >= count, f"{count} dead letters")
     assert len(found) == count, f"{len(found)} dead letters instead of {count}"
@@ -186,3 +190,13 @@ class Kit:
     def nowhere(self, password: str) -> str | None:
         """The tested URL with a port where nobody listens, and this password. None: it names no host."""
         return nowhere(self.harness.url, password)
+
+    async def alone(self, queue: Queue[Any]) -> str:
+        """Make a queue without the channels that belong to it, as far as the adapter does; the text that tells what is missing."""
+        async with self.bus() as bus:
+            await bus.adapter.declare(Topology("create", (Declared(queue, self.harness.prefix + queue.name),)))
+        try:
+            async with self.bus(queue, declare="verify"):
+                return ""
+        except NotFound as error:
+            return str(error)

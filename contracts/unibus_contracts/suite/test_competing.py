@@ -115,3 +115,18 @@ async def test_leaver(kit: Kit) -> None:
                 await delivery.ack()
         assert await leftover(stayer, queue) == []
     assert sorted([begun.body, *(delivery.body for delivery in rest)]) == sorted(b"%d" % n for n in range(20))
+
+
+@contract("competing.surplus_is_harmless", "Consumers beyond what there is to do are idle: no error, no message lost.")
+async def test_surplus(kit: Kit) -> None:
+    queue, seen = kit.queue(), Seen[tuple[str, bytes]]()
+    async with AsyncExitStack() as stack:
+        buses = [worker(kit, queue, f"worker-{n}", seen, None) for n in range(8)]
+        for bus in buses:
+            await stack.enter_async_context(bus.running())
+        await buses[0].send_many(queue, [b"1", b"2", b"3"])
+        await seen.reach(3)
+        for bus in buses:
+            assert (await bus.health()).status == "ok"
+        await until(lambda: sum(bus.counts.get("handled", 0) for bus in buses) == 3, "3 handled")
+    assert sorted(body for _, body in seen.all) == [b"1", b"2", b"3"]

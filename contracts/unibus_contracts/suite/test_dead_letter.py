@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from unibus import Bus, DeadLetter, Delivery, Message, Queue, deadletter
 from unibus_contracts.contract import contract
-from unibus_contracts.kit import AT_ONCE, NEVER, Kit, Seen, bodies, leftover, letters, until
+from unibus_contracts.kit import AT_ONCE, NEVER, Kit, Seen, bodies, eventually, leftover, letters, until
 
 STORY = {
     "x-retry-count",
@@ -249,3 +249,30 @@ async def test_expired(kit: Kit) -> None:
         (letter,) = await letters(bus, queue)
     assert letter.message.headers["x-dlq-reason"] == "expired"
     assert letter.body == b"x"
+
+
+@contract(
+    "dlq.missing_target_keeps_message",
+    "Without a dead-letter channel a message is kept, the trouble told, and it ends.",
+)
+async def test_missing_target(kit: Kit) -> None:
+    queue = kit.queue()
+    missing = f"{queue.name}.dlq" in await kit.alone(
+        queue
+    )  # some adapters make it with its queue: nothing to lose then
+    bus = kit.bus(declare="assume")
+
+    @bus.consumer(queue, retry=NEVER)
+    async def handle(body: bytes) -> None:
+        raise OSError("always")
+
+    async with bus.running():
+        await bus.send(queue, b"x")
+        if missing:
+            health = await eventually(bus.health, lambda health: health.status != "ok", "the trouble is told")
+            assert any("dlq" in reason for reason in health.reasons)
+        async with kit.bus(queue) as repair:  # makes what is missing
+            assert bodies(await letters(repair, queue)) == [b"x"]
+        await eventually(bus.health, lambda health: health.status == "ok", "the trouble is over")
+    async with kit.bus(queue) as reader:
+        assert await leftover(reader, queue) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
 from unibus import Bus, ConfigError, DeadLetter, Delivery, Discard, NotFound, Queue, RetryPolicy
@@ -215,38 +213,3 @@ async def test_health(kit: Kit) -> None:
         assert (await bus.health()).status == "ok"
         assert (await bus.adapter.check()).up
     assert (await bus.health()).status == "down"
-
-
-@contract("obs.quiet_on_success", "What goes well is not worth a warning in the log.")
-async def test_quiet(kit: Kit) -> None:
-    queue, topic = kit.queue(), kit.topic()
-    bus, seen, loud = kit.bus(), Seen[bytes](), Loud(logging.WARNING)
-
-    @bus.consumer(queue)
-    async def handle(body: bytes) -> None:
-        seen(body)
-
-    @bus.subscriber(topic, group="g")
-    async def on_topic(body: bytes) -> None:
-        seen(body)
-
-    logging.getLogger().addHandler(loud)
-    try:
-        async with bus.running():
-            await bus.send_many(queue, [b"x"] * 10)
-            await bus.publish(topic, b"y")
-            await seen.reach(11)
-    finally:
-        logging.getLogger().removeHandler(loud)
-    assert loud.said == []
-
-
-class Loud(logging.Handler):
-    """Keeps what is said, warnings and worse."""
-
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(f"{record.levelname} {record.name}: {record.getMessage()}")

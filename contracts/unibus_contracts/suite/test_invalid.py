@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from unibus import Bus, Message, Queue, Topic
+from unibus import Bus, Message, Queue, Topic, deadletter
 from unibus.adapter import Source
 from unibus.channel import Group, invalid_queue
 from unibus_contracts.contract import contract
-from unibus_contracts.kit import AT_ONCE, Kit, Seen, letters, until
+from unibus_contracts.kit import AT_ONCE, Kit, Seen, bodies, eventually, leftover, letters, until
 from unibus_contracts.refusals import receive
 
 
@@ -114,3 +114,45 @@ async def test_in_a_batch(kit: Kit) -> None:
             (message,) = await set_aside(bus, queue, 1)
     assert message.body == b"bad"
     assert sorted(body["n"] for body in seen.all) == [0, 1, 2, 4, 5]
+
+
+@contract(
+    "invalid.missing_target_keeps_message", "Without an invalid channel the bad message is kept, and the trouble told."
+)
+async def test_missing_target(kit: Kit) -> None:
+    queue = kit.queue(dict[str, int])
+    missing = f"{queue.name}.invalid" in await kit.alone(queue)
+    raw: Queue[bytes] = Queue(queue.name, bytes)
+    bus = kit.bus(declare="assume")
+
+    @bus.consumer(queue)
+    async def never(body: dict[str, int]) -> None: ...
+
+    async with bus.running(), kit.bus(raw, declare="assume") as sender:
+        await sender.send(raw, as_json(b"bad"))
+        if missing:
+            health = await eventually(bus.health, lambda health: health.status != "ok", "the trouble is told")
+            assert any("invalid" in reason for reason in health.reasons)
+        async with kit.bus(queue) as repair:  # makes what is missing
+            assert bodies(await letters(repair, queue, invalid=True)) == [b"bad"]
+        await eventually(bus.health, lambda health: health.status == "ok", "the trouble is over")
+
+
+@contract("invalid.redrive_after_repair", "Invalid messages can be looked at and sent back to their queue.")
+async def test_redrive(kit: Kit) -> None:
+    queue = kit.queue(dict[str, int])
+    raw: Queue[bytes] = Queue(queue.name, bytes)
+    bus = kit.bus()
+
+    @bus.consumer(queue)
+    async def never(body: dict[str, int]) -> None: ...
+
+    async with bus.running(), kit.bus(raw) as sender:
+        id = await sender.send(raw, as_json(b"bad"), headers={"a": "b"})
+        (letter,) = await letters(bus, queue, invalid=True)
+        assert (letter.body, letter.message.id) == (b"bad", id)
+    async with kit.bus(raw) as repaired:
+        assert await deadletter.redrive(repaired, raw, invalid=True) == 1
+        (back,) = await leftover(repaired, raw)
+    assert (back.body, back.message.id) == (b"bad", id)
+    assert dict(back.message.headers) == {"a": "b", "x-redrive-count": "1"}

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from unibus import Closed, CodecError, Message, NotFound, SendFailed, UnknownChannel
+from unibus import Closed, CodecError, ConfigError, Message, NotFound, SendFailed, UnknownChannel
 from unibus.adapter import Outgoing
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import SOON, Kit, bodies, leftover, take
@@ -213,3 +213,28 @@ async def test_connect_failure(kit: Kit) -> None:
         assert "secret-5f1d" not in f"{error} {error!r}"
         error = error.__cause__
     assert "secret-5f1d" not in repr(bus)
+
+
+@contract("publish.wrong_verb_is_refused", "To publish to a queue or to send to a topic is an error, and does nothing.")
+async def test_wrong_verb(kit: Kit) -> None:
+    queue, topic = kit.queue(), kit.topic()
+    async with kit.bus(queue, topic) as bus:
+        with pytest.raises(ConfigError):
+            await bus.publish(queue, b"x")  # type: ignore[arg-type] # that is the point
+        with pytest.raises(ConfigError):
+            await bus.send(topic, b"x")  # type: ignore[arg-type] # that is the point
+        assert await leftover(bus, queue) == []
+        assert bus.counts.get("unrouted", 0) == 0
+
+
+@contract("publish.from_synchronous_code", "Code without an event loop sends as well, with a connection of its own.")
+async def test_synchronous(kit: Kit) -> None:
+    queue = kit.queue()
+
+    def work() -> list[str]:
+        with kit.bus(queue).blocking() as sender:
+            return [sender.send(queue, b"0"), *sender.send_many(queue, [b"1", b"2"])]
+
+    async with kit.bus(queue) as bus:
+        ids = await asyncio.to_thread(work)
+        assert [d.message.id for d in await leftover(bus, queue)] == ids

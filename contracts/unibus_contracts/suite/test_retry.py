@@ -306,3 +306,26 @@ async def test_negative(kit: Kit) -> None:
     for delay in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="delay"):
             Retry("x", delay=delay)
+
+
+@contract(
+    "retry.none_lost_in_a_crowd",
+    "A hundred messages that each fail twice are all handled, each on attempt 3.",
+    needs="delay",
+)
+async def test_crowd(kit: Kit) -> None:
+    queue = kit.queue()
+    bus, seen = kit.bus(), Seen[tuple[bytes, int]]()
+
+    @bus.consumer(queue, concurrency=20, retry=LATER)
+    async def handle(body: bytes, delivery: Delivery[bytes]) -> None:
+        seen((body, delivery.attempt))
+        if delivery.attempt < 3:
+            raise OSError("again")
+
+    async with bus.running():
+        await bus.send_many(queue, [b"%d" % n for n in range(100)])
+        await until(lambda: bus.counts.get("handled") == 100, "100 handled")
+        assert bus.counts["retried"] == 200
+        assert await letters(bus, queue, 0) == []
+    assert sorted(seen.all) == sorted((b"%d" % n, attempt) for n in range(100) for attempt in (1, 2, 3))

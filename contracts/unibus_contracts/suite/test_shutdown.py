@@ -206,6 +206,30 @@ async def test_restart(kit: Kit) -> None:
     assert seen.all == [b"0", b"1", b"2"]
 
 
+@contract("shutdown.concurrent_closes", "Ten closes at once all return, and so does one more.")
+async def test_concurrent(kit: Kit) -> None:
+    queue, gate = kit.queue(), asyncio.Event()
+    bus, seen = kit.bus(), Seen[bytes]()
+
+    @bus.consumer(queue)
+    async def handle(body: bytes) -> None:
+        seen(body)
+        await gate.wait()
+        seen(body)
+
+    async with bus.running():
+        await bus.send(queue, b"x")
+        await seen.reach(1)
+        closes = [asyncio.create_task(bus.close()) for _ in range(10)]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*closes)
+        await bus.close()
+    assert seen.all == [b"x", b"x"], "closed before its handler had ended"
+    async with kit.bus(queue) as reader:
+        assert await leftover(reader, queue) == []
+
+
 @contract("shutdown.error_inside_closes", "An error inside the block closes the bus in order, and comes out of it.")
 async def test_error(kit: Kit) -> None:
     queue = kit.queue()
