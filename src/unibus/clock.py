@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import time
 from collections.abc import Awaitable, Callable
+from time import monotonic as _monotonic
+from time import time as _time
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -64,11 +65,8 @@ async def within(clock: Clock, seconds: float | None, awaitable: Awaitable[T]) -
 class SystemClock:
     """Real time."""
 
-    def time(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
+    time = staticmethod(_time)
+    monotonic = staticmethod(_monotonic)
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         return asyncio.get_running_loop().call_later(delay, callback)

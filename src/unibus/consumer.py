@@ -37,12 +37,12 @@ class HandlerTimeout(Exception):  # what happened, as its name in x-error-type s
 class _Slot:
     """One place to run a handler in. `started`: monotonic, None while idle."""
 
-    __slots__ = ("deliveries", "expired", "released", "reported", "started", "task")
+    __slots__ = ("expired", "held", "released", "reported", "started", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
         self.started: float | None = None
-        self.deliveries: Batch = []
+        self.held: Delivery[Any] | Batch | None = None
         self.expired = False  # cancelled by the timeout
         self.released = False  # cancelled by the end of the drain
         self.reported = False  # a thread beyond its timeout, said once
@@ -115,28 +115,28 @@ class Consumer:
                 await self._invalid(delivery, error)
                 continue
             slot.started = monotonic()
-            slot.deliveries = [delivery]
+            slot.held = delivery
             if self._timer is None:
                 self._watch()
-            handling.set(message)
+            token = handling.set(message)
             try:
                 await call(delivery)
             except InvalidHeader as error:
                 await self._invalid(delivery, error)
-                verdict = None
             except BaseException as error:
-                verdict = self._verdict(slot, delivery, error)
+                finish(delivery, self._verdict(slot, delivery, error))
             else:
-                verdict = retry.ACK
-            if verdict is not None:
-                finish(delivery, verdict)
-            if self._rest(slot) or _left_something(clean):
+                finish(delivery, retry.ACK)
+            handling.reset(token)
+            # A context variable that the handler set must not reach the next message.
+            if self._rest(slot) or copy_context() != clean:
                 break
         self._close_slot(slot)
 
     def _rest(self, slot: _Slot) -> bool:
         """Between two runs. Is the slot to be closed?"""
-        slot.started, slot.deliveries, slot.reported = None, [], False
+        slot.started = slot.held = None
+        slot.reported = False
         if slot.expired:
             slot.expired = False
             if slot.task is not None:
@@ -183,7 +183,7 @@ class Consumer:
             if not batch:
                 continue
             slot.started = self._clock.monotonic()
-            slot.deliveries = batch
+            slot.held = batch
             if self._timer is None:
                 self._watch()
             try:
@@ -196,7 +196,7 @@ class Consumer:
                 verdicts = [retry.ACK] * len(batch)
             for delivery, verdict in zip(batch, verdicts, strict=True):
                 intake.finish(delivery, verdict)
-            if self._rest(slot) or _left_something(clean):
+            if self._rest(slot) or copy_context() != clean:
                 break
         self._close_slot(slot)
 
@@ -292,14 +292,6 @@ class Consumer:
         for slot in busy:
             if slot.task in stuck:
                 log.error("%s: a handler doesn't react to its cancellation; left behind", self.name)
-                for delivery in slot.deliveries:
-                    self.intake.finish(delivery, retry.RELEASE)
-
-
-def _left_something(clean: Context) -> bool:
-    """Did a handler set a context variable? The next message must not see it."""
-    now = copy_context()
-    return any(var is not handling and value is not clean.get(var, _NOTHING) for var, value in now.items())
-
-
-_NOTHING = object()
+                for delivery in slot.held if isinstance(slot.held, list) else [slot.held]:
+                    if delivery is not None:
+                        self.intake.finish(delivery, retry.RELEASE)

@@ -68,9 +68,11 @@ class Intake:
         self.holding: dict[Delivery[Any], None] = {}  # received and not yet settled, in order of arrival
         self.ready: deque[Delivery[Any]] = deque()  # to be handed out
         self.running: set[Delivery[Any]] = set()  # handed out; who took it says finish
+        self._handled = kit.counts.counter(telemetry.HANDLED, address)
+        self._received = kit.counts.counter(telemetry.RECEIVED, address)
         self.subscribed = asyncio.Event()
         self.trouble: str | None = None
-        self._settler = Settler(kit, address, self._settled, self._make_room)
+        self._settler = Settler(kit, address, self)
         self._stopping = False
         self._over = False
         self._subscription: Subscription | None = None
@@ -79,6 +81,7 @@ class Intake:
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._parked: dict[Delivery[Any], Timer] = {}
         self._takers: deque[asyncio.Future[None]] = deque()
+        self._woken = False  # a taker is on its way
         self._room = asyncio.Event()
         self._reserved = 0  # room given to receives under way
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
@@ -181,13 +184,15 @@ class Intake:
             if self._suspects or (self._alone and self._calm(deliveries)):
                 raise _Again
 
-    def _make_room(self) -> None:
+    def unstuck(self) -> None:
+        """The settler tries again: there may be room."""
         self._room.set()
 
     # Admission
 
     def _admit(self, deliveries: Sequence[Delivery[Any]]) -> None:
-        self.kit.counts.add(telemetry.RECEIVED, self.address, len(deliveries))
+        self._received.n += len(deliveries)
+        plain = not (self.at_most_once or self.place.ordered)
         for delivery in deliveries:
             message = delivery.message
             delivery.settler = self
@@ -207,10 +212,14 @@ class Intake:
                     continue
             else:
                 self._trusted += 1
-            if self.at_most_once:
-                self._settler.accept(delivery)  # `_settled` hands it out
+            if plain:
+                self.ready.append(delivery)
+            elif self.at_most_once:
+                self._settler.accept(delivery)  # `settled` hands it out
             else:
                 self._enqueue(delivery)
+        if self.ready and self._takers and not self._woken:
+            self._wake()
 
     def _enqueue(self, delivery: Delivery[Any]) -> None:
         key = delivery.message.key
@@ -224,17 +233,20 @@ class Intake:
 
     def _offer(self, delivery: Delivery[Any]) -> None:
         self.ready.append(delivery)
-        self._wake()
+        if self._takers and not self._woken:
+            self._wake()
 
     def _wake(self) -> None:
+        """Wake one taker; it wakes the next when it leaves something. So a fast handler doesn't wake them all in vain."""
         while self._takers:
             taker = self._takers.popleft()
             if not taker.done():
                 taker.set_result(None)
+                self._woken = True
                 return
 
     async def wait(self) -> None:
-        """Until something may be ready. Several may wait; each delivery wakes one. Raises Closed at the end."""
+        """Until something may be ready; several may wait. Raises Closed at the end."""
         if self.ready:
             return
         if self._over:
@@ -244,14 +256,19 @@ class Intake:
         try:
             await taker
         except asyncio.CancelledError:
-            if taker.done() and not taker.cancelled() and self.ready:
-                self._wake()  # it was meant for us: pass it on
+            if taker.done() and not taker.cancelled():
+                self._woken = False
+                if self.ready:
+                    self._wake()  # it was meant for us: pass it on
             raise
+        self._woken = False
 
     def take(self) -> Delivery[Any]:
         """The next one. Raises IndexError when none is ready."""
         delivery = self.ready.popleft()
         self.running.add(delivery)
+        if self.ready and self._takers and not self._woken:
+            self._wake()
         return delivery
 
     async def take_some(self, limit: int, timeout: float) -> list[Delivery[Any]]:
@@ -291,6 +308,13 @@ class Intake:
     def finish(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Decide the fate of a delivery; it is carried out in the background."""
         self._hand_back(delivery)
+        if verdict is retry.ACK and not (delivery.settled or delivery.lost):  # the usual case
+            delivery.settled = True
+            self._handled.n += 1
+            self._settler.accept(delivery)
+            if self.place.ordered:
+                self._next_of_key(delivery)
+            return
         if delivery.settled or delivery.lost:
             self._too_late(delivery, verdict)
             return
@@ -304,10 +328,7 @@ class Intake:
             self._park(delivery, verdict)
             return
         delivery.settled = True
-        if verdict.action is Action.ACK:
-            self.kit.counts.add(telemetry.HANDLED, self.address)
-        else:
-            self._report(delivery, verdict)
+        self._report(delivery, verdict)
         if step is Step.SETTLE:
             self._settler.accept(delivery)
             self._next_of_key(delivery)
@@ -416,7 +437,18 @@ class Intake:
 
     # Settled
 
-    def _settled(self, delivery: Delivery[Any], error: TransportError | None) -> None:
+    def settled_all(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        """The settler is through with these, and all went well."""
+        if self.at_most_once or self._waiters or self._moving:
+            for delivery in deliveries:
+                self.settled(delivery, None)
+            return
+        drop = self.holding.pop
+        for delivery in deliveries:
+            drop(delivery, None)
+        self._room.set()
+
+    def settled(self, delivery: Delivery[Any], error: TransportError | None) -> None:
         """The settler is through with a delivery."""
         if self.at_most_once and not delivery.settled and error is None:
             delivery.settled = True

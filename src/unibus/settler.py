@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from unibus import telemetry
 from unibus.adapter import Move, Outcome, Outgoing, Subscription
@@ -24,7 +24,6 @@ SETTLE_TRIES = 6
 FIRST_MOVE_WAIT = 3  # in doublings of the shortest back-off: a dead-letter channel rarely comes back at once
 
 Transfer = tuple[Delivery[Any], Outgoing]
-Settled = Callable[[Delivery[Any], TransportError | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +36,31 @@ class Kit:
     counts: Counts
 
 
-class Settler:
-    """Carries out what an intake decided. `settled` is called once for each delivery, with its error if it has one."""
+class Holder(Protocol):
+    """Who holds the deliveries, and hears what became of them: of each exactly once."""
 
-    def __init__(self, kit: Kit, address: Queue[Any] | Group, settled: Settled, changed: Callable[[], None]) -> None:
+    def settled(self, delivery: Delivery[Any], error: TransportError | None) -> None: ...
+
+    def settled_all(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        """The same for many without an error."""
+        ...
+
+    def unstuck(self) -> None:
+        """Copies that could not be sent are tried again."""
+        ...
+
+
+class Settler:
+    """Carries out what an intake decided."""
+
+    def __init__(self, kit: Kit, address: Queue[Any] | Group, holder: Holder) -> None:
         self.subscription: Subscription | None = None
         self.stopping = False
         self.stuck = 0  # groups of copies that can't be sent now
         self.trouble: str | None = None
         self._kit = kit
         self._address = address
-        self._settled = settled
-        self._changed = changed  # called when `stuck` changes
+        self._holder = holder
         self._done: list[Delivery[Any]] = []
         self._returns: list[Delivery[Any]] = []
         self._moves: list[Transfer] = []
@@ -102,8 +114,12 @@ class Settler:
         limit = self._kit.link.adapter.capabilities.settle_batch
         for at in range(0, len(deliveries), limit):
             part = deliveries[at : at + limit]
-            for delivery, error in zip(part, await self._settle_part(outcome, part), strict=True):
-                self._settled(delivery, error)
+            results = await self._settle_part(outcome, part)
+            if not any(results):
+                self._holder.settled_all(part)
+                continue
+            for delivery, error in zip(part, results, strict=True):
+                self._holder.settled(delivery, error)
 
     async def _settle_part(self, outcome: Outcome, deliveries: list[Delivery[Any]]) -> Sequence[TransportError | None]:
         """One result each. What the broker puts off is tried again; what can't be settled is counted: it comes again."""
@@ -141,7 +157,7 @@ class Settler:
         while True:
             for delivery, _ in moves:
                 if delivery.lost:  # it comes again, and needs no copy
-                    self._settled(delivery, _lease_lost(delivery, None))
+                    self._holder.settled(delivery, _lease_lost(delivery, None))
             moves = [move for move in moves if not move[0].lost]
             if not moves:
                 return
@@ -166,7 +182,7 @@ class Settler:
                 self.stuck -= 1
                 if not self.stuck:
                     self.trouble = None
-                self._changed()
+                self._holder.unstuck()
 
     async def _try(self, moves: list[Transfer]) -> list[UnibusError | None]:
         """One try of each, in one step where the adapter can; else send, confirm, settle. What succeeded is settled."""
@@ -184,7 +200,7 @@ class Settler:
                 if isinstance(answer, Unsupported):
                     rest.append(i)
                 elif answer is None or isinstance(answer, LeaseLost):
-                    self._settled(moves[i][0], answer)
+                    self._holder.settled(moves[i][0], answer)
                 else:
                     results[i] = answer
         if rest:

@@ -26,22 +26,34 @@ REDRIVEN = "redriven"
 RECONNECTED = "reconnected"
 
 
+class Counter:
+    """One number. Who counts often keeps the counter and adds to `n`."""
+
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
 class Counts:
     """Counters by event and address. Never reset while a bus is open."""
 
     def __init__(self) -> None:
-        self._counts: defaultdict[tuple[str, Hashable], int] = defaultdict(int)
+        self._counters: defaultdict[tuple[str, Hashable], Counter] = defaultdict(Counter)
+
+    def counter(self, event: str, address: Hashable) -> Counter:
+        return self._counters[event, address]
 
     def add(self, event: str, address: Hashable, n: int = 1) -> None:
-        self._counts[event, address] += n
+        self._counters[event, address].n += n
 
     def of(self, address: Hashable) -> dict[str, int]:
         """Event -> count of one address."""
-        return {event: n for (event, at), n in self._counts.items() if at == address}
+        return {event: counter.n for (event, at), counter in self._counters.items() if at == address and counter.n}
 
     def totals(self) -> dict[str, int]:
         """Event -> count over all addresses."""
         totals: defaultdict[str, int] = defaultdict(int)
-        for (event, _), n in self._counts.items():
-            totals[event] += n
-        return dict(totals)
+        for (event, _), counter in self._counters.items():
+            totals[event] += counter.n
+        return {event: n for event, n in totals.items() if n}
