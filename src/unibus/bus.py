@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint
+from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint, Outgoing
 from unibus.blocking import Blocking
 from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("unibus")
 
 T = TypeVar("T")
+NOT_OPEN = "the bus is not open; use `async with bus:`, `bus.running()` or `bus.run()`"
 Lifespan = Callable[["Bus"], AbstractAsyncContextManager[Any]]
 
 
@@ -238,7 +239,7 @@ class Bus(Handlers):
 
     def _opened(self) -> Session:
         if self._session is None:
-            raise Closed("the bus is not open; use `async with bus:`, `bus.running()` or `bus.run()`")
+            raise Closed(NOT_OPEN)
         return self._session
 
     # Sending
@@ -262,7 +263,10 @@ class Bus(Handlers):
         (`send_timeout`, 30); a duplicate is possible then, a loss is not. Raises CodecError, UnknownChannel, Unsupported,
         MessageTooLarge, NotFound, Refused, Timeout, ConnectionLost, Closed.
         """
-        return await self._send(Queue, queue, body, key, headers, delay, expires_in, priority, timeout)
+        outgoing, sent = self._submit(False, queue, body, key, headers, delay, expires_in, priority, timeout)
+        if (error := await sent) is not None:
+            raise error.with_traceback(None)
+        return outgoing.message.id
 
     async def publish(
         self,
@@ -277,11 +281,14 @@ class Bus(Handlers):
         timeout: float | None = None,
     ) -> str:
         """Publish to every group of a topic; as `send` otherwise. With no group it succeeds, is counted, and said once."""
-        return await self._send(Topic, topic, body, key, headers, delay, expires_in, priority, timeout)
+        outgoing, sent = self._submit(True, topic, body, key, headers, delay, expires_in, priority, timeout)
+        if (error := await sent) is not None:
+            raise error.with_traceback(None)
+        return outgoing.message.id
 
-    async def _send(
+    def _submit(
         self,
-        kind: type[Queue[Any] | Topic[Any]],
+        is_topic: bool,
         channel: Queue[Any] | Topic[Any] | str,
         body: Any,
         key: str | None,
@@ -290,15 +297,15 @@ class Bus(Handlers):
         expires_in: float | None,
         priority: int | None,
         timeout: float | None,
-    ) -> str:
-        session = self._opened()
+    ) -> tuple[Outgoing, asyncio.Future[UnibusError | None]]:
+        session = self._session
+        if session is None:
+            raise Closed(NOT_OPEN)
         route = session.route(channel)
-        if type(route.channel) is not kind:
+        if route.is_topic is not is_topic:
             raise ConfigError(_wrong_verb(route.channel))
         outgoing = session.outgoing(route, body, key, headers, delay, expires_in, priority)
-        if (error := await session.kit.publisher.submit(outgoing, timeout)) is not None:
-            raise error.with_traceback(None)
-        return outgoing.message.id
+        return outgoing, session.kit.publisher.submit(outgoing, timeout)
 
     async def send_many(
         self,
@@ -313,7 +320,7 @@ class Bus(Handlers):
 
         Raises SendFailed (`.sent`, `.failed` by index) unless all were confirmed; the others were.
         """
-        return await self._send_many(Queue, queue, bodies, key, headers, timeout)
+        return await self._send_many(False, queue, bodies, key, headers, timeout)
 
     async def publish_many(
         self,
@@ -325,11 +332,11 @@ class Bus(Handlers):
         timeout: float | None = None,
     ) -> list[str]:
         """Publish many to a topic; as `send_many` otherwise."""
-        return await self._send_many(Topic, topic, bodies, key, headers, timeout)
+        return await self._send_many(True, topic, bodies, key, headers, timeout)
 
     async def _send_many(
         self,
-        kind: type[Queue[Any] | Topic[Any]],
+        is_topic: bool,
         channel: Queue[Any] | Topic[Any] | str,
         bodies: Iterable[Any],
         key: Callable[[Any], str | None] | None,
@@ -338,7 +345,7 @@ class Bus(Handlers):
     ) -> list[str]:
         session = self._opened()
         route = session.route(channel)
-        if type(route.channel) is not kind:
+        if route.is_topic is not is_topic:
             raise ConfigError(_wrong_verb(route.channel))
         failed: dict[int, UnibusError] = {}
         batch, indices = [], []

@@ -37,11 +37,12 @@ log = logging.getLogger("unibus")
 class Route:
     """All that a send to one channel needs, looked up once."""
 
-    __slots__ = ("channel", "content_type", "delayed", "encode", "priorities")
+    __slots__ = ("channel", "content_type", "delayed", "encode", "is_topic", "priorities")
 
     def __init__(self, channel: Queue[Any] | Topic[Any]) -> None:
         codec = codec_for(channel)
         self.channel = channel
+        self.is_topic = isinstance(channel, Topic)
         self.encode = codec.encode
         self.content_type = codec.content_type
         self.priorities = channel.priorities
@@ -71,6 +72,8 @@ class Session:
         self.consumers: list[Consumer] = []
         self.intakes: list[Intake] = []
         self.running = False
+        self._limited = True  # has the broker any limits to check messages against?
+        self._time = clock.time
         self._stations = stations
         self._layers = layers
         self._threads: list[Threads] = []
@@ -85,11 +88,14 @@ class Session:
         check(self.channels, self._stations, link.adapter.capabilities)
         await link.open()
         # The server's version may know less than the newest one.
+        capabilities = link.adapter.capabilities
         try:
-            check(self.channels, self._stations, link.adapter.capabilities)
+            check(self.channels, self._stations, capabilities)
         except BaseException:
             await link.close()
             raise
+        limits = (capabilities.max_body, capabilities.max_key, capabilities.max_headers, capabilities.max_header_bytes)
+        self._limited = any(limit is not None for limit in limits)
 
     # Sending
 
@@ -111,39 +117,39 @@ class Session:
         priority: int | None = None,
     ) -> Outgoing:
         """The message as it goes out. Raises CodecError, Unsupported, MessageTooLarge."""
-        clock = self.kit.clock
+        now = self._time()
         if type(body) is Message:
-            message = self._from_message(route, body)
+            message = self._from_message(route, body, now)
         else:
-            message = Message(route.encode(body), new_id(), None, route.content_type)
+            message = Message(
+                *(route.encode(body), new_id(), None, route.content_type, NO_HEADERS),
+                *(None, None, None, None, now),  # key, correlation, causation, reply_to, timestamp
+            )
         if key is not None:
             message.key = key
         if headers:
             message.headers = MappingProxyType({**message.headers, **headers})
-        if message.headers:
+        if message.headers is not NO_HEADERS:
             check_headers(message.headers)
         if message.key is not None:
             _check_key(message.key, route.channel)
         if (cause := handling.get()) is not None:
             correlate(message, cause)
-        now = clock.time()
-        if message.timestamp is None:
-            message.timestamp = now
         if expires_in is not None:
             message.expires_at = now + expires_in
         if priority is not None:
             message.priority = priority
         if message.priority is not None and not (route.priorities and 0 <= message.priority < route.priorities):
             raise Unsupported(_no_priority(route.channel, message.priority))
-        delay = message.delay if delay is None else delay
         not_before = None
-        if delay is not None:
+        if delay is not None or (delay := message.delay) is not None:
             not_before = now + self._checked_delay(route, delay)
             message.delay = None
-        check_limits(message, self.kit.link.adapter.capabilities, route.channel)
+        if self._limited:
+            check_limits(message, self.kit.link.adapter.capabilities, route.channel)
         return Outgoing(route.channel, message, not_before)
 
-    def _from_message(self, route: Route, given: Message) -> Message:
+    def _from_message(self, route: Route, given: Message, now: float) -> Message:
         """A Message of the caller's own: a body in bytes is sent as it is; what is open is filled in."""
         raw = isinstance(given.body, bytes)
         return Message(
@@ -156,7 +162,7 @@ class Session:
             _one_line(given.correlation_id, "correlation_id"),
             _one_line(given.causation_id, "causation_id"),
             _one_line(given.reply_to, "reply_to"),
-            given.timestamp,
+            now if given.timestamp is None else given.timestamp,
             given.expires_at,
             given.priority,
             given.delay,
