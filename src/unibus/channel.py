@@ -80,6 +80,41 @@ class Queue(_Channel[T]):
 
     __slots__ = ("reply",)
 
+    @overload
+    def __init__(
+        self: Queue[bytes],
+        name: str,
+        *,
+        ordered: bool = ...,
+        priorities: int = ...,
+        delayed: bool = ...,
+        reply: Any = ...,
+        codec: Codec | None = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        name: str,
+        body: type[T],
+        *,
+        ordered: bool = ...,
+        priorities: int = ...,
+        delayed: bool = ...,
+        reply: Any = ...,
+        codec: Codec | None = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Queue[Any],
+        name: str,
+        body: Any,
+        *,
+        ordered: bool = ...,
+        priorities: int = ...,
+        delayed: bool = ...,
+        reply: Any = ...,
+        codec: Codec | None = ...,
+    ) -> None: ...
     def __init__(
         self,
         name: str,
@@ -113,6 +148,38 @@ class Topic(_Channel[T]):
 
     __slots__ = ()
 
+    @overload
+    def __init__(
+        self: Topic[bytes],
+        name: str,
+        *,
+        ordered: bool = ...,
+        priorities: int = ...,
+        delayed: bool = ...,
+        codec: Codec | None = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        name: str,
+        body: type[T],
+        *,
+        ordered: bool = ...,
+        priorities: int = ...,
+        delayed: bool = ...,
+        codec: Codec | None = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Topic[Any],
+        name: str,
+        body: Any,
+        *,
+        ordered: bool = ...,
+        priorities: int = ...,
+        delayed: bool = ...,
+        codec: Codec | None = ...,
+    ) -> None: ...
     def __init__(
         self,
         name: str,
