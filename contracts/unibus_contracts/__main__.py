@@ -35,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = report_paths(options.urls, options.reports)
     for url, path in zip(options.urls, paths, strict=True):
         path.unlink(missing_ok=True)  # an old report must not stand for a run that broke off
-        command = [sys.executable, "-m", "pytest", "--pyargs", "unibus_contracts", "--unibus-url", url]
-        command += ["--unibus-report", str(path), *passed_on]
+        # With "=": pytest would take a file that exists, alone in an argument, for a hint at the project's folder.
+        command = [sys.executable, "-m", "pytest", "--pyargs", "unibus_contracts", f"--unibus-url={url}"]
+        command += [f"--unibus-report={path}", *passed_on]
         status |= bool(subprocess.run(command, check=False).returncode)  # noqa: S603  # our own interpreter, no shell
     return summary.main([str(path) for path in paths]) or status
 
