@@ -6,9 +6,12 @@ runs in another process.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,16 @@ class Journal:
                     self._seen.setdefault(what, Counter())[which] += 1
                     self.lines += 1
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other process is in here; all that stands in the journal so far has been read."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            self.read()
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
     def of(self, what: str) -> Counter[str]:
         """Id -> how often."""
         return self._seen.get(what, Counter())
@@ -57,29 +70,31 @@ class PaymentFailed(Exception):
 
 
 class Payments:
-    """A provider that is idempotent by order id, as a real one is by the key that you give it.
+    """A provider that is idempotent by order id, as a real one is by the key that you give it. Its books are the journal.
 
     A `flaky-` card fails the first time. An `outage-` card fails until the provider is repaired.
     """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._charged = set(journal.of("charged"))  # its books outlive our process
         self._repaired = bool(journal.of("repaired"))
-        self._failed: set[str] = set()
 
     def repair(self) -> None:
         self._repaired = True
         self._journal.add("repaired")
 
     async def charge(self, order: Any) -> None:
-        if order.id in self._charged:
-            self._journal.add("asked-again", order.id)  # money moves once
+        with self._journal.alone():
+            self._charge(order)
+
+    def _charge(self, order: Any) -> None:
+        journal = self._journal
+        if order.id in journal.of("charged"):
+            journal.add("asked-again", order.id)  # money moves once
             return
         if order.payment.startswith("outage-") and not self._repaired:
             raise PaymentFailed("the bank behind this card does not answer")
-        if order.payment.startswith("flaky-") and order.id not in self._failed:
-            self._failed.add(order.id)
+        if order.payment.startswith("flaky-") and order.id not in journal.of("declined"):
+            journal.add("declined", order.id)
             raise PaymentFailed("the line to the bank broke")
-        self._journal.add("charged", order.id)
-        self._charged.add(order.id)
+        journal.add("charged", order.id)

@@ -56,10 +56,10 @@ class Repaired(BaseModel):
     by: str
 
 
-orders: Queue[Order] = Queue("orders", Order)
-charged: Topic[OrderCharged] = Topic("order.charged", OrderCharged)
-quotes: Queue[Ask] = Queue("quotes", Ask, reply=Price)
-repaired: Topic[Repaired] = Topic("provider.repaired", Repaired)
+orders = Queue("orders", Order)
+charged = Topic("order.charged", OrderCharged)
+quotes = Queue("quotes", Ask, reply=Price)
+repaired = Topic("provider.repaired", Repaired)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Resources:
 @asynccontextmanager
 async def resources(_bus: Bus) -> AsyncIterator[Resources]:
     """`bus.state`: what the handlers need, opened after the bus and closed before it."""
-    journal = Journal(Path(os.environ.get("ORDERS_JOURNAL", os.devnull)))
+    journal = Journal(Path(os.environ.get("ORDERS_JOURNAL", "orders.journal")))
     try:
         yield Resources(journal, Payments(journal))
     finally:

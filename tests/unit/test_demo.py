@@ -8,10 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from examples.orders.generate import DATA, expectations, write
-from examples.orders.payments import Journal
+from examples.orders.payments import Journal, PaymentFailed, Payments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +34,7 @@ def test_the_numbers_of_the_whole_file_add_up() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
     rows = table(run.stdout)
-    assert len(rows) == 15
+    assert len(rows) == 16
     assert {name: pair for name, pair in rows.items() if pair[0] != pair[1]} == {}
     assert rows["sent"] == (3000, 3000)
     assert "3000 of 3000 lines came to rest" in run.stdout
@@ -96,6 +97,20 @@ def test_the_service_names_no_broker() -> None:
     text = (ROOT / "examples/orders/service.py").read_text().lower()
     for word in ("rabbit", "amqp", "aio_pika", "kafka", "sqs", "redis", "memory://"):
         assert word not in text
+
+
+async def test_a_payment_is_taken_once_whichever_process_asks(tmp_path: Path) -> None:
+    journals = [Journal(tmp_path / "journal") for _ in range(2)]
+    first, second = map(Payments, journals)
+    order = SimpleNamespace(id="o-1", payment="flaky-card")
+    with pytest.raises(PaymentFailed):
+        await first.charge(order)
+    await second.charge(order)
+    await first.charge(order)
+    for journal in journals:
+        journal.read()
+        assert (journal.of("charged").total(), journal.of("asked-again").total()) == (1, 1)
+        journal.close()
 
 
 def test_a_journal_line_that_is_not_whole_waits(tmp_path: Path) -> None:

@@ -197,10 +197,22 @@ def _redriven(section: Section) -> None:
     assert section.names["n"] == 1
 
 
+def _from_a_thread(section: Section) -> None:
+    """Also while the bus is open, as in a handler that is a plain function."""
+
+    async def run() -> None:
+        async with section.bus:
+            await asyncio.to_thread(section.names["import_orders"])
+            assert (await section.bus.backlog("orders")).ready == 2
+
+    asyncio.run(run())
+
+
 CHECKS: dict[str, Callable[[Section], None]] = {
     "Open and run": _all_ways_to_open,
     "Handle": _handled,
     "Retries and dead letters": _redriven,
+    "Code without asyncio": _from_a_thread,
 }
 
 
