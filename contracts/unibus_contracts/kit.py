@@ -18,7 +18,7 @@ from .harness import Harness, nowhere
 T = TypeVar("T")
 Place = Queue[Any] | tuple[Topic[Any], str]  # where messages wait: a queue, or a topic's group
 
-FACTOR = float(os.environ.get("UNIBUS_TIMEOUT_FACTOR", "1"))
+FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
 SOON = 10.0 * FACTOR  # seconds within which what must happen has happened
 LIMIT = 45.0 * FACTOR  # seconds a contract may take in all
 POLL = 0.005
@@ -82,7 +82,7 @@ async def leftover(bus: Bus, place: Place) -> list[Delivery[Any]]:
 
     Proves absence without waiting: a sentinel is sent now, and what had been there before comes before it.
     """
-    sentinel = SENTINEL + os.urandom(8)
+    sentinel = SENTINEL + os.urandom(8).hex().encode()
     found: list[Delivery[Any]] = []
     channel, group = place if isinstance(place, tuple) else (place, None)
     async with bus.receiver(channel, group=group, prefetch=100) as receiver:

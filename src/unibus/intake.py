@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +23,7 @@ from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Transport
 from unibus.lease import Heartbeat
 from unibus.message import CRASH_COUNT
 from unibus.retry import Action, RetryPolicy, Suspicion, Verdict
-from unibus.settlement import Place, Step, plan
+from unibus.settlement import Place, Step, beyond, plan
 from unibus.settler import Kit, Settler
 from unibus.supervisor import FATAL, back_off
 
@@ -77,7 +78,7 @@ class Intake:
         self._over = False
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
-        self._lanes: dict[str, deque[Delivery[Any]]] = {}  # ordered: by key, behind the one that is ready or running
+        self._lanes: dict[str, deque[Delivery[Any]]] = {}  # ordered: by key; the first is under way, the others wait
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._parked: dict[Delivery[Any], Timer] = {}
         self._takers: deque[asyncio.Future[None]] = deque()
@@ -228,7 +229,7 @@ class Intake:
             if lane is not None:
                 lane.append(delivery)
                 return
-            self._lanes[key] = deque()
+            self._lanes[key] = deque((delivery,))
         self._offer(delivery)
 
     def _offer(self, delivery: Delivery[Any]) -> None:
@@ -321,7 +322,11 @@ class Intake:
         if verdict.action is Action.RETRY and self._outlived(delivery, verdict.delay):
             self.kit.counts.add(telemetry.EXPIRED, self.address)
             verdict = Verdict(Action.DEAD_LETTER, reason=retry.EXPIRED, error=verdict.error)
-        step = plan(verdict, self.place, self.kit.link.adapter.capabilities)
+        capabilities = self.kit.link.adapter.capabilities
+        step = plan(verdict, self.place, capabilities)
+        if verdict.action is Action.RETRY and (too_long := beyond(verdict.delay, step, capabilities)):
+            verdict = Verdict(Action.DEAD_LETTER, reason=retry.NON_RETRYABLE, error=too_long)
+            step = plan(verdict, self.place, capabilities)
         if step is Step.PARK and self._stopping:
             step = Step.RELEASE  # no time to wait for it: it comes again, elsewhere
         if step is Step.PARK:
@@ -469,11 +474,13 @@ class Intake:
             waiter.set_result(error)
 
     def _next_of_key(self, delivery: Delivery[Any]) -> None:
+        """`delivery` is through. If its key waited for it (an expired one never stood in its lane), the next one goes."""
         key = delivery.message.key
-        if not self.place.ordered or key is None or (lane := self._lanes.get(key)) is None:
+        if key is None or not (lane := self._lanes.get(key)) or lane[0] is not delivery:
             return
+        lane.popleft()
         if lane:
-            self._offer(lane.popleft())
+            self._offer(lane[0])
         else:
             del self._lanes[key]
 
@@ -481,9 +488,12 @@ class Intake:
         """What waits behind a released delivery goes back with it, or it would overtake."""
         key = delivery.message.key
         if self.place.ordered and key is not None:
-            for behind in self._lanes.pop(key, ()):
-                behind.settled = True
-                self._settler.give_back(behind)
+            lane = self._lanes.get(key)
+            if lane and lane[0] is delivery:
+                del self._lanes[key]
+                for behind in islice(lane, 1, None):
+                    behind.settled = True
+                    self._settler.give_back(behind)
 
     # The crash guard: a message that was handed out again and again without an answer may be what kills its consumers.
     # It is copied with its count raised, and the copy runs with nothing else in this process' hands, so that what
@@ -552,11 +562,12 @@ class Intake:
             return []
         for timer in self._parked.values():
             timer.cancel()
-        waiting = [*self.ready, *self._parked, *(d for lane in self._lanes.values() for d in lane)]
+        waiting = [*self.ready, *self._parked]
+        waiting += [d for lane in self._lanes.values() for d in islice(lane, 1, None)]
         self.ready.clear()
         self._parked.clear()
-        taken = {d.message.key for d in (*self.running, *self._moving)}
-        self._lanes = {key: deque() for key in self._lanes if key in taken}
+        taken = self.running | self._moving
+        self._lanes = {key: deque((lane[0],)) for key, lane in self._lanes.items() if lane[0] in taken}
         return waiting
 
     async def _losing(self, deliveries: Sequence[Delivery[Any]], grace: float) -> None:

@@ -43,6 +43,18 @@ def plan(verdict: Verdict, place: Place, capabilities: Capabilities) -> Step:
             return Step.SETTLE if place.private else Step.MOVE
 
 
+def beyond(delay: float, step: Step, capabilities: Capabilities) -> Unsupported | None:
+    """Is a retry's own delay longer than this broker can do? A delay is never shortened: the message is a dead letter."""
+    name = capabilities.adapter
+    if step is Step.PARK and capabilities.park_limit is not None and delay > capabilities.park_limit:
+        return Unsupported(f"retry after {delay:g} s: {name} holds a message for {capabilities.park_limit:g} s at most")
+    if step is Step.MOVE and not capabilities.delay:
+        return Unsupported(f"retry after {delay:g} s: {name} can't delay a message ({capabilities.delay.how})")
+    if step is Step.MOVE and capabilities.delay.limit is not None and delay > capabilities.delay.limit:
+        return Unsupported(f"retry after {delay:g} s: {name} delays by {capabilities.delay.limit:g} s at most")
+    return None
+
+
 def check_policy(policy: RetryPolicy, place: Place, capabilities: Capabilities, where: str) -> None:
     """Refuse at start what would fail in the middle of a run. Raises ConfigError or Unsupported that name `where`."""
     name = capabilities.adapter

@@ -141,6 +141,7 @@ async def in_memory(bus: Bus) -> AsyncIterator[Lab]:
                     await stack.aclose()
                 finally:
                     passing.cancel()
+                    await asyncio.wait([passing])
     finally:
         bus._clock, bus._environ = before
 

@@ -93,6 +93,11 @@ def stations(
             if registration.broadcast:
                 address = Group(channel, f"{settings.service}.{instance}.{number}", ephemeral=True)
             else:
+                if registration.group is None and settings.source("service") == "built-in" and settings.app is None:
+                    raise ConfigError(
+                        f"{registration} of {channel} has no group, and the service has no name to stand for it; "
+                        f"use group=..., Bus(service=...), UNIBUS_SERVICE or `service` in unibus.toml"
+                    )
                 address = Group(channel, registration.group or settings.service)
         elif isinstance(channel, Queue):
             address = channel
