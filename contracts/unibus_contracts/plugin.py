@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .harness import Harness
     from .kit import Kit
 
-pytest.register_assert_rewrite("unibus_contracts.kit", "unibus_contracts.refusals")
+pytest.register_assert_rewrite("unibus_contracts.kit", "unibus_contracts.refusals", "unibus_contracts.spi")
 
 SECONDS = 60  # a test, setup and teardown included; the contracts' own limit is shorter and says more
 

@@ -5,40 +5,17 @@ One function a feature. It runs instead of each contract that needs the feature,
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from unibus import Bus, ConfigError, Delivery, Message, Queue, RetryPolicy, Topic, Unsupported, deadletter
-from unibus.adapter import Declared, Move, Outcome, Outgoing, Source, Subscription, Topology
+from unibus import Bus, ConfigError, Message, RetryPolicy, Unsupported, deadletter
+from unibus.adapter import Move, Outcome, Outgoing, Source
 from unibus.channel import Group
 
 from .kit import Kit, bodies, eventually, leftover, take
-
-
-@asynccontextmanager
-async def subscribed(bus: Bus, queue: Queue[Any], prefetch: int = 20) -> AsyncIterator[Subscription]:
-    """A subscription of the SPI itself, for what the public interface hides."""
-    subscription = await bus.adapter.subscribe(Source(queue, prefetch=prefetch))
-    try:
-        yield subscription
-    finally:
-        await subscription.stop()
-        await subscription.close()
-
-
-async def receive(subscription: Subscription, count: int = 1) -> list[Delivery[Any]]:
-    """The next `count` deliveries of a subscription, not settled."""
-    taken: list[Delivery[Any]] = []
-
-    async def more() -> int:
-        taken.extend(await subscription.receive(count - len(taken), 1.0))
-        return len(taken)
-
-    await eventually(more, lambda found: found >= count, f"{count} deliveries")
-    return taken
+from .spi import receive, starting_at_all, subscribed
 
 
 async def refused_at_start(bus: Bus) -> None:
@@ -86,13 +63,6 @@ async def priority(kit: Kit) -> None:
 async def reply(kit: Kit) -> None:
     queue = kit.queue(reply=bytes)
     await refused_at_start(kit.bus(queue))
-
-
-def starting_at_all(kit: Kit, topic: Topic[Any], group: Group) -> Topology:
-    """A topology whose group is to have the history of its topic."""
-    prefix = kit.harness.prefix
-    of_topic = Declared(topic, prefix + topic.name)
-    return Topology("create", (of_topic, Declared(group, f"{prefix}{topic.name}.{group.name}", start="all")))
 
 
 async def replay(kit: Kit) -> None:

@@ -10,7 +10,7 @@ from unibus import BatchFailed, Delivery, Message
 from unibus.adapter import Outgoing
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import AT_ONCE, SOON, Kit, Seen, bodies, eventually, leftover, letters, take, until
-from unibus_contracts.refusals import receive, subscribed
+from unibus_contracts.spi import receive, subscribed
 
 
 @contract("consume.roundtrip", "A hundred different messages arrive, each once and with its own body.")

@@ -7,7 +7,7 @@ from unibus.adapter import Source
 from unibus.channel import Group
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import LATER, NEVER, Kit, Seen, bodies, leftover, letters, until
-from unibus_contracts.refusals import receive, starting_at_all
+from unibus_contracts.spi import receive, starting_at_all
 
 
 def subscriber(bus: Bus, topic: Topic[bytes], group: str, seen: Seen[tuple[str, bytes]]) -> None:

@@ -9,7 +9,7 @@ from unibus.adapter import Source
 from unibus.channel import Group, invalid_queue
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import AT_ONCE, Kit, Seen, bodies, eventually, leftover, letters, until
-from unibus_contracts.refusals import receive
+from unibus_contracts.spi import receive
 
 
 async def set_aside(bus: Bus, address: Queue[Any] | Group, count: int) -> list[Any]:

@@ -7,7 +7,7 @@ import asyncio
 from unibus.adapter import Outcome
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import Kit, Seen, bodies, leftover, take, until
-from unibus_contracts.refusals import receive, subscribed
+from unibus_contracts.spi import receive, subscribed
 
 
 @contract("prefetch.never_exceeded", "A consumer holds its prefetch at most: the rest is there for others.")

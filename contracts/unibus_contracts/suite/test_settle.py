@@ -9,7 +9,7 @@ from unibus import Delivery, Discard, Message, TransportError
 from unibus.adapter import Move, Outcome, Outgoing
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import AT_ONCE, Kit, Seen, bodies, leftover, letters, take, until
-from unibus_contracts.refusals import receive, subscribed
+from unibus_contracts.spi import receive, subscribed
 
 
 @contract("settle.ack_consumes", "An acked message never comes back, also not on a new connection.")

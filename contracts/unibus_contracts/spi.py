@@ -1,0 +1,43 @@
+"""The SPI itself, for contracts on what the public interface hides."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from unibus import Bus, Delivery, Queue, Topic
+from unibus.adapter import Declared, Source, Subscription, Topology
+from unibus.channel import Group
+
+from .kit import Kit, eventually
+
+
+@asynccontextmanager
+async def subscribed(bus: Bus, queue: Queue[Any], prefetch: int = 20) -> AsyncIterator[Subscription]:
+    """A subscription of the SPI itself, for what the public interface hides."""
+    subscription = await bus.adapter.subscribe(Source(queue, prefetch=prefetch))
+    try:
+        yield subscription
+    finally:
+        await subscription.stop()
+        await subscription.close()
+
+
+async def receive(subscription: Subscription, count: int = 1) -> list[Delivery[Any]]:
+    """The next `count` deliveries of a subscription, not settled."""
+    taken: list[Delivery[Any]] = []
+
+    async def more() -> int:
+        taken.extend(await subscription.receive(count - len(taken), 1.0))
+        return len(taken)
+
+    await eventually(more, lambda found: found >= count, f"{count} deliveries")
+    return taken
+
+
+def starting_at_all(kit: Kit, topic: Topic[Any], group: Group) -> Topology:
+    """A topology whose group is to have the history of its topic."""
+    prefix = kit.harness.prefix
+    of_topic = Declared(topic, prefix + topic.name)
+    return Topology("create", (of_topic, Declared(group, f"{prefix}{topic.name}.{group.name}", start="all")))
