@@ -52,12 +52,12 @@ class Browser(RabbitMQSubscription):
         if not self._dead:
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    await self._hand_back()
+                    await self._give_back()
             except Exception as exc:
                 log.warning("hand back what was looked at in %s: %s", self.address, errors.translate(exc, "basic.nack"))
         await super().close()
 
-    async def _hand_back(self) -> None:
+    async def _give_back(self) -> None:
         for consumer in self._tags:
             await self._channel.basic_cancel(consumer)
         self._buffer.clear()

@@ -43,7 +43,7 @@ def known(version: str | None = None) -> Capabilities:
             + (
                 ""
                 if server >= (4, 3)
-                else "; the server counts it, so from the third time on by a copy at the end of the queue"
+                else "; the server counts it, so from the second time on by a copy at the end of the queue"
             )
         ),
         lease=refused(

@@ -44,7 +44,8 @@ _CODE_OF_CLASS = {
 }
 _MISMATCH = re.compile(
     r"inequivalent arg '(?P<argument>[^']+)' for (?P<object>\w+) '(?P<name>[^']+)'.*"
-    r"received (?P<wanted>.+?) but current is (?P<found>.+)$"
+    r"received (?P<wanted>.+?) but current is (?P<found>.+)$",
+    re.DOTALL,
 )
 
 
@@ -95,9 +96,10 @@ def mismatch(exc: BaseException, doing: str) -> UnibusError:
     found = _MISMATCH.search(_text(exc))
     if found is None:
         return translate(exc, doing)
+    current, wanted = (re.sub(r"^the value (.*) of type '\w+'$", r"\1", found[part]) for part in ("found", "wanted"))
     what = f"{found['object']} {found['name']!r}"
     return ConfigError(
-        f"{what} exists with {found['argument']} = {found['found']}, and would be declared with {found['wanted']}; "
+        f"{what} exists with {found['argument']} = {current}, and would be declared with {wanted}; "
         f"change the channel's settings to match, or use another name, or delete the {found['object']} once it is empty"
     )
 

@@ -1,7 +1,7 @@
 """The AMQP 0-9-1 frames that travel once per message: publish, deliver, return, ack.
 
-pamqp and aiormq do all the rest. Their generic codec costs five times the work of these few fixed layouts, and it is most
-of what a message costs.
+pamqp and aiormq do all the rest. Their generic codec costs a multiple of the work of these few fixed layouts, and it is
+most of what a message costs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-import pamqp.decode
-import pamqp.encode
+from unibus_rabbitmq import tables
+from unibus_rabbitmq.tables import name, short
 
 METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
 END = b"\xce"
@@ -76,41 +76,10 @@ class Properties:
         self.app_id: str | None = None
 
 
-def short(text: str) -> bytes:
-    """A short string: at most 255 bytes. Raises ValueError. Foreign bytes that are no UTF-8 go back as they came."""
-    data = text.encode(errors="surrogateescape")
-    return bytes((len(data),)) + data
-
-
-_names: dict[str, bytes] = {}
-
-
-def _name(text: str) -> bytes:
-    """A short string that comes again and again: a header's name, a type, a content type."""
-    known = _names.get(text)
-    if known is None:
-        if len(_names) > 2000:  # names made up at run time must not fill the memory
-            _names.clear()
-        known = _names[text] = short(text)
-    return known
-
-
 def publish_frame(channel: int, exchange: str, routing_key: str) -> bytes:
     """basic.publish, mandatory. The same bytes for every message of one channel to one address."""
     payload = b"\x00\x3c\x00\x28\x00\x00" + short(exchange) + short(routing_key) + b"\x01"
     return _frame(METHOD, channel, len(payload)) + payload + END
-
-
-def encode_table(headers: Mapping[str, Any]) -> bytes:
-    """A table, without its length."""
-    parts: list[bytes] = []
-    for name, value in headers.items():
-        if type(value) is str:
-            data = value.encode()
-            parts += (_name(name), b"S", _long(len(data)), data)
-        else:
-            parts += (_name(name), pamqp.encode.encode_table_value(value))
-    return b"".join(parts)
 
 
 def encode_properties(properties: Properties) -> tuple[int, bytes]:
@@ -120,13 +89,13 @@ def encode_properties(properties: Properties) -> tuple[int, bytes]:
     parts: list[bytes] = []
     if p.content_type:
         flags |= _CONTENT_TYPE
-        parts.append(_name(p.content_type))
+        parts.append(name(p.content_type))
     if p.content_encoding:
         flags |= _ENCODING
-        parts.append(_name(p.content_encoding))
+        parts.append(name(p.content_encoding))
     if p.headers:
         flags |= _HEADERS
-        table = encode_table(p.headers)
+        table = tables.encode(p.headers)
         parts += (_long(len(table)), table)
     parts.append(_PERSISTENT)
     if p.priority:
@@ -137,7 +106,7 @@ def encode_properties(properties: Properties) -> tuple[int, bytes]:
         parts.append(short(p.correlation_id))
     if p.reply_to:
         flags |= _REPLY_TO
-        parts.append(_name(p.reply_to))
+        parts.append(name(p.reply_to))
     if p.expiration:
         flags |= _EXPIRATION
         parts.append(short(p.expiration))
@@ -149,10 +118,10 @@ def encode_properties(properties: Properties) -> tuple[int, bytes]:
         parts.append(_quad(p.timestamp))
     if p.type:
         flags |= _TYPE
-        parts.append(_name(p.type))
+        parts.append(name(p.type))
     if p.app_id:
         flags |= _APP_ID
-        parts.append(_name(p.app_id))
+        parts.append(name(p.app_id))
     return flags, b"".join(parts)
 
 
@@ -215,26 +184,6 @@ def body_size(payload: bytes) -> int:
     return size
 
 
-def decode_table(data: bytes, at: int, stop: int) -> dict[str, Any]:
-    """A table from `at` (after its length) to `stop`. Long strings become str, or bytes where they are no UTF-8."""
-    table: dict[str, Any] = {}
-    while at < stop:
-        end = at + 1 + data[at]
-        name = data[at + 1 : end].decode(errors="surrogateescape")
-        if data[end] == 83:  # S, a long string
-            start = end + 5
-            at = start + _u32(data, end + 1)[0]
-            value = data[start:at]
-            try:
-                table[name] = value.decode()
-            except UnicodeDecodeError:
-                table[name] = value
-        else:
-            used, table[name] = pamqp.decode.embedded_value(data[end:stop])
-            at = end + used
-    return table
-
-
 def decode_properties(payload: bytes) -> Properties:
     """The property list of a content header frame's payload."""
     p = Properties()
@@ -254,7 +203,7 @@ def decode_properties(payload: bytes) -> Properties:
     if flags & _HEADERS:
         start = at + 4
         at = start + _u32(payload, at)[0]
-        p.headers = decode_table(payload, start, at)
+        p.headers = tables.decode(payload, start, at)
     if flags & _DELIVERY_MODE:
         p.delivery_mode = payload[at]
         at += 1
@@ -279,3 +228,15 @@ def decode_properties(payload: bytes) -> Properties:
     if flags & _APP_ID:
         p.app_id = text()
     return p
+
+
+def raw_headers(payload: bytes) -> dict[str, tables.Raw]:
+    """Of a content header: the headers that are no text, exactly as they came."""
+    flags = _u16(payload, 12)[0]
+    if not flags & _HEADERS:
+        return {}
+    at = 14
+    for bit in (_CONTENT_TYPE, _ENCODING):
+        if flags & bit:
+            at += 1 + payload[at]
+    return tables.raw(payload, at + 4, at + 4 + _u32(payload, at)[0])

@@ -68,6 +68,7 @@ class RabbitMQSubscription:
         self._over: UnibusError | None = None  # why nothing comes any more
         self._dead = False  # the channel is gone, and with it all tags
         self._stopped = False
+        self._handed_back = False
         self._holds = True  # what came back from a hold queue early goes to the next one
         self._closing = False
         self._losing: asyncio.Task[None] | None = None
@@ -90,6 +91,8 @@ class RabbitMQSubscription:
     def _arrived(self, received: wire.Received) -> None:
         self._unsettled.arrived(received.tag)
         self._buffer.append(received)
+        if self._handed_back:  # a quorum queue may deliver after its answer to the cancel
+            self._start(self._hand_back())
         self._wake()
 
     def _wake(self) -> None:
@@ -264,6 +267,11 @@ class RabbitMQSubscription:
                     await self._channel.basic_cancel(consumer)
         except Exception as exc:
             log.warning("stop receiving from %s: %s", self.address, errors.translate(exc, "basic.cancel"))
+        self._handed_back = True
+        await self._hand_back()
+
+    async def _hand_back(self) -> None:
+        """What was not given out."""
         back = [self._delivery(received) for received in self._buffer]
         self._buffer.clear()
         if back and not self._dead:
@@ -341,7 +349,8 @@ async def _never(message: Any) -> None:
 
 
 def _suspicious(delivery: Delivery[Any]) -> bool:
-    return (delivery.deliveries or 0) >= SUSPECT_AFTER or CRASH_COUNT in delivery.message.headers
+    # One below the core's limit: what is on its way while the channel ends is counted once more.
+    return (delivery.deliveries or 0) >= SUSPECT_AFTER - 1 or CRASH_COUNT in delivery.message.headers
 
 
 def _tag(delivery: Delivery[Any]) -> int:

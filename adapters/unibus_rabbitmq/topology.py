@@ -229,14 +229,15 @@ class _Planner:
 
     def _check_return_keys(self) -> None:
         """One key at the return exchange is one destination, or a retry would reach another channel too."""
-        seen: dict[str, str] = {}
+        seen: dict[str, tuple[bool, str]] = {}
         for binding in self.made.bindings:
             if binding.source != self.names.returns or binding.destination == self.names.void:
                 continue
-            if seen.setdefault(binding.key, binding.destination) != binding.destination:
+            place = (binding.to_exchange, binding.destination)
+            if seen.setdefault(binding.key, place) != place:
                 raise ConfigError(
-                    f"rabbitmq: {seen[binding.key]!r} and {binding.destination!r} would both get what is delayed for "
-                    f"{binding.key!r}; give the delayed topic another routing_key"
+                    f"rabbitmq: {seen[binding.key][1]!r} and {binding.destination!r} would both get what is delayed for "
+                    f"{binding.key!r}; give the delayed topic another name or routing_key"
                 )
 
 

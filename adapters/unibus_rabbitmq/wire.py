@@ -42,6 +42,7 @@ from unibus.message import (
 )
 from unibus.retry import BROKER_LIMIT, EXPIRED
 from unibus_rabbitmq import frames
+from unibus_rabbitmq.tables import Raw
 
 DEATH = "x-death"
 DELIVERY_COUNT = "x-delivery-count"
@@ -88,6 +89,10 @@ class Received:
     @property
     def headers(self) -> Mapping[str, Any]:
         return self.properties.headers or NO_HEADERS
+
+    def raw_headers(self) -> Mapping[str, Raw]:
+        """Those that are no text, exactly as they came."""
+        return frames.raw_headers(self._header)
 
     def __repr__(self) -> str:
         return f"<Received {self.tag} {len(self.body)} bytes>"
@@ -156,8 +161,8 @@ def _copy_native(origin: Received, p: frames.Properties, more: dict[str, Any]) -
     """What a foreign message has beyond the envelope."""
     p.content_encoding = origin.properties.content_encoding
     p.app_id = origin.properties.app_id
-    foreign = {n: v for n, v in origin.headers.items() if type(v) is not str and n not in _OURS}
-    more.update({n: v for n, v in foreign.items() if n not in _SENDER_SELECTED})
+    foreign = origin.raw_headers()
+    more.update({n: v for n, v in foreign.items() if n not in _OURS and n not in _SENDER_SELECTED})
 
 
 def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
