@@ -305,7 +305,7 @@ class Bus(Handlers):
         if route.is_topic is not is_topic:
             raise ConfigError(_wrong_verb(route.channel))
         outgoing = session.outgoing(route, body, key, headers, delay, expires_in, priority)
-        return outgoing, session.kit.publisher.submit(outgoing, timeout)
+        return outgoing, route.lane.submit(outgoing, timeout)
 
     async def send_many(
         self,

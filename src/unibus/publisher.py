@@ -24,6 +24,8 @@ from unibus.telemetry import Counts
 
 log = logging.getLogger("unibus")
 
+CLOSED = "the bus is closed; nothing was sent"
+
 
 class _Many:
     """The shared result of a `send_all`: one future for the lot."""
@@ -84,14 +86,11 @@ class Publisher:
         self.counts = counts
         self.timeout = timeout
         self.closed = False
-        self._lanes: dict[Address, _Lane] = {}
+        self._lanes: dict[Address, Lane] = {}
 
     def submit(self, outgoing: Outgoing, timeout: float | None = None) -> asyncio.Future[UnibusError | None]:
         """Send one; the future's result is None once the broker has it, or the error."""
-        lane = self._lane(outgoing.to)
-        future = lane.loop.create_future()
-        lane.add(_Entry(outgoing, self.clock.monotonic() + (self.timeout if timeout is None else timeout), future))
-        return future
+        return self.lane(outgoing.to).submit(outgoing, timeout)
 
     async def send_all(self, batch: Sequence[Outgoing], timeout: float | None = None) -> list[UnibusError | None]:
         """Send many; one result for each, in order."""
@@ -100,16 +99,17 @@ class Publisher:
         deadline = self.clock.monotonic() + (self.timeout if timeout is None else timeout)
         many = _Many(len(batch))
         for index, outgoing in enumerate(batch):
-            self._lane(outgoing.to).add(_Entry(outgoing, deadline, many.future, many, index))
+            self.lane(outgoing.to).add(_Entry(outgoing, deadline, many.future, many, index))
         await many.future
         return many.results
 
-    def _lane(self, address: Address) -> _Lane:
+    def lane(self, address: Address) -> Lane:
+        """The way to one destination; who sends there often keeps it."""
         if self.closed:
-            raise Closed("the bus is closed; nothing was sent")
+            raise Closed(CLOSED)
         lane = self._lanes.get(address)
         if lane is None:
-            lane = self._lanes[address] = _Lane(self, address)
+            lane = self._lanes[address] = Lane(self, address)
         return lane
 
     def busy(self) -> bool:
@@ -127,7 +127,7 @@ class Publisher:
             await lane.close()
 
 
-class _Lane:
+class Lane:
     """The messages to one destination.
 
     On an ordered one a key has at most one message among `pending` and in flight; later ones wait `behind` it.
@@ -142,6 +142,7 @@ class _Lane:
         self._publisher = publisher
         self._link = publisher.link
         self.loop = asyncio.get_running_loop()
+        self._monotonic = publisher.clock.monotonic
         self._scheduled = False
         self._waiting = False  # after a failure: nothing is sent until its back-off is over
         self._failures = 0
@@ -155,6 +156,16 @@ class _Lane:
     @property
     def _capabilities(self) -> Capabilities:
         return self._link.adapter.capabilities
+
+    def submit(self, outgoing: Outgoing, timeout: float | None = None) -> asyncio.Future[UnibusError | None]:
+        """As `Publisher.submit`."""
+        if self._publisher.closed:
+            raise Closed(CLOSED)
+        future: asyncio.Future[UnibusError | None] = self.loop.create_future()
+        self.add(
+            _Entry(outgoing, self._monotonic() + (self._publisher.timeout if timeout is None else timeout), future)
+        )
+        return future
 
     def add(self, entry: _Entry) -> None:
         if entry.deadline < self._timer_at:

@@ -20,7 +20,7 @@ from unibus.handlers import Handler, resolve
 from unibus.intake import Intake
 from unibus.layers import Handling, Layer, compose
 from unibus.message import NO_HEADERS, Message, check_headers, new_id
-from unibus.publisher import Publisher, check_limits
+from unibus.publisher import Lane, Publisher, check_limits
 from unibus.reply import Requester, Responder
 from unibus.settler import Kit
 from unibus.supervisor import Link
@@ -37,11 +37,12 @@ log = logging.getLogger("unibus")
 class Route:
     """All that a send to one channel needs, looked up once."""
 
-    __slots__ = ("channel", "content_type", "delayed", "encode", "is_topic", "priorities")
+    __slots__ = ("channel", "content_type", "delayed", "encode", "is_topic", "lane", "priorities")
 
-    def __init__(self, channel: Queue[Any] | Topic[Any]) -> None:
+    def __init__(self, channel: Queue[Any] | Topic[Any], lane: Lane) -> None:
         codec = codec_for(channel)
         self.channel = channel
+        self.lane = lane
         self.is_topic = isinstance(channel, Topic)
         self.encode = codec.encode
         self.content_type = codec.content_type
@@ -103,7 +104,8 @@ class Session:
         try:
             return self._routes[channel]
         except KeyError:
-            route = self._routes[channel] = Route(self.channels.find(channel))
+            known = self.channels.find(channel)
+            route = self._routes[channel] = Route(known, self.kit.publisher.lane(known))
             return route
 
     def outgoing(
