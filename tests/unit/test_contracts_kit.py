@@ -200,8 +200,12 @@ CONTRACTS = """
 """
 
 
+INI = "[pytest]\nasyncio_default_fixture_loop_scope = function\n"  # unset, it is a warning
+
+
 class TestPlugin:
     def run(self, pytester: pytest.Pytester, *arguments: str) -> tuple[pytest.RunResult, dict[str, Any]]:
+        pytester.makeini(INI)
         pytester.makepyfile(test_them=CONTRACTS)
         given = [
             "--unibus-url",
@@ -212,7 +216,7 @@ class TestPlugin:
             "no:cacheprovider",
             *arguments,
         ]
-        result = pytester.runpytest_subprocess(*given)
+        result = pytester.runpytest_inprocess(*given)
         return result, json.loads((pytester.path / "out/report.json").read_text())
 
     def test_report(self, pytester: pytest.Pytester) -> None:
@@ -231,8 +235,9 @@ class TestPlugin:
         assert outcomes == {"a.good": "passed", "a.bad": "not-run", "a.refused": "not-run"}
 
     def test_a_declared_feature_that_nothing_used_fails_the_run(self, pytester: pytest.Pytester) -> None:
+        pytester.makeini(INI)
         pytester.makepyfile(test_them=CONTRACTS.replace("assert False", "pass"))
-        result = pytester.runpytest_subprocess("--unibus-url", "memory://", "-p", "no:cacheprovider")
+        result = pytester.runpytest_inprocess("--unibus-url", "memory://", "-p", "no:cacheprovider")
         assert result.ret == pytest.ExitCode.TESTS_FAILED
         result.stdout.fnmatch_lines(["*feature 'order' is declared, and no passed contract has used it"])
 
@@ -244,7 +249,8 @@ class TestPlugin:
         assert "hunter2" not in json.dumps(written)
 
     def test_no_url(self, pytester: pytest.Pytester) -> None:
+        pytester.makeini(INI)
         pytester.makepyfile(test_them=CONTRACTS)
-        result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+        result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
         assert result.ret != 0
         result.stdout.fnmatch_lines(["*contracts need a broker: give --unibus-url*"])
