@@ -102,6 +102,7 @@ class _Recorder:
         self._config = config
         self._run = config.stash[_RUN]
         self._unheard: set[str] = set()  # of xdist's workers
+        self._finished = False
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
@@ -141,10 +142,12 @@ class _Recorder:
 
         unheard = {id: {"id": id, "promise": "", "chapter": "", "capability": None} for id in sorted(self._unheard)}
         contracts = {**self._run.contracts, **unheard}
-        return build(shown(url or "harness"), contracts, self._run.outcomes, self._run.capabilities)
+        outcomes, capabilities = self._run.outcomes, self._run.capabilities
+        return build(shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self._finished = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not session.shouldstop
         path = self._config.getoption("--unibus-report")
         report = self._report()
         if report is not None and report["unexercised"] and session.exitstatus == pytest.ExitCode.OK:

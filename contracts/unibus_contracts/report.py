@@ -19,8 +19,10 @@ def build(
     contracts: Mapping[str, Mapping[str, Any]],
     outcomes: Mapping[str, tuple[str, float]],
     capabilities: Mapping[str, Any] | None,
+    *,
+    finished: bool = True,
 ) -> dict[str, Any]:
-    """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds)."""
+    """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off."""
     entries = []
     for id, terms in contracts.items():
         outcome, seconds = outcomes.get(id, (NOT_RUN, 0.0))
@@ -29,6 +31,7 @@ def build(
     report = {
         "suite": 1,
         "url": url,
+        "finished": finished,
         "adapter": told.get("adapter"),
         "version": told.get("version"),
         "features": told.get("features", {}),
@@ -53,6 +56,8 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     found = [f"{entry['id']}: {entry['promise']}" for entry in entries if entry["outcome"] == FAILED]
     if not any(entry["outcome"] == PASSED for entry in entries):
         found.append("no contract passed: an empty report proves nothing")
+    if not report["finished"]:
+        found.append("the run was broken off")
     found += [f"feature {name!r} is declared, and no passed contract has used it" for name in report["unexercised"]]
     return found
 
