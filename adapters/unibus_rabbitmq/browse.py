@@ -31,11 +31,13 @@ class Browser(RabbitMQSubscription):
         self._taken += len(found)
         return found
 
-    async def _ask_for_more(self, timeout: float) -> None:
-        if self._taken == len(self._tags) * self.source.prefetch:
-            # All of this page is in hand, unsettled, so another consumer gets the next one. Shielded, since aiormq closes a
-            # channel whose call is cancelled.
-            await asyncio.shield(self._start(self.consume(timeout)))
+    async def _ask_for_more(self, timeout: float) -> bool:
+        if self._taken != len(self._tags) * self.source.prefetch:
+            return False
+        # All of this page is in hand, unsettled, so another consumer gets the next one. Shielded, since aiormq closes a channel
+        # whose call is cancelled.
+        await asyncio.shield(self._start(self.consume(TIMEOUT)))
+        return True
 
     async def settle(
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()

@@ -7,6 +7,7 @@ so it takes no message along that goes elsewhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -50,17 +51,17 @@ class Publisher:
         self, batch: Sequence[Outgoing], route: Callable[[Address], Route], steps: tuple[int, ...], timeout: float
     ) -> Results:
         """One result for each. Raises ConnectionLost if the link is gone and nothing of the batch was confirmed."""
+        ways = [route(outgoing.to) for outgoing in batch]
         deadline = self._clock.monotonic() + timeout
         state = Batch(len(batch))
         timer = self._clock.call_later(timeout, state.end)
         try:
-            if self._link.wire.blocked is not None:
-                await self._until(self._link.wire.unblocked.wait(), deadline)
-            await self._write(state, batch, route, steps, deadline)
-            if state.left:
-                await state.future
-        except TimeoutError:
-            pass  # what is left says so itself
+            with contextlib.suppress(TimeoutError):  # what has no result then says so itself
+                if self._link.wire.blocked is not None:
+                    await self._until(self._link.wire.unblocked.wait(), deadline)
+                await self._write(state, batch, ways, steps, deadline)
+                if state.left:
+                    await state.future
         finally:
             timer.cancel()
         if not state.left:
@@ -78,59 +79,62 @@ class Publisher:
         return Timeout(f"{outgoing.to}: {WAITING}{why}") if error is WAITING else error
 
     async def _write(
-        self,
-        state: Batch,
-        batch: Sequence[Outgoing],
-        route: Callable[[Address], Route],
-        steps: tuple[int, ...],
-        deadline: float,
+        self, state: Batch, batch: Sequence[Outgoing], ways: Sequence[Route], steps: tuple[int, ...], deadline: float
     ) -> None:
         now = self._clock.time()
-        frame_max = self._link.frame_max
+        frame_max, lanes = self._link.frame_max, self._lanes
         out: list[bytes] = []
         size = 0
-        lanes = self._lanes
-        for index, outgoing in enumerate(batch):
-            try:
-                way = route(outgoing.to)
-                exchange, key, hop = way.exchange, way.routing_key, None
-                if outgoing.not_before is not None and outgoing.not_before > now:
-                    ms, last = self._step(outgoing, steps, now)
-                    exchange, key, hop = self._names.hold(ms), way.hold_key, None if last else outgoing.not_before
-                body = outgoing.message.body
-                if len(body) > self._max_body:
-                    raise MessageTooLarge(f"{outgoing.to}: {len(body)} bytes, RabbitMQ takes {self._max_body}")
-                lane = lanes.get(exchange)
-                if lane is None or lane.dead:
-                    if out:  # what is counted must be written before anything else is
-                        self._link.write(b"".join(out))
-                        out, size = [], 0
-                    lane = await self._open(exchange, deadline)
-                amqp_id = lane.id_for(outgoing)
-                flags, properties = wire.encode(outgoing, amqp_id, hop, now)
-                if len(properties) > frame_max - 22:
-                    raise MessageTooLarge(
-                        f"{outgoing.to}: {len(properties)} bytes of headers, RabbitMQ takes {frame_max}"
-                    )
-                head = lane.head(key)
-            except TransportError as error:
-                if isinstance(error, ConnectionLost):
+        try:
+            for index, (outgoing, way) in enumerate(zip(batch, ways, strict=True)):
+                try:
+                    exchange, key, hop = way.exchange, way.routing_key, None
+                    if outgoing.not_before is not None and outgoing.not_before > now:
+                        ms, last = self._step(outgoing, steps, now)
+                        exchange, key, hop = self._names.hold(ms), way.hold_key, None if last else outgoing.not_before
+                    lane = lanes.get(exchange)
+                    if lane is None or lane.dead:
+                        self._flush(out)
+                        lane = await self._open(exchange, deadline)
+                    amqp_id = lane.id_for(outgoing)
+                    frames_ = [lane.head(key), *self._content(outgoing, lane.number, amqp_id, hop, now, frame_max)]
+                except ConnectionLost:
                     raise
-                state.done(index, error)
-                continue
-            except ValueError as exc:
-                state.done(index, _refused(outgoing, exc))
-                continue
-            lane.add(state, index, outgoing, amqp_id)
-            out.append(head)
-            out += frames.content_frames(lane.number, flags, properties, body, frame_max)
-            size += len(body) + 300
-            if size > _CHUNK:
-                self._link.write(b"".join(out))
-                out, size = [], 0
-                await self._until(self._link.drain(), deadline)
+                except TransportError as error:
+                    state.done(index, error)
+                    continue
+                except (TypeError, ValueError) as exc:
+                    state.done(index, _refused(outgoing, exc))
+                    continue
+                # From here on the lane counts the message, so it must be written, whatever happens.
+                lane.add(state, index, outgoing, amqp_id)
+                out += frames_
+                size += len(outgoing.message.body) + 300
+                if size > _CHUNK:
+                    self._flush(out)
+                    size = 0
+                    await self._until(self._link.drain(), deadline)
+        finally:
+            self._flush(out)
+
+    def _flush(self, out: list[bytes]) -> None:
         if out:
-            self._link.write(b"".join(out))
+            data = b"".join(out)
+            out.clear()
+            self._link.write(data)
+
+    def _content(
+        self, outgoing: Outgoing, number: int, amqp_id: str, hop: float | None, now: float, frame_max: int
+    ) -> list[bytes]:
+        body = outgoing.message.body
+        if type(body) is not bytes:
+            raise TypeError(f"its body is {type(body).__name__}, not bytes")
+        if len(body) > self._max_body:
+            raise MessageTooLarge(f"{outgoing.to}: {len(body)} bytes, RabbitMQ takes {self._max_body}")
+        flags, properties = wire.encode(outgoing, amqp_id, hop, now)
+        if len(properties) > frame_max - 22:
+            raise MessageTooLarge(f"{outgoing.to}: {len(properties)} bytes of headers, RabbitMQ takes {frame_max}")
+        return frames.content_frames(number, flags, properties, body, frame_max)
 
     def _step(self, outgoing: Outgoing, steps: tuple[int, ...], now: float) -> tuple[int, bool]:
         assert outgoing.not_before is not None  # noqa: S101  # for mypy: the caller looked

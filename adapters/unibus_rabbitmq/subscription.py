@@ -118,11 +118,12 @@ class RabbitMQSubscription:
             left = deadline - self._clock.monotonic()
             if left <= 0:
                 return []
-            await self._ask_for_more(left)
-            await self._wait(left)
+            if not await self._ask_for_more(left):
+                await self._wait(left)
 
-    async def _ask_for_more(self, timeout: float) -> None:
-        """For browsing: the server sends by itself."""
+    async def _ask_for_more(self, timeout: float) -> bool:
+        """For browsing; elsewhere the server sends by itself."""
+        return False
 
     async def _wait(self, timeout: float) -> None:
         """Until something arrives or ends; several callers share the future."""

@@ -279,6 +279,19 @@ async def test_what_is_too_large_is_not_sent(lab: Bench) -> None:
     assert [type(error) for error in results] == [MessageTooLarge, MessageTooLarge, type(None)]
 
 
+async def test_a_message_without_a_wire_form_fails_alone(lab: Bench) -> None:
+    """The confirms of the others must still meet their messages."""
+    q, gone = lab.queue(), lab.topic()
+    adapter = await lab.adapter(q, gone)
+    batch = [out(q), out(q, body="text"), out(q, priority=300), out(gone), out(q)]  # type: ignore[arg-type] # wrong on purpose
+    names = ["NoneType", "Refused", "Refused", "Unroutable", "NoneType"]
+    assert errors_of(await adapter.send(batch, SOON)) == names
+    with pytest.raises(UnknownChannel):
+        await adapter.send([out(q), Outgoing(Queue("never"), Message(b"", "1"))], SOON)
+    assert errors_of(await adapter.send(batch, SOON)) == names
+    assert len(await drink(await adapter.subscribe(source(q)), 4)) == 4
+
+
 async def test_many_senders_at_once(lab: Bench) -> None:
     q = lab.queue()
     adapter = await lab.adapter(q)

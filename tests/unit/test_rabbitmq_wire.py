@@ -17,12 +17,13 @@ from pamqp import commands
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 
-from unibus.adapter import Declared, Outgoing, Secret, Source, Topology, Url
+from unibus.adapter import Adapter, Declared, Endpoint, Outgoing, Secret, Source, Topology, Url
 from unibus.channel import Group, Inbox, Queue, Topic, dead_letter_queue
+from unibus.clock import SystemClock
 from unibus.delivery import Delivery
 from unibus.errors import ConfigError, Refused, Unsupported
 from unibus.message import Message
-from unibus_rabbitmq import config, errors, frames, tables, topology, wire
+from unibus_rabbitmq import RabbitMQAdapter, config, errors, frames, tables, topology, wire
 from unibus_rabbitmq.capabilities import known
 from unibus_rabbitmq.intake import Intake
 from unibus_rabbitmq.link import Wire, _Tap
@@ -293,6 +294,13 @@ def test_one_ack_for_the_prefix_and_single_ones_beyond_a_gap() -> None:
     assert held.accept([5]) == frames.ack_frame(1, 5, True)
     assert held.tags() == []
     assert _held(3, 4).release([4, 3]) == frames.nack_frame(1, 3) + frames.nack_frame(1, 4)
+
+
+def test_the_adapter_is_one() -> None:
+    adapter: Adapter = RabbitMQAdapter(Endpoint(Url("amqp", password=Secret("hunter2")), "svc", "i", SystemClock()))
+    assert adapter.native is None
+    assert adapter.capabilities.adapter == "rabbitmq"
+    assert "hunter2" not in repr(vars(adapter))
 
 
 # -- topology -----------------------------------------------------------------------------------------------------
