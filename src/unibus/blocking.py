@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextvars import copy_context
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +15,9 @@ from unibus.errors import Closed
 
 if TYPE_CHECKING:
     from unibus.bus import Bus
+
+
+LOOK = 1.0  # seconds between two looks whether the loop is still there
 
 
 class Blocking:
@@ -109,7 +112,15 @@ class Blocking:
             else:
                 done.set_result(task.result())
 
-        loop.call_soon_threadsafe(start)
+        try:
+            loop.call_soon_threadsafe(start)
+        except RuntimeError:  # its loop is closed
+            coroutine.close()
+            raise Closed("the bus was closed meanwhile") from None
+        while not wait([done], LOOK).done:
+            if loop.is_closed():  # with our call in its hands
+                coroutine.close()
+                raise Closed("the bus was closed meanwhile")
         return done.result()
 
 

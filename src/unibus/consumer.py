@@ -52,7 +52,8 @@ class Consumer:
     """The slots of one handler.
 
     `call` takes one delivery (with all layers applied); with `batch` it takes a list. `in_thread`: it can't be stopped.
-    `undecodable` is awaited for a message that can't be decoded, before it goes to the invalid-message channel.
+    `undecodable` is awaited for a message that can't be decoded, before it goes to the invalid-message channel;
+    `timed_out` for one whose handler was cancelled by its timeout, and says what becomes of it.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Consumer:
         batch: int = 0,
         in_thread: bool = False,
         undecodable: Callable[[Delivery[Any], CodecError], Awaitable[None]] | None = None,
+        timed_out: Callable[[Delivery[Any], Verdict], Awaitable[Verdict]] | None = None,
     ) -> None:
         self.intake = intake
+        intake.runs_handlers = True
         self.name = name
         self._call = call
         self._decode = codec.decode
@@ -77,6 +80,7 @@ class Consumer:
         self._batch = batch
         self.in_thread = in_thread
         self._undecodable = undecodable
+        self._timed_out = timed_out
         self._clock = intake.kit.clock
         self._slots: set[_Slot] = set()
         self._timer: Timer | None = None
@@ -124,7 +128,10 @@ class Consumer:
             except InvalidHeader as error:
                 await self._invalid(delivery, error)
             except BaseException as error:
-                finish(delivery, self._verdict(slot, delivery, error))
+                verdict = self._verdict(slot, delivery, error)
+                if self._timed_out is not None and isinstance(verdict.error, HandlerTimeout):
+                    verdict = await self._timed_out(delivery, verdict)
+                finish(delivery, verdict)
             else:
                 finish(delivery, retry.ACK)
             handling.reset(token)
@@ -159,6 +166,7 @@ class Consumer:
         """On what came out of the handler. A cancellation of ours is the timeout or the end of the drain."""
         if isinstance(error, KeyboardInterrupt):
             self.intake.finish(delivery, retry.RELEASE)
+            self._slots.discard(slot)  # it ends here, and the loop with it
             raise error
         if isinstance(error, asyncio.CancelledError) and slot.task is not None:
             if slot.expired:
@@ -259,20 +267,32 @@ class Consumer:
     async def drain(self, timeout: float) -> None:
         """Take no more, let what runs finish within `timeout` seconds, cancel the rest; settle, and end the subscription."""
         self._draining = True
-        await self.intake.stop()
-        if self.intake.at_most_once:
-            await self.intake.idle()  # what is being settled first has still to run
         try:
-            await within(self._clock, timeout, self._until_quiet())
-        except TimeoutError:
-            await self._cut_short()
+            await self.intake.stop()
+            if self.intake.at_most_once:
+                await self.intake.idle()  # what is being settled first has still to run
+            try:
+                await within(self._clock, timeout, self._until_quiet())
+            except TimeoutError:
+                await self._cut_short()
+        finally:  # also when we are cancelled: nothing of ours stays behind
+            idle = self._end_slots()
+        if idle:
+            await asyncio.wait(idle)
+        await self.intake.close()
+
+    def _end_slots(self) -> list[asyncio.Task[None]]:
+        """The tasks of idle slots, which end at once; a busy one may not listen."""
+        if self._timer is not None:
+            self._timer.cancel()
+        idle = []
         for slot in self._slots:
             slot.released = True
             if slot.task is not None:
                 slot.task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
-        await self.intake.close()
+                if slot.started is None:
+                    idle.append(slot.task)
+        return idle
 
     async def _until_quiet(self) -> None:
         while self.running() or self.intake.owes():

@@ -72,15 +72,19 @@ class Intake:
         self._handled = kit.counts.counter(telemetry.HANDLED, address)
         self._received = kit.counts.counter(telemetry.RECEIVED, address)
         self.subscribed = asyncio.Event()
+        self.begun = asyncio.Event()  # subscribed for the first time, or refused
+        self.refusal: Exception | None = None  # why the first subscribe failed for good
+        self.runs_handlers = False  # then each delivery's run ends with `finish`, also one that was settled by hand
         self.trouble: str | None = None
         self._settler = Settler(kit, address, self)
         self._stopping = False
-        self._over = False
+        self._over: UnibusError | None = None  # why no more is received
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
         self._lanes: dict[str, deque[Delivery[Any]]] = {}  # ordered: by key; the first is under way, the others wait
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._parked: dict[Delivery[Any], Timer] = {}
+        self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
         self._takers: deque[asyncio.Future[None]] = deque()
         self._woken = False  # a taker is on its way
         self._room = asyncio.Event()
@@ -115,10 +119,17 @@ class Intake:
             except (Closed, *FATAL) as error:
                 self.trouble = str(error)
                 await self._abandon()
+                if not isinstance(error, Closed):
+                    self.kit.link.give_up(error)
+                self._end(error)
                 return
             except Exception as error:
                 self.trouble = str(error) or type(error).__name__
                 await self._abandon()
+                if not self.begun.is_set() and not (isinstance(error, UnibusError) and error.retryable):
+                    self.refusal = error  # at the start it is said to the caller, who waits for it
+                    self.begun.set()
+                    return
                 wait = back_off(failures)
                 failures += 1
                 known = isinstance(error, UnibusError)
@@ -127,7 +138,7 @@ class Intake:
                 )
                 await self.kit.clock.sleep(wait)
                 if isinstance(error, NotFound):
-                    await self._redeclare(epoch)
+                    await self.kit.link.redeclare()
 
     async def _subscribe(self) -> None:
         self.source.prefetch = 1 if self._alone else self.prefetch
@@ -139,14 +150,7 @@ class Intake:
             self._heartbeat.start(self.kit.counts, self.address)
         self.trouble = None
         self.subscribed.set()
-
-    async def _redeclare(self, epoch: int) -> None:
-        try:
-            await self.kit.link.redeclare()
-        except ConnectionLost as error:
-            self.kit.link.lost(epoch, error)
-        except UnibusError as error:
-            log.warning("%s could not be declared again: %s", self.address, error)
+        self.begun.set()
 
     async def _pull_all(self) -> None:
         """As many receives at once as the adapter likes, until the first of them fails."""
@@ -157,13 +161,14 @@ class Intake:
             return
         pulls = [asyncio.create_task(self._pull()) for _ in range(many)]
         try:
-            done, _ = await asyncio.wait(pulls, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(pulls, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for pull in pulls:
                 pull.cancel()
             await asyncio.wait(pulls)
-        for pull in done:
-            pull.result()
+        failed = [error for pull in pulls if not pull.cancelled() and (error := pull.exception()) is not None]
+        if failed:  # all of them were looked at; the first is as good as any
+            raise failed[0]
 
     async def _pull(self) -> None:
         subscription = self._subscription
@@ -247,11 +252,11 @@ class Intake:
                 return
 
     async def wait(self) -> None:
-        """Until something may be ready; several may wait. Raises Closed at the end."""
+        """Until something may be ready; several may wait. At the end handlers wait for ever, others get the reason."""
         if self.ready:
             return
-        if self._over:
-            raise Closed(f"no more is received from {self.address}")
+        if self._over is not None and not self.runs_handlers:
+            raise self._over.with_traceback(None)
         taker = asyncio.get_running_loop().create_future()
         self._takers.append(taker)
         try:
@@ -261,6 +266,8 @@ class Intake:
                 self._woken = False
                 if self.ready:
                     self._wake()  # it was meant for us: pass it on
+            elif taker in self._takers:
+                self._takers.remove(taker)
             raise
         self._woken = False
 
@@ -299,16 +306,28 @@ class Intake:
 
     async def settle(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Returns once the step is confirmed; the first verdict counts. Raises LeaseLost, or what hindered it."""
-        if delivery.settled:
+        if delivery.settled or delivery in self._decided:
             return
         waiter = self._waiters[delivery] = asyncio.get_running_loop().create_future()
-        self.finish(delivery, verdict)
+        if self.runs_handlers:
+            self._decided[delivery] = False
+        else:
+            self._hand_back(delivery)
+        self._decide(delivery, verdict)
         if (error := await waiter) is not None:
             raise error
 
     def finish(self, delivery: Delivery[Any], verdict: Verdict) -> None:
-        """Decide the fate of a delivery; it is carried out in the background."""
+        """Decide the fate of a delivery, whose run is over; it is carried out in the background."""
         self._hand_back(delivery)
+        if self._decided and delivery in self._decided:
+            self._log_late(delivery, verdict)
+            if self._decided.pop(delivery):
+                self._due(delivery)
+        else:
+            self._decide(delivery, verdict)
+
+    def _decide(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         if verdict is retry.ACK and not (delivery.settled or delivery.lost):  # the usual case
             delivery.settled = True
             self._handled.n += 1
@@ -365,10 +384,10 @@ class Intake:
 
     def _too_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """The fate of a delivery that its handler had settled, that was settled first, or that is no longer ours."""
-        if verdict.error is not None:
-            why = "its message was settled before" if delivery.settled else "its message is no longer ours"
-            log.error("%s: failed, but %s: %s", self.address, why, deadletter.describe(verdict.error))
+        self._log_late(delivery, verdict)
         if self.at_most_once and delivery.settled:
+            if verdict.action is Action.RELEASE:
+                self._say_unfinished(delivery)
             event = telemetry.HANDLED if verdict.action is Action.ACK else telemetry.DISCARDED
             self.kit.counts.add(event, self.address)
         if delivery.lost:
@@ -378,6 +397,11 @@ class Intake:
         if self.at_most_once or not delivery.settled:
             self._forget(delivery)
             self._next_of_key(delivery)
+
+    def _log_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        if verdict.error is not None:
+            why = "its message is no longer ours" if delivery.lost else "its message was settled before"
+            log.error("%s: failed, but %s: %s", self.address, why, deadletter.describe(verdict.error))
 
     def _outlived(self, delivery: Delivery[Any], delay: float) -> bool:
         expires_at = delivery.message.expires_at
@@ -402,13 +426,22 @@ class Intake:
         delivery.failures += 1
         self._resolve(delivery, None)
         if verdict.delay <= 0:
-            self._offer(delivery)
+            self._due(delivery)
         else:
             self._parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
 
     def _unpark(self, delivery: Delivery[Any]) -> None:
         del self._parked[delivery]
-        if self._outlived(delivery, 0):
+        self._due(delivery)
+
+    def _due(self, delivery: Delivery[Any]) -> None:
+        """The next attempt, unless the run that asked for it, by hand, is not over yet."""
+        if delivery in self._decided:
+            self._decided[delivery] = True
+        elif delivery.lost:
+            self._forget(delivery)
+            self._next_of_key(delivery)
+        elif self._outlived(delivery, 0):
             self._expire(delivery)
         else:
             self._offer(delivery)
@@ -541,7 +574,8 @@ class Intake:
                 self._send_back(suspect, deadletter.crash_count(suspect.message.headers))
             await self._settler.idle()
             await self._close_subscription()
-        except ConnectionLost:  # the next subscribe meets it again
+        except Exception as error:  # the next subscribe meets it again
+            log.warning("%s: %s", self.address, error, exc_info=not isinstance(error, UnibusError))
             await self._abandon()
         self._alone, self._trusted = bool(suspects), 0
 
@@ -573,13 +607,8 @@ class Intake:
     async def _losing(self, deliveries: Sequence[Delivery[Any]], grace: float) -> None:
         """`Source.losing`: the driver gives these up. What waits is dropped; what runs may finish within `grace`."""
         losing = set(deliveries)
-        waiting = self._take_waiting()
-        for delivery in waiting:
-            if delivery in losing:
-                delivery.lost = True
-                self._forget(delivery)
-            else:
-                self._enqueue(delivery)
+        if not self.at_most_once:  # what was settled first is ours alone by now
+            self._drop_waiting(losing)
         if grace > 0:
             try:
                 await within(self.kit.clock, grace, self._until_settled(losing))
@@ -587,6 +616,30 @@ class Intake:
                 log.warning("%s: %d deliveries taken away while they ran", self.address, len(losing & self.running))
         for delivery in losing:
             delivery.lost = True
+
+    def _drop_waiting(self, losing: set[Delivery[Any]]) -> None:
+        """Forget those of `losing` that were not handed out. All others stay where they are: parked ones too."""
+        waiting = [*self.ready, *self._parked, *(d for lane in self._lanes.values() for d in islice(lane, 1, None))]
+        gone = losing.intersection(waiting)
+        left = [delivery for delivery in self.ready if delivery not in gone]
+        self.ready.clear()
+        self.ready.extend(left)
+        for delivery in gone:
+            if (timer := self._parked.pop(delivery, None)) is not None:
+                timer.cancel()
+            delivery.lost = True
+            self._forget(delivery)
+        for key, lane in list(self._lanes.items()):
+            if not gone.intersection(lane):
+                continue
+            head = lane[0]
+            stays = deque(delivery for delivery in lane if delivery not in gone)
+            if not stays:
+                del self._lanes[key]
+                continue
+            self._lanes[key] = stays
+            if stays[0] is not head:
+                self._offer(stays[0])
 
     async def _until_settled(self, deliveries: set[Delivery[Any]]) -> None:
         while deliveries & self.holding.keys():
@@ -612,8 +665,13 @@ class Intake:
         if subscription is not None:
             try:
                 await subscription.close()
-            except TransportError as error:
-                log.debug("%s: the subscription did not close in order: %s", self.address, error)
+            except Exception as error:  # it is over in any case
+                self._disorder("close", error)
+
+    def _disorder(self, what: str, error: Exception) -> None:
+        level = logging.DEBUG if isinstance(error, TransportError) else logging.ERROR
+        trace = None if isinstance(error, TransportError) else error
+        log.log(level, "%s: the subscription did not %s in order: %s", self.address, what, error, exc_info=trace)
 
     async def stop(self) -> None:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
@@ -624,17 +682,27 @@ class Intake:
         if self._subscription is not None:
             try:
                 await self._subscription.stop()
-            except TransportError as error:
-                log.debug("%s: the subscription did not stop in order: %s", self.address, error)
+            except Exception as error:
+                self._disorder("stop", error)
         self._give_back_waiting()
 
     async def close(self) -> None:
         """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself."""
         await self._settler.idle()
         await self._close_subscription()
-        self._over = True
+        if self.at_most_once:
+            for delivery in [*self.ready, *(d for lane in self._lanes.values() for d in islice(lane, 1, None))]:
+                self.finish(delivery, retry.RELEASE)
+        self._end(Closed(f"no more is received from {self.address}"))
+
+    def _end(self, why: UnibusError) -> None:
+        self._over = why
         while self._takers:
             self._wake()
+
+    def _say_unfinished(self, delivery: Delivery[Any]) -> None:
+        text = "%s: message %s was settled first (at most once) and did not run to its end; it does not come again"
+        log.error(text, self.address, delivery.message.id)
 
     # For health and tests
 

@@ -56,8 +56,9 @@ class Heartbeat:
     async def _extend(self, held: list[Delivery[Any]]) -> None:
         try:
             results = await self._subscription.extend(held, self._length)
-        except TransportError as error:  # the receive loop sees the same and acts on it
-            log.warning("%d leases could not be extended: %s", len(held), error)
+        except Exception as error:  # the receive loop sees the same and acts on it; the next beat tries again
+            known = isinstance(error, TransportError)
+            log.warning("%d leases could not be extended: %s", len(held), error, exc_info=not known)
             return
         lost = 0
         for delivery, result in zip(held, results, strict=True):

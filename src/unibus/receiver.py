@@ -33,7 +33,11 @@ class Receiver:
     async def __aenter__(self) -> Self:
         self._intake = self._session.intake(self._address, self._prefetch)
         self._intake.begin()
-        await self._session.started([self._intake])
+        try:
+            await self._session.started([self._intake])
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         return self
 
     async def __aexit__(

@@ -19,7 +19,7 @@ from unibus.errors import Closed, CodecError, ConnectionLost, RemoteError, Timeo
 from unibus.handlers import InvalidHeader
 from unibus.layers import Handling
 from unibus.message import REPLY_ERROR, REPLY_STATUS, Message, new_id
-from unibus.retry import Action, RetryPolicy
+from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settler import Kit
 from unibus.supervisor import FATAL, back_off
 
@@ -44,7 +44,10 @@ class Requester:
 
     async def request(self, outgoing: Outgoing, codec: BodyCodec, timeout: float) -> Any:
         """Send, and wait for the reply. Raises Timeout, RemoteError, ConnectionLost, CodecError, or what send raises."""
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
         clock, message = self._kit.clock, outgoing.message
+        sent: asyncio.Future[UnibusError | None] | None = None
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         where = outgoing.to
 
@@ -67,6 +70,8 @@ class Requester:
             reply = await future
         finally:
             timer.cancel()
+            if sent is not None and not sent.done():
+                sent.cancel()  # nobody waits for the answer any more
             self._waiting.pop(message.id, None)
             if future.done() and not future.cancelled():
                 future.exception()  # seen
@@ -187,7 +192,12 @@ class Responder:
         except retry.DeadLetter as error:
             await self._reply_error(delivery, error)
             raise
-        except Exception as error:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # not the handler's own: its timeout or the end of the drain
             if self._may_retry(delivery, error):
                 raise
             await self._reply_error(delivery, error)
@@ -197,11 +207,19 @@ class Responder:
         else:
             await self._reply(delivery, Message(body, content_type=self._codec.content_type))
 
+    async def timed_out(self, delivery: Delivery[Any], verdict: Verdict) -> Verdict:
+        """The handler took too long: answered like any other failure."""
+        error = verdict.error
+        if error is None or self._may_retry(delivery, error):
+            return verdict
+        await self._reply_error(delivery, error)
+        return retry.ACK
+
     async def undecodable(self, delivery: Delivery[Any], error: CodecError) -> None:
         """A request that can't be read is answered too, so that its sender need not wait."""
         await self._reply_error(delivery, error)
 
-    def _may_retry(self, delivery: Delivery[Any], error: Exception) -> bool:
+    def _may_retry(self, delivery: Delivery[Any], error: BaseException) -> bool:
         if self._policy is None:
             return False
         verdict = retry.decide(self._policy, delivery.failures, error)
@@ -209,8 +227,8 @@ class Responder:
         in_time = expires_at is None or self._kit.clock.time() + verdict.delay < expires_at
         return verdict.action is Action.RETRY and in_time
 
-    async def _reply_error(self, delivery: Delivery[Any], error: Exception) -> None:
-        text = deadletter.one_line(f"{type(error).__name__}: {error}", 1024)
+    async def _reply_error(self, delivery: Delivery[Any], error: BaseException) -> None:
+        text = deadletter.one_line(f"{type(error).__name__}: {deadletter.error_text(error)}", 1024)
         headers = {REPLY_STATUS: ERROR, REPLY_ERROR: text}
         await self._reply(delivery, Message(b"", headers=headers))
 
@@ -235,6 +253,9 @@ class Responder:
             error = await self._kit.publisher.submit(Outgoing(to, reply), timeout)
         except UnibusError as refused:
             error = refused
+        except Exception as broken:  # the address is untrusted, and the request was handled
+            log.exception("%s: the adapter failed on the return address of request %s", self._queue, request.id)
+            error = UnibusError(f"the adapter failed: {type(broken).__name__}")
         if error is None:
             counts.add(telemetry.REPLIED, self._queue)
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from unibus.adapter import Adapter, Outgoing
 from unibus.channel import Group, Inbox, Queue, Topic
-from unibus.clock import Clock
+from unibus.clock import Clock, within
 from unibus.codec import codec_for, codec_of
 from unibus.consumer import Consumer
 from unibus.correlation import correlate, handling
@@ -76,6 +76,7 @@ class Session:
         self._limited = True  # has the broker any limits to check messages against?
         self._time = clock.time
         self._stations = stations
+        self._draining = asyncio.Lock()
         self._layers = layers
         self._threads: list[Threads] = []
         self._routes: dict[Queue[Any] | Topic[Any] | str, Route] = {}
@@ -209,15 +210,17 @@ class Session:
         """Until these subscriptions stand: what is sent from now on arrives. Raises what ended the link."""
         link = self.kit.link
         for intake in intakes:
-            subscribed = asyncio.ensure_future(intake.subscribed.wait())
+            begun = asyncio.ensure_future(intake.begun.wait())
             failed = asyncio.ensure_future(link.failed.wait())
             try:
-                await asyncio.wait((subscribed, failed), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((begun, failed), return_when=asyncio.FIRST_COMPLETED)
             finally:
-                subscribed.cancel()
+                begun.cancel()
                 failed.cancel()
             if link.failure is not None:
                 raise link.failure
+            if intake.refusal is not None:
+                raise intake.refusal
 
     def _consumer(self, station: Station, handler: Handler) -> Consumer:
         settings, registration = station.settings, station.registration
@@ -225,7 +228,7 @@ class Session:
         intake = Intake(
             self.kit,
             station.address,
-            prefetch=settings.prefetch,
+            prefetch=max(settings.prefetch, registration.batch),  # less would make every batch a smaller one
             policy=settings.retry,
             at_most_once=settings.guarantee == "at-most-once",
             requests=requests,
@@ -234,11 +237,11 @@ class Session:
         if not handler.is_async:
             call = self._in_threads(handler, settings.concurrency)
         call = compose(call, self._layers)
-        undecodable = None
+        undecodable = timed_out = None
         if requests and isinstance(station.address, Queue):
             policy = settings.retry if "retry" in registration.options else None
             responder = Responder(self.kit, station.address, codec_of(station.address.reply), call, policy)
-            call, undecodable = responder, responder.undecodable
+            call, undecodable, timed_out = responder, responder.undecodable, responder.timed_out
         return Consumer(
             intake,
             call,
@@ -249,6 +252,7 @@ class Session:
             batch=registration.batch,
             in_thread=not handler.is_async,
             undecodable=undecodable,
+            timed_out=timed_out,
         )
 
     def _in_threads(self, handler: Handler, size: int) -> Handling:
@@ -281,20 +285,26 @@ class Session:
 
     async def drain(self) -> None:
         """Stop the handlers: no new messages, those under way get `shutdown_timeout` seconds, all is settled."""
-        consumers, self.consumers = self.consumers, []
-        self.running = False
-        await asyncio.gather(*(consumer.drain(self.settings.shutdown_timeout) for consumer in consumers))
-        for consumer in consumers:
-            self.intakes.remove(consumer.intake)
-        for threads in self._threads:
-            threads.close()
-        self._threads.clear()
+        async with self._draining:  # who comes second waits, too, before it closes the link
+            consumers, self.consumers = self.consumers, []
+            self.running = False
+            try:
+                await asyncio.gather(*(consumer.drain(self.settings.shutdown_timeout) for consumer in consumers))
+            finally:
+                for threads in self._threads:
+                    threads.close()
+                self._threads.clear()
+            for consumer in consumers:
+                self.intakes.remove(consumer.intake)
 
     async def close(self) -> None:
         await self.drain()
         for intake in list(self.intakes):
             await self.end(intake)
-        await self.kit.publisher.drain()
+        try:
+            await within(self.kit.clock, self.settings.shutdown_timeout, self.kit.publisher.drain())
+        except TimeoutError:
+            log.warning("messages were not confirmed before the end; their senders are told")
         await self._requester.close()
         await self.kit.publisher.close()
         await self.kit.link.close()

@@ -13,7 +13,7 @@ from unibus.adapter import Move, Outcome, Outgoing, Subscription
 from unibus.channel import Group, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
-from unibus.errors import Closed, ConnectionLost, LeaseLost, TransportError, UnibusError, Unsupported
+from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
 from unibus.publisher import Publisher
 from unibus.supervisor import Link, back_off
 from unibus.telemetry import Counts
@@ -87,7 +87,14 @@ class Settler:
 
     async def idle(self) -> None:
         """Until all is settled. Ends: every call has a deadline, and moves give up once `stopping` is set."""
-        while waiting := [task for task in (self._task, *self._moving) if task is not None]:
+        while True:
+            if self._task is not None and self._task.done():  # cancelled before it began, with all tasks of the loop
+                self._task = None
+                if self._done or self._returns or self._moves:
+                    self._start()
+            waiting = [task for task in (self._task, *self._moving) if task is not None]
+            if not waiting:
+                return
             await asyncio.wait(waiting)
 
     def _start(self) -> None:
@@ -128,9 +135,12 @@ class Settler:
         waiting = list(range(len(deliveries)))
         for failures in range(SETTLE_TRIES):
             part = [deliveries[i] for i in waiting]
+            if subscription is None or subscription is not self.subscription:
+                gone = ConnectionLost("the subscription that the delivery came by is over")
+                for i in waiting:
+                    results[i] = _lease_lost(deliveries[i], gone)
+                break
             try:
-                if subscription is None or subscription is not self.subscription:
-                    raise ConnectionLost("the link that the delivery came by is gone")
                 answers = await subscription.settle(outcome, part)
             except ConnectionLost as error:
                 self._kit.link.lost(epoch, error)
@@ -167,6 +177,8 @@ class Settler:
                 return
             moves = [move for move, _ in failed]
             to, error = moves[0][1].to, failed[0][1]
+            if isinstance(error, NotFound):  # a channel of ours was deleted
+                await self._kit.link.redeclare()
             if self.stopping and failures:
                 log.error("%s: %d messages given back, since %s takes none: %s", self._address, len(moves), to, error)
                 await self._settle(Outcome.RELEASED, [delivery for delivery, _ in moves])
@@ -195,6 +207,9 @@ class Settler:
                 answers = await subscription.move([Move(d, [out]) for d, out in moves], self._kit.publisher.timeout)
             except TransportError as error:
                 answers = [error] * len(moves)
+            except Exception as error:  # a fault of the adapter: the messages are kept, and it is tried again
+                log.exception("the adapter failed to move %d messages of %s", len(moves), self._address)
+                answers = [TransportError(f"the adapter failed: {type(error).__name__}")] * len(moves)
             rest = []
             for i, answer in enumerate(answers):
                 if isinstance(answer, Unsupported):

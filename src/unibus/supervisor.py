@@ -15,7 +15,6 @@ from unibus.errors import (
     ConfigError,
     ConnectionLost,
     PermissionDenied,
-    TransportError,
     UnibusError,
 )
 from unibus.telemetry import Counts
@@ -47,6 +46,8 @@ class Link:
         self._counts = counts
         self._up = asyncio.Event()
         self._closed = False
+        self._failures = 0  # in a row, counting links that broke soon after they came up
+        self._since = 0.0  # when it came up, monotonic
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -86,32 +87,48 @@ class Link:
         log.warning("link to the broker lost: %s", self.trouble)
         self._task = asyncio.create_task(self._reconnect())
 
+    def give_up(self, error: UnibusError) -> None:
+        """Trying again would not help: from now on everything gets `error`."""
+        if self.failure is None and not self._closed:
+            log.error("link to the broker given up: %s", error)
+            self.failure = error
+            self.failed.set()
+            self._up.set()
+
     async def redeclare(self) -> None:
-        """Make again what was deleted on the broker (declare=create), or say what is missing."""
-        await self.adapter.declare(self.topology)
+        """Make again what was deleted on the broker (declare=create), or say what is missing. Never raises."""
+        epoch = self.epoch
+        try:
+            await self.adapter.declare(self.topology)
+        except ConnectionLost as error:
+            self.lost(epoch, error)
+        except Exception as error:
+            log.warning("what was deleted could not be declared again: %s", error)
 
     async def _reconnect(self) -> None:
-        failures = 0
+        # A link that comes up and breaks at once is no success: without a wait it would be tried thousands of times a second.
+        failures = self._failures if self._clock.monotonic() - self._since < LONGEST_WAIT else 0
+        if failures:
+            await self._clock.sleep(back_off(failures - 1))
         while True:
             try:
                 await self.adapter.close()
                 await self.adapter.connect()
                 await self.adapter.declare(self.topology)
             except FATAL as error:
-                log.error("link to the broker given up: %s", error)  # noqa: TRY400  # the traceback says nothing more
-                self.failure = error
-                self.failed.set()
-                self._up.set()
+                self.give_up(error)
                 return
-            except TransportError as error:
-                self.trouble = str(error)
+            except Exception as error:
+                self.trouble = str(error) or type(error).__name__
                 wait = back_off(failures)
                 failures += 1
-                log.warning("no link to the broker yet, again in %.1f s: %s", wait, error)
+                known = isinstance(error, UnibusError)
+                log.warning("no link to the broker yet, again in %.1f s: %s", wait, error, exc_info=not known)
                 await self._clock.sleep(wait)
             else:
                 break
         self.epoch += 1
+        self._failures, self._since = failures + 1, self._clock.monotonic()
         self.trouble = None
         self._counts.add(telemetry.RECONNECTED, None)
         log.info("link to the broker is up again")
