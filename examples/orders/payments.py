@@ -92,9 +92,13 @@ class Payments:
         if order.id in journal.of("charged"):
             journal.add("asked-again", order.id)  # money moves once
             return
+        first = order.id not in journal.of("declined")
+        if not first:
+            journal.add("retried", order.id)
         if order.payment.startswith("outage-") and not self._repaired:
+            journal.add("declined", order.id)
             raise PaymentFailed("the bank behind this card does not answer")
-        if order.payment.startswith("flaky-") and order.id not in journal.of("declined"):
+        if order.payment.startswith("flaky-") and first:
             journal.add("declined", order.id)
             raise PaymentFailed("the line to the bank broke")
         journal.add("charged", order.id)

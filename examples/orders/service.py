@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from examples.orders.generate import CATALOGUE
 from examples.orders.payments import Journal, Payments
-from unibus import Bus, DeadLetter, Delivery, Discard, Queue, RetryPolicy, Topic
+from unibus import Bus, DeadLetter, Discard, Queue, RetryPolicy, Topic
 
 
 class Item(BaseModel):
@@ -82,12 +82,9 @@ bus = Bus(service="orders", lifespan=resources)
 
 
 @bus.consumer(orders, concurrency=32, retry=RetryPolicy(max_retries=2, backoff=1, multiplier=2))
-async def charge(order: Order, delivery: Delivery[Order]) -> None:
-    journal: Journal = bus.state.journal
-    if delivery.attempt > 1:
-        journal.add("retried", order.id)
+async def charge(order: Order) -> None:
     if order.total == 0:
-        journal.add("discarded", order.id)
+        bus.state.journal.add("discarded", order.id)
         raise Discard("nothing to pay")
     if order.total < 0:
         raise DeadLetter("a negative total is a refund, not an order")

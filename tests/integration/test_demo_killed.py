@@ -24,7 +24,9 @@ from pydantic import ValidationError
 from unibus import Message, deadletter
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 40.0
+DEADLINE = 100.0  # ample: the machine may be busy with other tests
+
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
