@@ -90,6 +90,7 @@ async def test_no_order_is_lost_when_the_service_is_killed(
 ) -> None:
     monkeypatch.setenv("UNIBUS_URL", url)
     monkeypatch.setenv("UNIBUS_PREFIX", killable.options[3])
+    monkeypatch.setenv("ORDERS_JOURNAL", killable.options[5])
     valid = []
     for line in DATA.read_bytes().splitlines():
         with suppress(ValidationError):
