@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack, suppress
 
-from unibus import Bus, DeadLetter, Delivery, Queue
+from unibus import Bus, DeadLetter, Delivery, Message, Queue
+from unibus.adapter import Outgoing
 from unibus_contracts.contract import contract
-from unibus_contracts.kit import LATER, Kit, Seen, bodies, leftover, letters, until
+from unibus_contracts.kit import LATER, SOON, Kit, Seen, bodies, leftover, letters, until
 
 
 class Lanes:
@@ -28,6 +29,17 @@ class Lanes:
             await asyncio.sleep(0)
         self._inside.discard(key)
         self.count += 1
+
+
+class KeyInTurn:
+    """Sixteen keys, one after the other: a body alone does not tell its key."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def __call__(self, _body: bytes) -> str:
+        self._next += 1
+        return f"key {(self._next - 1) % 16}"
 
 
 def consuming(kit: Kit, queue: Queue[bytes], lanes: Lanes) -> Bus:
@@ -57,13 +69,11 @@ async def test_one_key(kit: Kit) -> None:
 )
 async def test_competing(kit: Kit) -> None:
     queue, lanes = kit.queue(ordered=True), Lanes()
-    async with AsyncExitStack() as stack:
+    async with kit.bus(queue) as sender, AsyncExitStack() as stack:
+        # A backlog, so that all three have something to take at once.
+        await sender.send_many(queue, [b"%d" % (n // 16) for n in range(320)], key=KeyInTurn())
         buses = [consuming(kit, queue, lanes) for _ in range(3)]
-        for bus in buses:
-            await stack.enter_async_context(bus.running())
-        for n in range(20):
-            for key in range(16):
-                await buses[0].send(queue, b"%d" % n, key=f"key {key}")
+        await asyncio.gather(*(stack.enter_async_context(bus.running()) for bus in buses))
         await until(lambda: lanes.count == 320, "320 handled")
         await until(lambda: sum(bus.counts.get("handled", 0) for bus in buses) == 320, "320 settled")
     assert lanes.by_key == {f"key {key}": list(range(20)) for key in range(16)}
@@ -239,3 +249,16 @@ async def test_group(kit: Kit) -> None:
         await until(lambda: lanes.count == 100, "100 handled")
     assert lanes.by_key == {f"k{k}": list(range(k, 100, 5)) for k in range(5)}
     assert lanes.overlaps == []
+
+
+@contract(
+    "order.of_one_call", "The messages of one key in one call of the SPI arrive in the order given.", needs="order"
+)
+async def test_one_call(kit: Kit) -> None:
+    queue, lanes = kit.queue(ordered=True), Lanes()
+    bus = consuming(kit, queue, lanes)
+    async with bus.running():
+        batch = [Outgoing(queue, Message(b"%d" % n, id=f"{queue.name}-{n}", key="k")) for n in range(50)]
+        assert list(await bus.adapter.send(batch, SOON)) == [None] * 50
+        await until(lambda: lanes.count == 50, "50 handled")
+    assert lanes.by_key == {"k": list(range(50))}
