@@ -1,4 +1,4 @@
-"""unibus: one interface to RabbitMQ, Kafka, SQS/SNS and Redis Streams, with the same policies on each."""
+"""unibus: a service is written once against one interface; the broker it runs on is a setting."""
 
 from unibus.bus import Bus, BusHealth
 from unibus.channel import Codec, Queue, Topic

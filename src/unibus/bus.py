@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint, Outgoing
 from unibus.blocking import Blocking
 from unibus.capabilities import Capabilities
-from unibus.channel import Group, Queue, Topic
+from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue
 from unibus.clock import Clock, SystemClock
 from unibus.errors import Closed, ConfigError, SendFailed, UnibusError
 from unibus.layers import Layer
@@ -113,6 +113,18 @@ class Bus(Handlers):
     def __repr__(self) -> str:
         state = "closed" if self._session is None else "running" if self._session.running else "open"
         return f"<Bus {self.name or ''} {state}>".replace("  ", " ")
+
+    @property
+    def bus(self) -> Bus:
+        """Itself: handlers find their bus in the same way, wherever they were collected."""
+        return self
+
+    def include(self, handlers: Handlers) -> None:
+        """Take in the handlers of another module. Raises ConfigError if they are another bus' already."""
+        if handlers._bus not in (None, self):
+            raise ConfigError("these handlers are included in another bus; collect them in two Handlers()")
+        handlers._bus = self
+        self.registrations.extend(handlers.registrations)
 
     # Open and closed
 
@@ -433,10 +445,19 @@ class Bus(Handlers):
         """What the connected broker can do."""
         return self.adapter.capabilities
 
-    async def backlog(self, channel: Queue[Any] | Topic[Any] | str, *, group: str | None = None) -> Backlog:
-        """How much waits in a queue, or in one group of a topic (default: the service's)."""
+    async def backlog(
+        self,
+        channel: Queue[Any] | Topic[Any] | str,
+        *,
+        group: str | None = None,
+        of: Literal["channel", "dead letters", "invalid"] = "channel",
+    ) -> Backlog:
+        """How much waits in a queue, or in one group of a topic (default: the service's); or among its failed messages."""
         session = self._opened()
-        return await session.kit.link.adapter.backlog(session.address(channel, group))
+        address = session.address(channel, group)
+        if of != "channel":
+            address = dead_letter_queue(address) if of == "dead letters" else invalid_queue(address)
+        return await session.kit.link.adapter.backlog(address)
 
     async def health(self) -> BusHealth:
         """Is it at work? Never raises."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from unibus.channel import Queue, Topic
 from unibus.errors import ConfigError
 from unibus.handlers import Kind
 from unibus.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from unibus.bus import Bus
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Guarantee = Literal["at-least-once", "at-most-once"]
@@ -40,6 +43,14 @@ class Handlers:
 
     def __init__(self) -> None:
         self.registrations: list[Registration] = []
+        self._bus: Bus | None = None
+
+    @property
+    def bus(self) -> Bus:
+        """The bus that these handlers were included in, for sending from them. Raises ConfigError before that."""
+        if self._bus is None:
+            raise ConfigError("these handlers belong to no bus yet; bus.include(handlers) comes first")
+        return self._bus
 
     def consumer(
         self,
@@ -100,13 +111,16 @@ class Handlers:
         options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry)
         return self._register("responder", queue, options)
 
-    def include(self, handlers: Handlers) -> None:
-        """Take in the handlers of another module."""
-        self.registrations.extend(handlers.registrations)
-
     def _register(
         self, kind: Kind, channel: Queue[Any] | Topic[Any] | str, options: dict[str, Any], **more: Any
     ) -> Callable[[Function], Function]:
+        given: object = channel
+        if not isinstance(given, Queue | Topic | str):
+            raise ConfigError(f"@{kind} takes a queue or topic, or its name: @bus.{kind}(orders), not {given!r}")
+        policy: object = options.get("retry")
+        if policy is not None and not isinstance(policy, RetryPolicy):
+            raise ConfigError(f"{kind} of {channel}: retry={policy!r}; use RetryPolicy(max_retries=...)")
+
         def register(function: Function) -> Function:
             self.registrations.append(Registration(kind, channel, function, options, **more))
             return function

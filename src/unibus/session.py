@@ -139,6 +139,8 @@ class Session:
         if (cause := handling.get()) is not None:
             correlate(message, cause)
         if expires_in is not None:
+            if not 0 <= expires_in < float("inf"):
+                raise CodecError(f"expires_in={expires_in}: use seconds, 0 or more")
             message.expires_at = now + expires_in
         if priority is not None:
             message.priority = priority
