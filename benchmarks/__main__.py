@@ -1,0 +1,99 @@
+"""`python -m benchmarks`: measure, print one table. Nothing is asserted about times; a lost message ends the run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import memory
+from benchmarks.cases import Case, circumstances, table
+from benchmarks.load import Miscount
+from benchmarks.watch import Profiles
+
+PROFILE = Path("reports/profile.txt")
+
+
+def main() -> int:
+    options = _options()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    profiles = Profiles(on=options.profile is not None)
+    about: dict[str, Any] = circumstances()
+    try:
+        cases = _run(options, profiles, about)
+    except Miscount as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if profiles:
+        options.profile.parent.mkdir(parents=True, exist_ok=True)
+        options.profile.write_text(profiles.text(), encoding="utf-8")
+        print(profiles.text())
+        print(f"written to {options.profile}; a profiled run has no times worth showing")
+        return 0
+    print(_heading(about))
+    print(table(cases))
+    print(
+        "to base: the same figure of the base in the same round, median of the rounds; more messages/s, less of the rest is better"
+    )
+    if options.json is not None:
+        content = {**about, "cases": [case.as_json() for case in cases]}
+        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"written to {options.json}")
+    return 0 if cases else 1
+
+
+def _run(options: argparse.Namespace, profiles: Profiles, about: dict[str, Any]) -> list[Case]:
+    cases: list[Case] = []
+    rounds = options.rounds or (3 if options.quick else 5)
+    if options.only in {None, "memory"}:
+        cases += memory.run(rounds, 20_000 if options.quick else 100_000, profiles)
+    if options.only in {None, "rabbitmq"}:
+        try:
+            from benchmarks import rabbitmq
+        except ImportError as error:
+            print(f"RabbitMQ: not measured, since its client is missing: {error}", file=sys.stderr)
+            return cases
+        try:
+            url, source = rabbitmq.find_broker()
+        except rabbitmq.NoBroker as error:
+            print(f"RabbitMQ: not measured, since there is none: {error}", file=sys.stderr)
+            return cases
+        plan = rabbitmq.Plan(rounds, 2_000 if options.quick else 10_000, 200 if options.quick else 1_000)
+        found, version = asyncio.run(rabbitmq.run(url, plan, profiles))
+        about["rabbitmq"] = {"version": version, "source": source}
+        cases += found
+    return cases
+
+
+def _heading(about: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    broker = f"; RabbitMQ {about['rabbitmq']['version']}" if "rabbitmq" in about else ""
+    return (
+        f"{about['date']}, commit {about['commit']}; {about['cores']} cores of {about['cpu']}, load {about['load']}\n"
+        f"Python {about['python']}, {packages}{broker}\n"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: to see that it works")
+    parser.add_argument("--only", choices=("memory", "rabbitmq"))
+    parser.add_argument("--rounds", type=int, help="of each case (5; quick: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        nargs="?",
+        const=PROFILE,
+        metavar="FILE",
+        help=f"instead of measuring, profile unibus alone ({PROFILE})",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The raw clients as somebody would write them who has one queue and takes care: what unibus has to stand beside.
+
+They write and read the same properties as unibus, wait for confirms, publish mandatory, and ack a message only after its
+handler. Many deliveries are acked at once where all before them are finished, every `every` or after a few
+milliseconds: the best that aio-pika can do without losing a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from time import perf_counter, time
+from typing import Any, Self
+
+import aio_pika
+import aiormq
+from aio_pika.abc import AbstractIncomingMessage
+from aiormq.abc import AbstractChannel, DeliveredMessage
+from pamqp.commands import Basic
+
+from benchmarks.load import BODY, flood
+from benchmarks.watch import Watch
+
+CONTENT_TYPE = "application/octet-stream"
+_SOON = 0.01  # seconds an ack waits for others
+
+
+class Acks:
+    """One ack for all up to the first unfinished one, every so many, and `_SOON` after a burst has ended."""
+
+    def __init__(self, channel: AbstractChannel, every: int) -> None:
+        self._channel = channel
+        self._every = every
+        self._upto = self._acked = 0  # a channel's tags count from 1
+        self._ahead: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def finished(self, tag: int) -> None:
+        if self._every == 1:
+            await self._channel.basic_ack(tag, wait=False)
+            return
+        self._ahead.add(tag)
+        while self._upto + 1 in self._ahead:
+            self._upto += 1
+            self._ahead.remove(self._upto)
+        if self._upto - self._acked >= self._every:
+            await self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_SOON, self._burst_over)
+
+    def _burst_over(self) -> None:
+        self._timer = None
+        task = asyncio.get_running_loop().create_task(self.flush())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._upto > self._acked:
+            self._acked = self._upto
+            await self._channel.basic_ack(self._upto, multiple=True, wait=False)
+
+
+class Handled:
+    """The trivial handler, and when all have come."""
+
+    def __init__(self, messages: int) -> None:
+        self.count = 0
+        self.all = asyncio.Event()
+        self._messages = messages
+
+    def handle(
+        self, body: bytes, message_id: str | None, content_type: str | None, timestamp: Any, headers: Mapping[str, Any]
+    ) -> None:
+        self.count += 1
+        if self.count == self._messages:
+            self.all.set()
+
+
+class AioPika:
+    """aio-pika, one connection. `every`: how many deliveries are acked at once."""
+
+    def __init__(self, name: str, url: str, *, every: int) -> None:
+        self.name = name
+        self._url = url
+        self._every = every
+        self._ids = map(f"{secrets.token_hex(8)}-%x".__mod__, itertools.count(1))
+
+    async def __aenter__(self) -> Self:
+        self._connection = await aio_pika.connect(self._url)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._connection.close()
+
+    def _message(self, headers: Mapping[str, str] | None) -> aio_pika.Message:
+        return aio_pika.Message(
+            BODY,
+            headers=dict(headers) if headers else None,
+            content_type=CONTENT_TYPE,
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+            message_id=next(self._ids),
+            timestamp=int(time()),
+        )
+
+    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
+        channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+        publish, message = channel.default_exchange.publish, self._message
+
+        watch.start()
+        await flood(lambda: publish(message(headers), queue, mandatory=True), messages)
+        watch.stop()
+        await channel.close()
+
+    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+        channel = await self._connection.channel(publisher_confirms=False)
+        await channel.set_qos(prefetch_count=prefetch)
+        source = await channel.get_queue(queue, ensure=False)
+        acks = Acks(await channel.get_underlay_channel(), min(self._every, max(1, prefetch // 2)))
+        handled = Handled(messages)
+
+        async def on_message(message: AbstractIncomingMessage) -> None:
+            handled.handle(message.body, message.message_id, message.content_type, message.timestamp, message.headers)
+            await acks.finished(message.delivery_tag or 0)
+
+        watch.start()
+        await source.consume(on_message)
+        await handled.all.wait()
+        await acks.flush()
+        watch.stop()
+        await channel.close()
+        return handled.count
+
+    async def requests(self, queue: str, count: int, watch: Watch) -> list[float]:
+        """Round trips, seconds: request confirmed, answered, the answer confirmed, the request acked."""
+        asking = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+        answering = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+        inbox = await asking.declare_queue(exclusive=True, auto_delete=True)
+        source = await answering.get_queue(queue, ensure=False)
+        waiting: dict[str | None, asyncio.Future[bytes]] = {}
+
+        async def answer(request: AbstractIncomingMessage) -> None:
+            reply = self._message(None)
+            reply.correlation_id = request.correlation_id
+            await answering.default_exchange.publish(reply, request.reply_to or "", mandatory=True)
+            await request.ack()
+
+        async def answered(reply: AbstractIncomingMessage) -> None:
+            waiting[reply.correlation_id].set_result(reply.body)
+            await reply.ack()
+
+        async def ask() -> None:
+            request = self._message(None)
+            request.reply_to = inbox.name
+            request.correlation_id = request.message_id
+            request.headers = {"x-expires-at": f"{time() + 30:.3f}"}
+            future = waiting[request.message_id] = asyncio.get_running_loop().create_future()
+            sent = asyncio.ensure_future(asking.default_exchange.publish(request, queue, mandatory=True))
+            try:
+                await future
+                await sent
+            finally:
+                del waiting[request.message_id]
+
+        await inbox.consume(answered)
+        await source.consume(answer)
+        times = await round_trips(ask, count, watch)
+        await asking.close()
+        await answering.close()
+        return times
+
+
+async def round_trips(ask: Callable[[], Any], count: int, watch: Watch) -> list[float]:
+    """One after the other; the first few warm up."""
+    for _ in range(20):
+        await ask()
+    times = []
+    watch.start()
+    for _ in range(count):
+        begun = perf_counter()
+        await ask()
+        times.append(perf_counter() - begun)
+    watch.stop()
+    return times
+
+
+class Aiormq:
+    """aiormq, the client below aio-pika: for whoever gives up aio-pika's objects for speed."""
+
+    name = "aiormq"
+
+    def __init__(self, url: str, *, every: int) -> None:
+        self._url = url
+        self._every = every
+        self._ids = map(f"{secrets.token_hex(8)}-%x".__mod__, itertools.count(1))
+
+    async def __aenter__(self) -> Self:
+        self._connection = await aiormq.connect(self._url)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._connection.close()
+
+    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
+        channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+        publish: Any = channel.basic_publish  # its declared type lacks `wait`
+        ids = self._ids
+        table: Any = dict(headers) if headers else None
+
+        def one() -> Any:
+            properties = Basic.Properties(
+                content_type=CONTENT_TYPE, headers=table, delivery_mode=2, message_id=next(ids), timestamp=_now()
+            )
+            return publish(BODY, routing_key=queue, properties=properties, mandatory=True, wait=False)
+
+        watch.start()
+        await flood(one, messages)
+        watch.stop()
+        await channel.close()
+
+    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+        channel = await self._connection.channel(publisher_confirms=False)
+        await channel.basic_qos(prefetch_count=prefetch)
+        acks = Acks(channel, min(self._every, max(1, prefetch // 2)))
+        handled = Handled(messages)
+
+        async def on_message(message: DeliveredMessage) -> None:
+            p = message.header.properties
+            handled.handle(message.body, p.message_id, p.content_type, p.timestamp, p.headers or {})
+            await acks.finished(message.delivery_tag or 0)
+
+        watch.start()
+        await channel.basic_consume(queue, on_message)
+        await handled.all.wait()
+        await acks.flush()
+        watch.stop()
+        await channel.close()
+        return handled.count
+
+
+def _now() -> datetime:
+    """As pamqp wants it."""
+    return datetime.fromtimestamp(int(time()), UTC)

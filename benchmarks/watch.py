@@ -1,0 +1,65 @@
+"""Measuring one stretch: wall time, CPU time of this process, and, when asked for, a profile."""
+
+from __future__ import annotations
+
+import cProfile
+import gc
+import io
+import pstats
+from time import perf_counter, process_time
+
+_LINES = 45
+
+
+class Watch:
+    """Between `start` and `stop`. Several stretches with one watch add up in the profile, not in the times."""
+
+    def __init__(self, profile: cProfile.Profile | None = None) -> None:
+        self.wall = 0.0
+        self.cpu = 0.0
+        self._profile = profile
+
+    def start(self) -> None:
+        gc.collect()  # nobody pays for another's garbage
+        if self._profile is not None:
+            self._profile.enable()
+        self._cpu_at, self._wall_at = process_time(), perf_counter()
+
+    def stop(self) -> None:
+        self.wall, self.cpu = perf_counter() - self._wall_at, process_time() - self._cpu_at
+        if self._profile is not None:
+            self._profile.disable()
+
+    def figures(self, messages: int) -> dict[str, float]:
+        """Of a throughput case. `busy`: how much of the time this process computed; the rest it waited."""
+        return {
+            "messages/s": messages / self.wall,
+            "CPU µs/message": self.cpu / messages * 1e6,
+            "busy %": self.cpu / self.wall * 100,
+        }
+
+
+class Profiles:
+    """One profile for each named stretch; nothing at all unless switched on."""
+
+    def __init__(self, *, on: bool) -> None:
+        self._on = on
+        self._profiles: dict[str, tuple[cProfile.Profile, int]] = {}
+
+    def __bool__(self) -> bool:
+        return self._on
+
+    def of(self, name: str, messages: int) -> cProfile.Profile | None:
+        if not self._on:
+            return None
+        profile, before = self._profiles.get(name) or (cProfile.Profile(), 0)
+        self._profiles[name] = (profile, before + messages)
+        return profile
+
+    def text(self) -> str:
+        """The functions with the most time of their own. cProfile adds to every call, so read it as shares."""
+        out = io.StringIO()
+        for name, (profile, messages) in self._profiles.items():
+            out.write(f"=== {name}: {messages} messages\n")
+            pstats.Stats(profile, stream=out).strip_dirs().sort_stats("tottime").print_stats(_LINES)
+        return out.getvalue()
