@@ -85,6 +85,7 @@ class Intake:
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._parked: dict[Delivery[Any], Timer] = {}
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
+        self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
         self._takers: deque[asyncio.Future[None]] = deque()
         self._woken = False  # a taker is on its way
         self._room = asyncio.Event()
@@ -275,9 +276,16 @@ class Intake:
         """The next one. Raises IndexError when none is ready."""
         delivery = self.ready.popleft()
         self.running.add(delivery)
+        if self._kept:
+            self._reopen(delivery)
         if self.ready and self._takers and not self._woken:
             self._wake()
         return delivery
+
+    def _reopen(self, delivery: Delivery[Any]) -> None:
+        if delivery in self._kept:
+            self._kept.discard(delivery)
+            delivery.settled = False
 
     async def take_some(self, limit: int, timeout: float) -> list[Delivery[Any]]:
         """Up to `limit` of what is ready; none after `timeout` seconds without any."""
@@ -424,6 +432,9 @@ class Intake:
         headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
         delivery.message.headers = MappingProxyType(headers)
         delivery.failures += 1
+        if not self.runs_handlers:
+            delivery.settled = True
+            self._kept.add(delivery)
         self._resolve(delivery, None)
         if verdict.delay <= 0:
             self._due(delivery)
@@ -442,6 +453,7 @@ class Intake:
             self._forget(delivery)
             self._next_of_key(delivery)
         elif self._outlived(delivery, 0):
+            self._reopen(delivery)
             self._expire(delivery)
         else:
             self._offer(delivery)
@@ -499,6 +511,7 @@ class Intake:
             self._next_of_key(delivery)
 
     def _forget(self, delivery: Delivery[Any]) -> None:
+        self._kept.discard(delivery)
         self.holding.pop(delivery, None)
         self._room.set()
 

@@ -1,0 +1,355 @@
+"""Request and reply: whose reply is whose, errors, deadlines, forged addresses, an inbox that is lost."""
+
+import asyncio
+import logging
+
+import pytest
+from tests.unit.core_lab import ASKS, DONE, EVENTS, ORDERS, lab, later, make_bus, spy_of, turns, until
+
+from unibus import Closed, ConnectionLost, DeadLetter, Delivery, Message, Queue, RemoteError, RetryPolicy, Timeout
+from unibus.channel import Inbox
+
+NUMBERS = Queue[int]("numbers", int, reply=int)
+
+
+async def test_a_hundred_requests_from_one_handler_answered_in_reverse() -> None:
+    bus = make_bus()
+    waiting: list[tuple[str, asyncio.Future[None]]] = []
+    answers: list[str] = []
+
+    @bus.responder(ASKS, concurrency=100)
+    async def answer(body: str) -> str:
+        future = asyncio.get_running_loop().create_future()
+        waiting.append((body, future))
+        await future
+        return f"re {body}"
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None:
+        answers.extend(await asyncio.gather(*(bus.request(ASKS, str(n)) for n in range(100))))
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "go")
+        await until(lambda: len(waiting) == 100)
+        for _, future in reversed(waiting):
+            future.set_result(None)
+            await turns(3)
+        await it.idle()
+        assert answers == [f"re {n}" for n in range(100)]
+        assert bus.counts["replied"] == 100
+
+
+async def test_the_reply_is_of_the_conversation_and_caused_by_the_request() -> None:
+    bus = make_bus()
+    seen: list[Message] = []
+
+    @bus.responder(ASKS)
+    async def answer(body: str, message: Message) -> str:
+        seen.append(message)
+        await bus.send(DONE, "x")
+        return "y"
+
+    async with lab(bus) as it:
+        assert await bus.request(ASKS, Message("x", correlation_id="c", id="r"), timeout=7) == "y"
+        assert (seen[0].correlation_id, seen[0].expires_at) == ("c", it.clock.time() + 7)
+        assert it.broker.waiting(DONE)[0].correlation_id == "c"
+        assert it.broker.waiting(DONE)[0].causation_id == "r"
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, asyncio.CancelledError])
+async def test_what_the_responder_raises_is_answered_at_once(kind: type[BaseException]) -> None:
+    bus = make_bus()
+    runs: list[str] = []
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        runs.append(body)
+        raise kind("out of\nstock, ask amqp://me:secret@host")
+
+    async with lab(bus) as it:
+        with pytest.raises(RemoteError) as caught:
+            await bus.request(ASKS, "x")
+        assert (caught.value.type, caught.value.message) == (kind.__name__, "out of stock, ask amqp://****@host")
+        await later(it, 100)
+        assert runs == ["x"]
+        assert not it.dead_letters(ASKS)
+
+
+async def test_a_responder_that_takes_too_long_is_an_error_too() -> None:
+    bus = make_bus()
+    runs: list[str] = []
+
+    @bus.responder(ASKS, timeout=3)
+    async def answer(body: str) -> str:
+        runs.append(body)
+        await asyncio.Event().wait()
+        return "never"
+
+    async with lab(bus) as it:
+        call = asyncio.ensure_future(bus.request(ASKS, "x", timeout=20))
+        await later(it, 3)
+        with pytest.raises(RemoteError, match="HandlerTimeout"):
+            await call
+        await later(it, 30)
+        assert runs == ["x"]
+        assert not it.dead_letters(ASKS)
+
+
+async def test_a_dead_letter_of_a_responder_is_answered_and_kept() -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        raise DeadLetter("look at this")
+
+    async with lab(bus) as it:
+        with pytest.raises(RemoteError, match="look at this"):
+            await bus.request(ASKS, "x")
+        await it.idle()
+        assert len(it.dead_letters(ASKS)) == 1
+
+
+async def test_an_answer_of_the_wrong_type_is_an_error() -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    async def answer(body: str):  # type: ignore[no-untyped-def]  # noqa: ANN202  # nothing that gives it away at start
+        return 5
+
+    async with lab(bus):
+        with pytest.raises(RemoteError, match="CodecError"):
+            await bus.request(ASKS, "x")
+
+
+async def test_a_plain_responder() -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    def answer(body: str) -> str:
+        return body.upper()
+
+    async with lab(bus):
+        assert await bus.request(ASKS, "x") == "X"
+
+
+async def test_with_a_policy_of_its_own_the_request_is_tried_again() -> None:
+    bus = make_bus()
+    runs: list[int] = []
+
+    @bus.responder(ASKS, retry=RetryPolicy(max_retries=5, backoff=2, multiplier=1))
+    async def answer(body: str, delivery: Delivery[str]) -> str:
+        runs.append(delivery.attempt)
+        if delivery.attempt < 3:
+            raise ValueError("not yet")
+        return "at last"
+
+    async with lab(bus) as it:
+        call = asyncio.ensure_future(bus.request(ASKS, "x", timeout=10))
+        await later(it, 4)
+        assert await call == "at last"
+        assert runs == [1, 2, 3]
+
+
+async def test_a_retry_that_would_come_too_late_is_an_answer() -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS, retry=RetryPolicy(max_retries=5, backoff=4, multiplier=1))
+    async def answer(body: str) -> str:
+        raise ValueError("never")
+
+    async with lab(bus) as it:
+        call = asyncio.ensure_future(bus.request(ASKS, "x", timeout=10))
+        await later(it, 8)
+        with pytest.raises(RemoteError, match="never"):
+            await call
+        assert not it.dead_letters(ASKS)
+
+
+async def test_no_reply_in_time_and_the_late_one_is_counted() -> None:
+    bus = make_bus()
+    go = asyncio.Event()
+
+    @bus.responder(ASKS)
+    async def answer(body: str, delivery: Delivery[str]) -> str:
+        await go.wait()
+        delivery.message.expires_at = None  # a responder that does not look at the time
+        return "late"
+
+    async with lab(bus) as it:
+        call = asyncio.ensure_future(bus.request(ASKS, "x", timeout=5))
+        await later(it, 5)
+        with pytest.raises(Timeout, match=r"queue 'asks' within 5 s"):
+            await call
+        go.set()
+        await it.idle()
+        await until(lambda: bus.counts.get("late_replies"))
+        assert bus.counts["late_replies"] == 1
+
+
+async def test_an_expired_request_is_dropped_and_counted() -> None:
+    bus = make_bus()
+    runs: list[str] = []
+    go = asyncio.Event()
+
+    @bus.responder(ASKS, concurrency=1, prefetch=1)
+    async def answer(body: str) -> str:
+        runs.append(body)
+        await go.wait()
+        return body
+
+    async with lab(bus) as it:
+        first = asyncio.ensure_future(bus.request(ASKS, "1", timeout=60))
+        await turns()
+        second = asyncio.ensure_future(bus.request(ASKS, "2", timeout=5))
+        await later(it, 6)
+        assert isinstance((await asyncio.gather(second, return_exceptions=True))[0], Timeout)
+        go.set()
+        assert await first == "1"
+        await it.idle()
+        assert runs == ["1"]
+        assert bus.counts["expired"] == 1
+        assert not it.dead_letters(ASKS)
+
+
+@pytest.mark.parametrize("address", ["orders", "inbox.", "inbox.a b", "../../orders", "inbox.x\u2028y", "x" * 3000, ""])
+async def test_a_forged_return_address_is_refused_and_the_request_done(address: str) -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return "for nobody"
+
+    async with lab(bus) as it:
+        await bus.send(ASKS, Message("x", reply_to=address))
+        await it.idle()
+        assert bus.counts["replies_failed"] == 1
+        assert bus.counts["handled"] == 1
+        assert it.broker.waiting(ORDERS) == []
+        assert not it.dead_letters(ASKS)
+
+
+async def test_an_adapter_that_breaks_on_a_return_address_does_not_bring_the_request_back() -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return "for nobody"
+
+    async with lab(bus) as it:
+
+        def broken(text: str) -> Inbox:
+            raise IndexError(text)
+
+        spy_of(bus).reply_to = broken  # type: ignore[method-assign]  # a broken adapter
+        await bus.send(ASKS, Message("x", reply_to="inbox.me"))
+        await it.idle()
+        assert (bus.counts["replies_failed"], bus.counts["handled"]) == (1, 1)
+
+
+async def test_a_requester_that_is_gone_costs_nothing() -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return "for nobody"
+
+    async with lab(bus) as it:
+        await bus.send_many(ASKS, [Message("x", reply_to="inbox.gone"), Message("y")])
+        await it.idle()
+        assert (bus.counts["replies_failed"], bus.counts["handled"]) == (2, 2)
+
+
+async def test_an_undecodable_request_is_answered_and_kept() -> None:
+    bus = make_bus()
+    bus.channels.append(NUMBERS)
+
+    @bus.responder(NUMBERS)
+    async def answer(body: int) -> int:
+        return body
+
+    async with lab(bus) as it:
+        with pytest.raises(RemoteError, match="CodecError"):
+            await bus.request(NUMBERS, Message(b"{"))
+        await it.idle()
+        assert [m.body for m in it.invalid(NUMBERS)] == [b"{"]
+
+
+async def test_losing_the_inbox_is_known_at_once_and_the_next_request_works() -> None:
+    bus = make_bus()
+    go = asyncio.Event()
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        await go.wait()
+        return "y"
+
+    async with lab(bus) as it:
+        call = asyncio.ensure_future(bus.request(ASKS, "x"))
+        await turns(50)
+        it.broker.cut()
+        await turns(50)
+        with pytest.raises(ConnectionLost, match="inbox is gone"):
+            await call
+        go.set()
+        again = asyncio.ensure_future(bus.request(ASKS, "x"))
+        await later(it, 5)
+        assert await again == "y"
+
+
+async def test_a_cancelled_request_is_forgotten() -> None:
+    bus = make_bus()
+    async with lab(bus) as it:
+        spy = spy_of(bus)
+        spy.gate.clear()
+        flying = asyncio.ensure_future(bus.send(ASKS, "flying"))
+        await turns()
+        call = asyncio.ensure_future(bus.request(ASKS, "x"))
+        await turns()
+        call.cancel()
+        await asyncio.wait([call])
+        spy.gate.set()
+        await flying
+        assert [m.body for m in it.broker.waiting(ASKS)] == [b"flying"]
+        assert not bus._opened()._requester._waiting
+
+
+async def test_requests_under_way_are_told_when_the_bus_is_closed() -> None:
+    bus = make_bus()
+    async with lab(bus):
+        call = asyncio.ensure_future(bus.request(ASKS, "x"))
+        await turns(50)
+    with pytest.raises(Closed, match="closed"):
+        await call
+
+
+async def test_one_inbox_for_the_whole_process() -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return body
+
+    async with lab(bus):
+        spy = spy_of(bus)
+        before = spy.calls["subscribe"]
+        assert await asyncio.gather(*(bus.request(ASKS, str(n)) for n in range(10))) == [str(n) for n in range(10)]
+        assert spy.calls["subscribe"] == before + 1
+
+
+async def test_an_inbox_that_breaks_is_opened_again(caplog: pytest.LogCaptureFixture) -> None:
+    bus = make_bus()
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return body
+
+    @bus.subscriber(EVENTS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        spy_of(bus).faults["subscribe"].append(ZeroDivisionError("a bug"))
+        first = asyncio.ensure_future(bus.request(ASKS, "1"))
+        await later(it, 1)
+        assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], ConnectionLost)
+        assert await bus.request(ASKS, "2") == "2"
+    assert any(r.exc_info and r.levelno == logging.WARNING for r in caplog.records)

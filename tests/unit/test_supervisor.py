@@ -1,0 +1,272 @@
+"""The link: cut and mended, given up for good, broken by adapters in ways that no adapter should."""
+
+import asyncio
+import logging
+
+import pytest
+from tests.unit.core_lab import ASKS, DONE, EVENTS, ORDERS, lab, later, make_bus, spy_of, spying, tidy, turns
+
+from unibus import (
+    AuthenticationFailed,
+    ConnectionLost,
+    NotFound,
+    PermissionDenied,
+    Refused,
+    RetryPolicy,
+    TransportError,
+    Unsupported,
+)
+from unibus.channel import dead_letter_queue
+
+
+async def test_a_cut_is_mended_and_nothing_is_lost() -> None:
+    bus = make_bus()
+    handled: list[str] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, concurrency=2)
+    async def handle(body: str) -> None:
+        await go.wait()
+        handled.append(body)
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, [str(n) for n in range(10)])
+        await turns()
+        it.broker.cut(down=True)
+        await later(it, 5)
+        assert (await bus.health()).status == "down"
+        go.set()  # these two are too late: they come again
+        it.broker.down = False
+        await later(it, 12)
+        await it.idle()
+        assert sorted(set(handled)) == [str(n) for n in range(10)]
+        assert 12 <= len(handled) <= 14  # two ran, two more were in hand
+        assert (await bus.health()).status == "ok"
+        assert bus.counts["reconnected"] == 1
+        assert not it.dead_letters(ORDERS)
+
+
+async def test_the_waits_between_tries_grow_up_to_ten_seconds() -> None:
+    bus = make_bus()
+    async with lab(bus) as it:
+        spy = spy_of(bus)
+        it.broker.cut(down=True)
+        began, tries = it.clock.monotonic(), []
+        with pytest.raises(ConnectionLost):
+            await bus.backlog(ORDERS)
+        send = asyncio.ensure_future(bus.send(ORDERS, "x", timeout=500))
+        for _ in range(100):
+            before = spy.calls["connect"]
+            await later(it, 1)
+            tries.append(spy.calls["connect"] - before)
+        assert sum(tries) >= 100 / 12.5
+        assert sum(tries[50:]) <= 50 / 7.5 + 1
+        assert tries[0] >= 2
+        it.broker.down = False
+        await later(it, 26)
+        await send
+        assert it.clock.monotonic() - began > 100
+
+
+async def test_a_link_that_breaks_as_soon_as_it_is_up_is_not_tried_without_end() -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        spy = spy_of(bus)
+        spy.always["subscribe"] = ConnectionLost("the channel was closed")
+        it.broker.cut()
+        before = spy.calls["connect"]
+        await turns(2000)
+        await later(it, 10)
+        assert spy.calls["connect"] - before < 12
+        del spy.always["subscribe"]
+        await later(it, 25)
+        await bus.send(ORDERS, "x")
+        await it.idle()
+        assert bus.counts["handled"] == 1
+
+
+@pytest.mark.parametrize("kind", [AuthenticationFailed, PermissionDenied])
+async def test_what_trying_again_can_not_help_is_given_up(kind: type[TransportError]) -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        spy_of(bus).always["connect"] = kind("who are you?")
+        waiting = asyncio.ensure_future(bus.send(ORDERS, "x"))
+        it.broker.cut()
+        await turns(50)
+        with pytest.raises(kind):
+            await bus.send(ORDERS, "y")
+        with pytest.raises(kind):
+            await bus.request(ASKS, "z")
+        await asyncio.wait([waiting])
+        health = await bus.health()
+        assert (health.status, health.reasons) == ("down", ("who are you?",))
+        assert spy_of(bus).calls["connect"] == 2
+
+
+async def test_a_subscription_that_is_not_permitted_any_more_ends_the_link() -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        spy_of(bus).always["subscribe"] = PermissionDenied("not any more")
+        it.broker.cut()
+        await later(it, 1)
+        assert bus._opened().kit.link.failed.is_set()
+        assert (await bus.health()).reasons == ("not any more",)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionDenied("no"), NotFound("no such queue"), Unsupported("not here"), Refused("no"), KeyError("bug")],
+)
+async def test_a_subscription_that_is_refused_at_the_start_is_an_error_there(error: Exception) -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    with spying([]):
+        async with tidy(), bus:
+            spy_of(bus).always["subscribe"] = error
+            with pytest.raises(type(error)):
+                async with bus.running():
+                    raise AssertionError("it can't run")
+            with pytest.raises(type(error)):
+                async with bus.receiver(DONE):
+                    raise AssertionError("it can't receive")
+            assert not bus._opened().intakes
+
+
+@pytest.mark.parametrize("method", ["connect", "declare", "subscribe", "receive", "settle", "move"])
+async def test_an_adapter_that_breaks_in_an_unexpected_way_is_not_the_end(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS, retry=RetryPolicy(max_retries=0))
+    async def handle(body: str) -> None:
+        if body == "bad":
+            raise ValueError
+
+    async with lab(bus) as it:
+        spy_of(bus).faults[method] += [ZeroDivisionError("a bug"), OSError("another")]
+        if method in ("connect", "declare", "subscribe", "receive"):
+            it.broker.cut()
+        await later(it, 40)
+        await bus.send_many(ORDERS, ["bad", "good"])
+        await later(it, 100)
+        await it.idle()
+        assert bus.counts["handled"] >= 1
+        assert {m.body for m in it.dead_letters(ORDERS)} == {"bad"}
+        assert it.broker.in_flight() == 0
+        assert not spy_of(bus).faults[method]
+        assert (await bus.health()).status == "ok"
+    assert any(r.exc_info for r in caplog.records if r.levelno >= logging.WARNING)
+
+
+@pytest.mark.parametrize("method", ["stop", "unsubscribe"])
+async def test_an_adapter_that_breaks_at_the_end_does_not_keep_the_bus_open(method: str) -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus):
+        spy_of(bus).faults[method].append(ZeroDivisionError("a bug"))
+
+
+async def test_a_heartbeat_that_breaks_is_tried_again() -> None:
+    bus = make_bus()
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None:
+        await go.wait()
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await turns()
+        await later(it, 1)
+        spy_of(bus).faults["extend"].append(ZeroDivisionError("a bug"))
+        spy_of(bus).faults["extend"].append(TransportError("not now"))
+        await later(it, 25)
+        assert spy_of(bus).calls["extend"] >= 1
+        go.set()
+        await it.idle()
+
+
+async def test_a_queue_deleted_under_its_consumer_is_made_again() -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        it.broker.delete(ORDERS)
+        await turns()
+        assert (await bus.health()).status == "degraded"
+        await later(it, 2)
+        await bus.send(ORDERS, "x")
+        await it.idle()
+        assert bus.counts["handled"] == 1
+        assert bus.counts.get("reconnected", 0) == 0  # one queue's trouble is not the link's
+        assert (await bus.health()).status == "ok"
+
+
+async def test_a_dead_letter_channel_that_was_deleted_is_made_again() -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS, retry=RetryPolicy(max_retries=0))
+    async def handle(body: str) -> None:
+        raise ValueError
+
+    async with lab(bus) as it:
+        it.broker.delete(dead_letter_queue(ORDERS))
+        await bus.send(ORDERS, "x")
+        await later(it, 5)
+        assert [m.body for m in it.dead_letters(ORDERS)] == ["x"]
+
+
+async def test_a_bus_closed_while_it_reconnects_closes() -> None:
+    bus = make_bus()
+
+    @bus.subscriber(EVENTS, broadcast=True)
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        it.broker.cut(down=True)
+        await later(it, 1)
+
+
+async def test_many_cuts_lose_nothing() -> None:
+    bus = make_bus()
+    handled: set[str] = set()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None:
+        handled.add(body)
+        await bus.send(DONE, body)
+
+    async with lab(bus) as it:
+        sends = []
+        for n in range(20):
+            sends += [asyncio.ensure_future(bus.send(ORDERS, f"{n}.{i}")) for i in range(5)]
+            await turns(n)
+            it.broker.cut()
+            await later(it, 1)
+        await later(it, 60)
+        await asyncio.gather(*sends)
+        await it.idle()
+        assert len(handled) == 100
+        assert {m.body.decode() for m in it.broker.waiting(DONE)} == handled
