@@ -49,10 +49,14 @@ _MISMATCH = re.compile(
 )
 
 
+def largest(exc: BaseException | None) -> int | None:
+    """The server's max_message_size, if a message above it is why the channel was closed."""
+    found = re.search(r"larger than configured max size (\d+)", _text(exc)) if exc is not None else None
+    return int(found[1]) if found else None
+
+
 def by_code(code: int, text: str, doing: str) -> TransportError:
     """The error of a reply code. `doing`: what was tried, with the object's name."""
-    if code == 406 and "message size" in text:  # larger than max_message_size of the server's configuration
-        return MessageTooLarge(f"{doing}: {text}")
     return _BY_CODE.get(code, Refused)(f"{doing}: {text or code}")
 
 

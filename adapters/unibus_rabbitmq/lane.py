@@ -172,13 +172,13 @@ class Lane:
             error = ConnectionLost("the publishing channel was closed")
         else:
             error = errors.translate(cause, f"publish to exchange {self._exchange or '(default)'!r}")
-        told = False
+        most = errors.largest(cause)
         for batch, index, _, outgoing in self._pending.values():
-            mine = error
-            if isinstance(error, MessageTooLarge) and told:
-                # One of them was too large, and the server does not say which: the others can go again.
+            mine: UnibusError = error
+            if most is not None and len(outgoing.message.body) > most:
+                mine = MessageTooLarge(f"{outgoing.to}: {len(outgoing.message.body)} bytes, RabbitMQ takes {most}")
+            elif most is not None:
                 mine = ConnectionLost("the channel was closed for another message; this one is undecided")
-            told = True
             batch.done(index, mine if isinstance(mine, TransportError) else Refused(f"{outgoing.to}: {mine}"))
         self._pending.clear()
         self._flying.clear()

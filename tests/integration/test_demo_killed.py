@@ -46,7 +46,7 @@ class Service:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._child = subprocess.Popen([sys.executable, "-m", "examples.orders", "serve", *self.options], cwd=ROOT)  # noqa: S603  # our own
+        self._child = subprocess.Popen([sys.executable, "-m", "examples.orders", "serve", *self.options], cwd=ROOT)  # our own
 
     def kill(self) -> None:
         assert self._child is not None
@@ -128,7 +128,7 @@ async def test_no_order_is_lost_when_the_service_is_killed(
 
 def demo(*options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "examples.orders", *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603  # our own
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # our own
 
 
 async def test_the_table_is_the_same_after_a_kill(killable: Service, tmp_path: Path) -> None:

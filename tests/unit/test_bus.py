@@ -287,7 +287,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_ends_the_process(number: signal.Signals) -> None:
-    process = subprocess.Popen(  # noqa: S603  # our own program
+    process = subprocess.Popen(  # our own program
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "src"}
     )
     with process:

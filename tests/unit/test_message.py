@@ -36,13 +36,13 @@ if not (child := os.fork()):
 os.waitpid(child, 0)
 assert os.read(reader, 100).decode().partition("-")[0] != mine.partition("-")[0]
 """
-    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603  # our own interpreter and code
+    subprocess.run([sys.executable, "-c", code], check=True)  # our own interpreter and code
 
 
 def test_two_processes_have_two_prefixes() -> None:
     code = "from unibus.message import new_id; print(new_id())"
     outputs = {
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout  # noqa: S603  # as above
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout  # as above
         for _ in range(2)
     }
     assert len(outputs) == 2
