@@ -19,6 +19,7 @@ from unibus.blocking import Blocking
 from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue
 from unibus.clock import Clock, SystemClock
+from unibus.deadletter import describe
 from unibus.errors import Closed, ConfigError, SendFailed, UnibusError
 from unibus.layers import Layer
 from unibus.message import Message
@@ -106,6 +107,7 @@ class Bus(Handlers):
         }
         self._clock: Clock = SystemClock()
         self._session: Session | None = None
+        self._opening = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stack = AsyncExitStack()
         self._stopping: asyncio.Event | None = None
@@ -195,10 +197,14 @@ class Bus(Handlers):
             self._stopping.set()
 
     async def _open(self) -> None:
-        if self._session is not None:
+        if self._session is not None or self._opening:
             raise ConfigError("this bus is open already")
-        session = self._prepare()
-        await session.open()
+        self._opening = True
+        try:
+            session = self._prepare()
+            await session.open()
+        finally:
+            self._opening = False
         self._session, self._loop = session, asyncio.get_running_loop()
         try:
             if self._lifespan is not None:
@@ -468,11 +474,14 @@ class Bus(Handlers):
         if not link.is_up or link.failure is not None:
             return BusHealth("down", (str(link.failure or link.trouble),))
         reasons = [complaint for intake in session.intakes if (complaint := intake.complaint())]
-        state = await link.adapter.check()
+        try:
+            state = await link.adapter.check()
+        except Exception as error:
+            return BusHealth("down", (f"the link can't be checked: {describe(error)}",))
         if state.blocked:
             reasons.append(f"the broker takes no messages: {state.blocked}")
         if not state.up:
-            return BusHealth("down", tuple(reasons))
+            return BusHealth("down", tuple(reasons) or ("the link to the broker is down",))
         return BusHealth("degraded" if reasons else "ok", tuple(reasons))
 
 

@@ -347,7 +347,12 @@ def _check_key(key: object, channel: Queue[Any] | Topic[Any]) -> None:
 
 
 def _one_line(text: str | None, field: str) -> str | None:
-    if text is not None and any(c in text for c in "\r\n\0"):
+    if text is None:
+        return None
+    given: object = text
+    if not isinstance(given, str):
+        raise CodecError(f"Message.{field} is a str, not {type(given).__name__}")
+    if any(c in text for c in "\r\n\0"):
         raise CodecError(f"Message.{field} holds a line break or NUL")
     return text
 
