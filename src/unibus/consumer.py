@@ -182,7 +182,7 @@ class Consumer:
         clean = copy_context()
         while True:
             batch: Batch = []
-            while len(batch) < self._batch and intake.ready:
+            while len(batch) < self._batch and intake.lanes.ready:
                 batch.append(intake.take())
             if not batch:
                 await intake.wait()

@@ -1,27 +1,27 @@
-"""Receiving from one address: hold deliveries up to the prefetch, hand them out in order, decide their fates.
+"""Receiving from one address: hold deliveries up to the prefetch, hand them out, decide their fates.
 
-What needs many messages at once lives here: admission, key lanes, parking, drain, the crash guard. Who runs handlers
-(`consumer`) or iterates by hand (`receiver`) takes from `ready` and calls `finish`; `settler` carries it out.
+What needs many messages at once lives here: admission, drain, the crash guard. Who runs handlers (`consumer`) or iterates
+by hand (`receiver`) takes a delivery and says `finish`; `lanes` keeps those that wait, `settler` carries fates out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
 from unibus import deadletter, retry, telemetry
 from unibus.adapter import Outgoing, Source, Start, Subscription
 from unibus.channel import Group, Queue, dead_letter_queue, invalid_queue
-from unibus.clock import Timer, within
+from unibus.clock import within
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError
+from unibus.lanes import Lanes
 from unibus.lease import Heartbeat
 from unibus.message import CRASH_COUNT
+from unibus.report import Report
 from unibus.retry import Action, RetryPolicy, Suspicion, Verdict
 from unibus.settlement import Place, Step, beyond, plan
 from unibus.settler import Kit, Settler
@@ -67,8 +67,9 @@ class Intake:
         self._guarded = not (trusting or self.place.private)
         self.source = Source(address, prefetch, ordered=channel.ordered, start=start, losing=self._losing)
         self.holding: dict[Delivery[Any], None] = {}  # received and not yet settled, in order of arrival
-        self.ready: deque[Delivery[Any]] = deque()  # to be handed out
+        self.lanes = Lanes(ordered=channel.ordered)  # those of them that wait
         self.running: set[Delivery[Any]] = set()  # handed out; who took it says finish
+        self._report = Report(kit.counts, address, private=self.place.private)
         self._handled = kit.counts.counter(telemetry.HANDLED, address)
         self._received = kit.counts.counter(telemetry.RECEIVED, address)
         self.subscribed = asyncio.Event()
@@ -78,16 +79,11 @@ class Intake:
         self.trouble: str | None = None
         self._settler = Settler(kit, address, self)
         self._stopping = False
-        self._over: UnibusError | None = None  # why no more is received
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
-        self._lanes: dict[str, deque[Delivery[Any]]] = {}  # ordered: by key; the first is under way, the others wait
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
-        self._parked: dict[Delivery[Any], Timer] = {}
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
         self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
-        self._takers: deque[asyncio.Future[None]] = deque()
-        self._woken = False  # a taker is on its way
         self._room = asyncio.Event()
         self._reserved = 0  # room given to receives under way
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
@@ -122,7 +118,7 @@ class Intake:
                 await self._abandon()
                 if not isinstance(error, Closed):
                     self.kit.link.give_up(error)
-                self._end(error)
+                self.lanes.end(error)
                 return
             except Exception as error:
                 self.trouble = str(error) or type(error).__name__
@@ -199,7 +195,7 @@ class Intake:
 
     def _admit(self, deliveries: Sequence[Delivery[Any]]) -> None:
         self._received.n += len(deliveries)
-        plain = not (self.at_most_once or self.place.ordered)
+        plain, ready = not (self.at_most_once or self.place.ordered), self.lanes.ready
         for delivery in deliveries:
             message = delivery.message
             delivery.settler = self
@@ -220,66 +216,24 @@ class Intake:
             else:
                 self._trusted += 1
             if plain:
-                self.ready.append(delivery)
+                ready.append(delivery)
             elif self.at_most_once:
                 self._settler.accept(delivery)  # `settled` hands it out
             else:
-                self._enqueue(delivery)
-        if self.ready and self._takers and not self._woken:
-            self._wake()
-
-    def _enqueue(self, delivery: Delivery[Any]) -> None:
-        key = delivery.message.key
-        if self.place.ordered and key is not None:
-            lane = self._lanes.get(key)
-            if lane is not None:
-                lane.append(delivery)
-                return
-            self._lanes[key] = deque((delivery,))
-        self._offer(delivery)
-
-    def _offer(self, delivery: Delivery[Any]) -> None:
-        self.ready.append(delivery)
-        if self._takers and not self._woken:
-            self._wake()
-
-    def _wake(self) -> None:
-        """Wake one taker; it wakes the next when it leaves something. So a fast handler doesn't wake them all in vain."""
-        while self._takers:
-            taker = self._takers.popleft()
-            if not taker.done():
-                taker.set_result(None)
-                self._woken = True
-                return
+                self.lanes.enqueue(delivery)
+        if ready:
+            self.lanes.wake()
 
     async def wait(self) -> None:
         """Until something may be ready; several may wait. At the end handlers wait for ever, others get the reason."""
-        if self.ready:
-            return
-        if self._over is not None and not self.runs_handlers:
-            raise self._over.with_traceback(None)
-        taker = asyncio.get_running_loop().create_future()
-        self._takers.append(taker)
-        try:
-            await taker
-        except asyncio.CancelledError:
-            if taker.done() and not taker.cancelled():
-                self._woken = False
-                if self.ready:
-                    self._wake()  # it was meant for us: pass it on
-            elif taker in self._takers:
-                self._takers.remove(taker)
-            raise
-        self._woken = False
+        await self.lanes.wait(for_ever=self.runs_handlers)
 
     def take(self) -> Delivery[Any]:
         """The next one. Raises IndexError when none is ready."""
-        delivery = self.ready.popleft()
+        delivery = self.lanes.take()
         self.running.add(delivery)
         if self._kept:
             self._reopen(delivery)
-        if self.ready and self._takers and not self._woken:
-            self._wake()
         return delivery
 
     def _reopen(self, delivery: Delivery[Any]) -> None:
@@ -289,17 +243,17 @@ class Intake:
 
     async def take_some(self, limit: int, timeout: float) -> list[Delivery[Any]]:
         """Up to `limit` of what is ready; none after `timeout` seconds without any."""
-        if not self.ready:
+        if not self.lanes.ready:
             try:
                 await within(self.kit.clock, timeout, self.wait())
             except TimeoutError:
                 return []
-        return [self.take() for _ in range(min(limit, len(self.ready)))]
+        return [self.take() for _ in range(min(limit, len(self.lanes.ready)))]
 
     def _expire(self, delivery: Delivery[Any]) -> None:
-        self.kit.counts.add(telemetry.EXPIRED, self.address)
+        self._report.count(telemetry.EXPIRED)
         if self.requests:
-            log.info("%s: request %s expired before it was handled; dropped", self.address, delivery.message.id)
+            self._report.expired_request(delivery)
             self.finish(delivery, Verdict(Action.DISCARD, reason=retry.EXPIRED))
         else:
             self.finish(delivery, Verdict(Action.DEAD_LETTER, reason=retry.EXPIRED))
@@ -329,7 +283,7 @@ class Intake:
         """Decide the fate of a delivery, whose run is over; it is carried out in the background."""
         self._hand_back(delivery)
         if self._decided and delivery in self._decided:
-            self._log_late(delivery, verdict)
+            self._report.too_late(delivery, verdict)
             if self._decided.pop(delivery):
                 self._due(delivery)
         else:
@@ -341,13 +295,13 @@ class Intake:
             self._handled.n += 1
             self._settler.accept(delivery)
             if self.place.ordered:
-                self._next_of_key(delivery)
+                self.lanes.next_of_key(delivery)
             return
         if delivery.settled or delivery.lost:
             self._too_late(delivery, verdict)
             return
         if verdict.action is Action.RETRY and self._outlived(delivery, verdict.delay):
-            self.kit.counts.add(telemetry.EXPIRED, self.address)
+            self._report.count(telemetry.EXPIRED)
             verdict = Verdict(Action.DEAD_LETTER, reason=retry.EXPIRED, error=verdict.error)
         capabilities = self.kit.link.adapter.capabilities
         step = plan(verdict, self.place, capabilities)
@@ -360,13 +314,14 @@ class Intake:
             self._park(delivery, verdict)
             return
         delivery.settled = True
-        self._report(delivery, verdict)
+        self._report.verdict(delivery, verdict)
         if step is Step.SETTLE:
             self._settler.accept(delivery)
-            self._next_of_key(delivery)
+            self.lanes.next_of_key(delivery)
         elif step is Step.RELEASE:
-            self._settler.give_back(delivery)
-            self._release_lane(delivery)
+            for each in (delivery, *self.lanes.take_behind(delivery)):  # they go back together, or one would overtake
+                each.settled = True
+                self._settler.give_back(each)
         else:
             if self.place.ordered:
                 self._moving.add(delivery)
@@ -392,24 +347,16 @@ class Intake:
 
     def _too_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """The fate of a delivery that its handler had settled, that was settled first, or that is no longer ours."""
-        self._log_late(delivery, verdict)
+        self._report.too_late(delivery, verdict)
         if self.at_most_once and delivery.settled:
-            if verdict.action is Action.RELEASE:
-                self._say_unfinished(delivery)
-            event = telemetry.HANDLED if verdict.action is Action.ACK else telemetry.DISCARDED
-            self.kit.counts.add(event, self.address)
+            self._report.at_most_once(delivery, verdict)
         if delivery.lost:
             self._resolve(
                 delivery, LeaseLost(f"message {delivery.message.id} is no longer ours; it is delivered again")
             )
         if self.at_most_once or not delivery.settled:
             self._forget(delivery)
-            self._next_of_key(delivery)
-
-    def _log_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
-        if verdict.error is not None:
-            why = "its message is no longer ours" if delivery.lost else "its message was settled before"
-            log.error("%s: failed, but %s: %s", self.address, why, deadletter.describe(verdict.error))
+            self.lanes.next_of_key(delivery)
 
     def _outlived(self, delivery: Delivery[Any], delay: float) -> bool:
         expires_at = delivery.message.expires_at
@@ -428,7 +375,7 @@ class Intake:
 
     def _park(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Hold it here until its next attempt is due; of the others only its key waits."""
-        self._report(delivery, verdict)
+        self._report.verdict(delivery, verdict)
         headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
         delivery.message.headers = MappingProxyType(headers)
         delivery.failures += 1
@@ -439,10 +386,10 @@ class Intake:
         if verdict.delay <= 0:
             self._due(delivery)
         else:
-            self._parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
+            self.lanes.parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
 
     def _unpark(self, delivery: Delivery[Any]) -> None:
-        del self._parked[delivery]
+        del self.lanes.parked[delivery]
         self._due(delivery)
 
     def _due(self, delivery: Delivery[Any]) -> None:
@@ -451,39 +398,12 @@ class Intake:
             self._decided[delivery] = True
         elif delivery.lost:
             self._forget(delivery)
-            self._next_of_key(delivery)
+            self.lanes.next_of_key(delivery)
         elif self._outlived(delivery, 0):
             self._reopen(delivery)
             self._expire(delivery)
         else:
-            self._offer(delivery)
-
-    def _report(self, delivery: Delivery[Any], verdict: Verdict) -> None:
-        """Count and log: nothing leaves its queue without its handler's consent and a trace."""
-        error, reason = verdict.error, verdict.reason
-        what = deadletter.describe(error)
-        by_word = isinstance(error, (retry.Retry, retry.DeadLetter, retry.Discard))
-        traceback = None if by_word else error
-        where, message_id, count = self.address, delivery.message.id, self.kit.counts.add
-        if verdict.action is Action.RETRY:
-            count(telemetry.RETRIED, where)
-            text = "%s: attempt %d of message %s failed, again in %g s: %s"
-            log.warning(text, where, delivery.attempt, message_id, verdict.delay, what, exc_info=traceback)
-        elif verdict.action is Action.DISCARD and reason != retry.EXPIRED:
-            count(telemetry.DISCARDED, where)
-            log.info("%s: message %s discarded: %s", where, message_id, reason)
-        elif verdict.action is Action.RELEASE:
-            count(telemetry.RELEASED, where)
-        elif self.place.private and verdict.action is not Action.DISCARD:
-            count(telemetry.DISCARDED, where)
-            text = "%s: message %s discarded (%s), since a broadcast has no dead letters: %s"
-            log.error(text, where, message_id, reason, what, exc_info=traceback)
-        elif verdict.action is Action.INVALID:
-            count(telemetry.INVALID, where)
-            log.error("%s: message %s goes to the invalid-message channel: %s", where, message_id, what)
-        elif verdict.action is Action.DEAD_LETTER:
-            count(telemetry.DEAD_LETTERED, where)
-            log.error("%s: message %s is a dead letter (%s): %s", where, message_id, reason, what, exc_info=traceback)
+            self.lanes.offer(delivery)
 
     # Settled
 
@@ -502,13 +422,13 @@ class Intake:
         """The settler is through with a delivery."""
         if self.at_most_once and not delivery.settled and error is None:
             delivery.settled = True
-            self._enqueue(delivery)
+            self.lanes.enqueue(delivery)
             return
         self._forget(delivery)
         self._resolve(delivery, error)
         if delivery in self._moving:
             self._moving.discard(delivery)
-            self._next_of_key(delivery)
+            self.lanes.next_of_key(delivery)
 
     def _forget(self, delivery: Delivery[Any]) -> None:
         self._kept.discard(delivery)
@@ -518,28 +438,6 @@ class Intake:
     def _resolve(self, delivery: Delivery[Any], error: TransportError | None) -> None:
         if self._waiters and (waiter := self._waiters.pop(delivery, None)) is not None and not waiter.done():
             waiter.set_result(error)
-
-    def _next_of_key(self, delivery: Delivery[Any]) -> None:
-        """`delivery` is through. If its key waited for it (an expired one never stood in its lane), the next one goes."""
-        key = delivery.message.key
-        if key is None or not (lane := self._lanes.get(key)) or lane[0] is not delivery:
-            return
-        lane.popleft()
-        if lane:
-            self._offer(lane[0])
-        else:
-            del self._lanes[key]
-
-    def _release_lane(self, delivery: Delivery[Any]) -> None:
-        """What waits behind a released delivery goes back with it, or it would overtake."""
-        key = delivery.message.key
-        if self.place.ordered and key is not None:
-            lane = self._lanes.get(key)
-            if lane and lane[0] is delivery:
-                del self._lanes[key]
-                for behind in islice(lane, 1, None):
-                    behind.settled = True
-                    self._settler.give_back(behind)
 
     # The crash guard: a message that was handed out again and again without an answer may be what kills its consumers.
     # It is copied with its count raised, and the copy runs with nothing else in this process' hands, so that what
@@ -556,9 +454,7 @@ class Intake:
             case Suspicion.ALONE:
                 self._suspects.append(delivery)
             case Suspicion.MARK:
-                self.kit.counts.add(telemetry.SUSPECTED, self.address)
-                text = "%s: message %s was handed out %s times without an answer; its next run is alone"
-                log.warning(text, self.address, delivery.message.id, delivery.deliveries)
+                self._report.suspect(delivery)
                 self._send_back(delivery, crashes + 1)
             case Suspicion.DEAD:
                 self.finish(delivery, Verdict(Action.DEAD_LETTER, reason=retry.CRASH_LOOP))
@@ -607,21 +503,15 @@ class Intake:
         """
         if self.at_most_once:
             return []
-        for timer in self._parked.values():
-            timer.cancel()
-        waiting = [*self.ready, *self._parked]
-        waiting += [d for lane in self._lanes.values() for d in islice(lane, 1, None)]
-        self.ready.clear()
-        self._parked.clear()
-        taken = self.running | self._moving
-        self._lanes = {key: deque((lane[0],)) for key, lane in self._lanes.items() if lane[0] in taken}
-        return waiting
+        return self.lanes.empty(self.running | self._moving)
 
     async def _losing(self, deliveries: Sequence[Delivery[Any]], grace: float) -> None:
         """`Source.losing`: the driver gives these up. What waits is dropped; what runs may finish within `grace`."""
         losing = set(deliveries)
         if not self.at_most_once:  # what was settled first is ours alone by now
-            self._drop_waiting(losing)
+            for delivery in self.lanes.remove(losing):
+                delivery.lost = True
+                self._forget(delivery)
         if grace > 0:
             try:
                 await within(self.kit.clock, grace, self._until_settled(losing))
@@ -629,30 +519,6 @@ class Intake:
                 log.warning("%s: %d deliveries taken away while they ran", self.address, len(losing & self.running))
         for delivery in losing:
             delivery.lost = True
-
-    def _drop_waiting(self, losing: set[Delivery[Any]]) -> None:
-        """Forget those of `losing` that were not handed out. All others stay where they are: parked ones too."""
-        waiting = [*self.ready, *self._parked, *(d for lane in self._lanes.values() for d in islice(lane, 1, None))]
-        gone = losing.intersection(waiting)
-        left = [delivery for delivery in self.ready if delivery not in gone]
-        self.ready.clear()
-        self.ready.extend(left)
-        for delivery in gone:
-            if (timer := self._parked.pop(delivery, None)) is not None:
-                timer.cancel()
-            delivery.lost = True
-            self._forget(delivery)
-        for key, lane in list(self._lanes.items()):
-            if not gone.intersection(lane):
-                continue
-            head = lane[0]
-            stays = deque(delivery for delivery in lane if delivery not in gone)
-            if not stays:
-                del self._lanes[key]
-                continue
-            self._lanes[key] = stays
-            if stays[0] is not head:
-                self._offer(stays[0])
 
     async def _until_settled(self, deliveries: set[Delivery[Any]]) -> None:
         while deliveries & self.holding.keys():
@@ -704,24 +570,15 @@ class Intake:
         await self._settler.idle()
         await self._close_subscription()
         if self.at_most_once:
-            for delivery in [*self.ready, *(d for lane in self._lanes.values() for d in islice(lane, 1, None))]:
+            for delivery in [*self.lanes.ready, *self.lanes.behind()]:
                 self.finish(delivery, retry.RELEASE)
-        self._end(Closed(f"no more is received from {self.address}"))
-
-    def _end(self, why: UnibusError) -> None:
-        self._over = why
-        while self._takers:
-            self._wake()
-
-    def _say_unfinished(self, delivery: Delivery[Any]) -> None:
-        text = "%s: message %s was settled first (at most once) and did not run to its end; it does not come again"
-        log.error(text, self.address, delivery.message.id)
+        self.lanes.end(Closed(f"no more is received from {self.address}"))
 
     # For health and tests
 
     def moving(self) -> bool:
         """Is anything on its way to or from a handler?"""
-        return bool(self.ready or self._settler.busy())
+        return bool(self.lanes.ready or self._settler.busy())
 
     def busy(self) -> bool:
         """Is there anything to do now, as opposed to later?"""
@@ -729,7 +586,7 @@ class Intake:
 
     def owes(self) -> bool:
         """At most once: is there anything that was settled and has not run yet?"""
-        return self.at_most_once and bool(self.ready or self._lanes)
+        return self.at_most_once and bool(self.lanes)
 
     async def idle(self) -> None:
         """Until all that was finished so far is settled."""

@@ -152,7 +152,7 @@ async def test_what_is_lost_while_it_waits_is_not_run() -> None:
         [intake] = bus._opened().intakes
         [first, second, third, fourth] = intake.holding
         await intake._losing([second, fourth], 0)
-        assert list(intake.ready) == [third]
+        assert list(intake.lanes.ready) == [third]
         assert list(intake.holding) == [first, third]
         assert (first.lost, second.lost, third.lost, fourth.lost) == (False, True, False, True)
         go.set()

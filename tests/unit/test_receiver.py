@@ -72,7 +72,7 @@ async def test_nothing_in_time_is_none_and_leaves_nothing_behind() -> None:
             await later(it, 2)
             assert await call is None
         assert receiver._intake is not None
-        assert not receiver._intake._takers
+        assert not receiver._intake.lanes._takers
         await bus.send(ORDERS, "x")
         got = await receiver.receive(1)
         assert got is not None
