@@ -87,7 +87,8 @@ class Intake:
         self._room = asyncio.Event()
         self._reserved = 0  # room given to receives under way
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
-        self._finished = asyncio.Event()  # `running` became empty
+        self._emptying = False  # somebody waits until nothing runs
+        self._finished = asyncio.Event()  # then: `running` became empty
         self._alone = False  # the crash guard at work: one delivery at a time
         self._suspects: list[Delivery[Any]] = []
         self._trusted = 0  # deliveries in a row that were no suspects
@@ -281,6 +282,14 @@ class Intake:
 
     def finish(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Decide the fate of a delivery, whose run is over; it is carried out in the background."""
+        if verdict is retry.ACK and not (delivery.settled or delivery.lost or self._decided or self._emptying):
+            self.running.discard(delivery)  # the usual case, without the calls below
+            delivery.settled = True
+            self._handled.n += 1
+            self._settler.accept(delivery)
+            if self.place.ordered:
+                self.lanes.next_of_key(delivery)
+            return
         self._hand_back(delivery)
         if self._decided and delivery in self._decided:
             self._report.too_late(delivery, verdict)
@@ -342,7 +351,7 @@ class Intake:
 
     def _hand_back(self, delivery: Delivery[Any]) -> None:
         self.running.discard(delivery)
-        if not self.running:
+        if self._emptying and not self.running:
             self._finished.set()
 
     def _too_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
@@ -476,6 +485,7 @@ class Intake:
             if self._subscription is not None:
                 await self._subscription.stop()
             self._give_back_waiting()
+            self._emptying = True
             while self.running:
                 self._finished.clear()
                 await self._finished.wait()
@@ -486,6 +496,7 @@ class Intake:
         except Exception as error:  # the next subscribe meets it again
             log.warning("%s: %s", self.address, error, exc_info=not isinstance(error, UnibusError))
             await self._abandon()
+        self._emptying = False
         self._alone, self._trusted = bool(suspects), 0
 
     # The end of a subscription
