@@ -35,7 +35,7 @@ def broker_url() -> str:
 
 
 class Bench:
-    """Names of its own, and what is made with them. Nothing is left on the broker but durable queues of this prefix."""
+    """Names of its own, and what is made with them; all of it is deleted in the end."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -76,6 +76,12 @@ class Bench:
     async def close(self) -> None:
         for adapter in self.adapters:
             await adapter.close()
+        channel = await self.raw()
+        for plan in [adapter._plan for adapter in self.adapters]:
+            for queue in plan.queues:
+                await channel.queue_delete(queue)
+            for exchange in plan.exchanges:
+                await channel.exchange_delete(exchange)
         await self.stack.aclose()
 
 
