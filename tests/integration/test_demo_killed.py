@@ -46,7 +46,9 @@ class Service:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._child = subprocess.Popen([sys.executable, "-m", "examples.orders", "serve", *self.options], cwd=ROOT)  # our own
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "examples.orders", "serve", *self.options], cwd=ROOT
+        )  # our own
 
     def kill(self) -> None:
         assert self._child is not None
