@@ -23,12 +23,13 @@ from typing import Protocol
 
 from .broker import Kind, Record, Site, SupplyError, brokers_folder, free_ports, locked, variable, wait_until
 from .containers import Docker
+from .kafka import Kafka
 from .native import Native
 from .rabbitmq import RabbitMQ
 
 __all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(),)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka())}
 
 _READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
 

@@ -1,0 +1,193 @@
+"""Apache Kafka, one KRaft node: SASL on one port, the same over TLS on another, and an authorizer that refuses by default."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from . import apt
+from .broker import LOOPBACK, Command, Site, SupplyError, locked, tail
+
+VERSION = "4.3.0"
+_CLUSTER = "dW5pYnVzLXRlc3RzLTAwMQ"  # base64 of 16 bytes; the same for all, since they never meet
+_TIMEOUT = 5.0
+
+# Automatic creation of topics stays on, as it is by default: a client that looks a name up must not make a topic by it.
+CONFIG = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller}
+controller.listener.names=CONTROLLER
+listeners=SASL_PLAINTEXT://{address}:{sasl},SASL_SSL://{address}:{tls},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+inter.broker.listener.name=SASL_PLAINTEXT
+sasl.mechanism.inter.broker.protocol=PLAIN
+sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
+listener.name.sasl_plaintext.plain.sasl.jaas.config={plain}
+listener.name.sasl_ssl.plain.sasl.jaas.config={plain}
+listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config={scram}
+listener.name.sasl_plaintext.scram-sha-512.sasl.jaas.config={scram}
+listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config={scram}
+listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config={scram}
+ssl.keystore.type=PEM
+ssl.keystore.location={folder}/server.pem
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:{user};User:ANONYMOUS
+log.dirs={data}
+offsets.topic.num.partitions=4
+offsets.topic.replication.factor=1
+transaction.state.log.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+"""
+_POM = f"""\
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>unibus</groupId>
+  <artifactId>test-broker</artifactId>
+  <version>1</version>
+  <dependencies>
+    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{VERSION}</version></dependency>
+    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka-tools</artifactId><version>{VERSION}</version></dependency>
+  </dependencies>
+</project>
+"""
+
+
+class Kafka:
+    name = "kafka"
+    process = "java"
+    image = f"apache/kafka:{VERSION}"
+    ports: Sequence[str] = ("sasl", "tls")
+    private_ports: Sequence[str] = ("controller",)
+
+    def install(self) -> None:
+        if shutil.which("java") is None:
+            apt.install("openjdk-17-jre-headless")
+        folder = _folder()
+        with locked(folder / "lock"):
+            if not (folder / "complete").exists():
+                _download(folder)
+
+    def files(self, site: Site) -> Mapping[str, bytes]:
+        import trustme  # heavy, and only a first start needs it
+        from cryptography.hazmat.primitives import serialization
+
+        authority = trustme.CA()
+        server = authority.issue_cert("localhost", LOOPBACK)
+        key = serialization.load_pem_private_key(server.private_key_pem.bytes(), None)
+        pkcs8 = key.private_bytes(  # the only form of a key that Kafka reads
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        # A user without any right: what it may do is for each test to grant.
+        plain = (
+            f'org.apache.kafka.common.security.plain.PlainLoginModule required username="{site.user}" '
+            f'password="{site.password}" user_{site.user}="{site.password}" user_{_limited(site)}="{site.password}";'
+        )
+        config = CONFIG.format(
+            **{"controller": 9093, **site.ports},
+            address=site.address,
+            folder=site.folder,
+            data=f"{site.folder}/data" if site.address == LOOPBACK else "/tmp/data",  # noqa: S108  # in a container
+            user=site.user,
+            plain=plain,
+            scram="org.apache.kafka.common.security.scram.ScramLoginModule required;",
+        )
+        return {
+            "server.properties": config.encode(),
+            "server.pem": pkcs8 + b"".join(pem.bytes() for pem in server.cert_chain_pems),
+            "ca.pem": authority.cert_pem.bytes(),
+        }
+
+    def native(self, site: Site) -> Command:
+        # Two processors and C1 code only: it starts in half the time, and tests share the machine.
+        java = f"java -Xms128m -Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp '{_folder()}/libs/*'"
+        run = f"exec {java} kafka.Kafka {site.folder}/server.properties"
+        return Command(["/bin/sh", "-c", f"{_format(site, java + ' kafka.tools.StorageTool')} && {run}"])
+
+    def container(self, site: Site) -> Command:
+        scripts = "/opt/kafka/bin"
+        run = f"exec {scripts}/kafka-server-start.sh {site.folder}/server.properties"
+        return Command(["/bin/sh", "-c", f"{_format(site, scripts + '/kafka-storage.sh')} && {run}"])
+
+    def variables(self, site: Site, files: Path) -> Mapping[str, str]:
+        account = f"{site.user}:{site.password}@{LOOPBACK}"
+        limited = f"{_limited(site)}:{site.password}@{LOOPBACK}"
+        return {
+            "URL": f"kafka://{account}:{site.ports['sasl']}",
+            "TLS_URL": f"kafkas://{account}:{site.ports['tls']}",
+            "LIMITED_URL": f"kafka://{limited}:{site.ports['sasl']}",
+            "CA": str(files / "ca.pem"),
+        }
+
+    def settled(self, home: Path) -> bool:
+        return True  # what was confirmed is in the page cache, which a SIGKILL leaves alone
+
+    def check(self, url: str) -> None:
+        parts = urlsplit(url)
+        for host in parts.netloc.rpartition("@")[2].split(","):
+            place = urlsplit(f"//{host}")
+            with socket.create_connection((place.hostname or "localhost", place.port or 9092), _TIMEOUT) as link:
+                if parts.scheme == "kafkas":
+                    context = ssl.create_default_context()
+                    context.check_hostname = False
+                    context.verify_mode = ssl.CERT_NONE  # whether it is trusted is for the tests to find out
+                    with context.wrap_socket(link) as sealed:
+                        _greet(sealed, host)
+                else:
+                    _greet(link, host)
+
+
+def _limited(site: Site) -> str:
+    return f"{site.user}limited"
+
+
+def _folder() -> Path:
+    return apt.cache_folder(f"kafka-{VERSION}")
+
+
+def _format(site: Site, tool: str) -> str:
+    """The storage, unless it is there; with the same account for SCRAM as for PLAIN."""
+    scram = " ".join(
+        f"--add-scram '{mechanism}=[name={user},password={site.password}]'"
+        for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
+        for user in (site.user, _limited(site))
+    )
+    return f"{tool} format -t {_CLUSTER} -c {site.folder}/server.properties --ignore-formatted {scram}"
+
+
+def _download(folder: Path) -> None:
+    """Kafka's jars from Maven Central, by Maven."""
+    if shutil.which("mvn") is None:
+        apt.install("maven")
+    (folder / "pom.xml").write_text(_POM)
+    log = folder / "maven.log"
+    print(f"downloading Kafka {VERSION} with Maven (log: {log})", file=sys.stderr)
+    command = ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=libs", "-DincludeScope=runtime"]
+    with log.open("w") as output:
+        done = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if done.returncode != 0:
+        raise SupplyError(f"Maven could not download Kafka {VERSION}; the end of its log:\n{tail(log)}")
+    (folder / "complete").touch()
+
+
+def _greet(link: socket.socket, host: str) -> None:
+    """Ask which versions of its protocol it speaks: ApiVersions (18), version 0, which needs no login."""
+    request = struct.pack(">hhih", 18, 0, 1, -1)
+    link.sendall(struct.pack(">i", len(request)) + request)
+    answer = b""
+    while len(answer) < 8 and (part := link.recv(8 - len(answer))):
+        answer += part
+    if len(answer) < 8 or struct.unpack(">ii", answer)[1] != 1:
+        raise ConnectionError(f"{host} answers, but not as a Kafka broker")
