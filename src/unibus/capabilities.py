@@ -56,6 +56,9 @@ class Capabilities:
     settle_confirmed: Support  # settle returns after the broker has it
     dedup: Support  # a message id sent twice arrives once; limit: window, seconds
 
+    # Competing consumers take message by message. Where they don't, each has a share that waits for it alone.
+    share: Support = Support("native")
+
     max_body: int | None = None
     max_headers: int | None = None  # number of user headers
     max_header_bytes: int | None = None  # all names and values together

@@ -1,0 +1,317 @@
+"""Kafka behind the SPI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.capabilities import Capabilities
+from unibus.channel import Address, Group, Inbox, Queue, Topic, stem
+from unibus.errors import (
+    ConnectionLost,
+    MessageTooLarge,
+    NotFound,
+    Timeout,
+    TransportError,
+    UnibusError,
+    UnknownChannel,
+    Unroutable,
+)
+from unibus_kafka import config, errors, topology, wire
+from unibus_kafka.capabilities import known
+from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link
+from unibus_kafka.offsets import decode
+from unibus_kafka.subscription import KafkaSubscription, Kit
+from unibus_kafka.topology import Place
+
+log = logging.getLogger("unibus.kafka")
+
+_JOIN = 5.0  # seconds; a group that is busy rebalancing may need longer, and then this member stands by meanwhile
+_LOOK = 1.0  # seconds without a confirmation after which the topics are looked at
+_REPLIES = {"retention.ms": "3600000", "cleanup.policy": "delete"}
+_RECORD_OVERHEAD = 100  # bytes of a record beside key, value and headers, and of its batch
+
+
+class KafkaAdapter:
+    """One producer, and one consumer for each subscription."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._clock = endpoint.clock
+        self._settings = config.settings(endpoint.settings)
+        self.capabilities: Capabilities = known(max_request_size=self._settings.max_request_size)
+        self._link: Link | None = None
+        self._plan = topology.Plan()
+        self._subscriptions: set[KafkaSubscription] = set()
+        self._routed: dict[str, float] = {}  # topic -> until when it needs no look whether it has a group
+
+    @property
+    def native(self) -> object:
+        """Aiokafka's producer, or None while there is none."""
+        return None if self._link is None else self._link.producer
+
+    async def connect(self) -> None:
+        await self.close()
+        url, given = self._endpoint.url, self._settings
+        context = await asyncio.get_running_loop().run_in_executor(None, config.tls, url, given)
+        self._link = await Link.open(config.client(url, given, context, self._endpoint.service), given)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(subscription.close() for subscription in list(self._subscriptions)))
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+
+    def _linked(self) -> Link:
+        if self._link is None:
+            raise ConnectionLost("not connected to Kafka")
+        return self._link
+
+    def _place(self, address: Address) -> Place:
+        place = self._plan.places.get(address)
+        if place is None:
+            raise UnknownChannel(stem(address), tuple(known.name for known in self._plan.places))
+        return place
+
+    # Declaring
+
+    async def declare(self, topology_: Topology) -> None:
+        link, made = self._linked(), topology.plan(topology_, self._settings)
+        if topology_.mode != "assume":
+            there = await link.topics(made.topics)
+            if topology_.mode == "verify":
+                await self._verify(link, made, there)
+            else:
+                witnesses = {witness for _, _, witness in made.groups.values()}
+                await link.create({name: o for name, o in made.topics.items() if name not in witnesses})
+                for group, (place, start, witness) in made.groups.items():
+                    await self._begin(link, group, place, start, known_before=witness in there)
+                await link.create(made.topics)
+        self._plan.places |= made.places
+        self._plan.topics |= made.topics
+        self._plan.groups |= made.groups
+
+    async def _begin(self, link: Link, group: str, place: Place, start: Any, *, known_before: bool) -> None:
+        """Where a new group begins, committed now: what is sent from now on is its. One that is known is left alone.
+
+        Kafka forgets the offsets of a group without members after a week. Its dead-letter topic is the witness that it is
+        not new: then it reads from the beginning, since skipping what it has not seen would lose it.
+        """
+        if known_before or await link.committed(group):
+            return
+        tps = [tp for topic in place.topics if topic not in _own(place) for tp in link.partitions(topic)]
+        if start == "all":
+            at = EARLIEST
+        else:
+            at = LATEST if start == "new" else round(float(start) * 1000)
+        offsets = await link.offsets(tps, at)
+        if late := [tp for tp, offset in offsets.items() if offset < 0]:  # nothing since that time
+            offsets |= await link.offsets(late, LATEST)
+        await link.commit(group, offsets)
+        log.info("created group %s", group)
+
+    async def _verify(self, link: Link, made: topology.Plan, there: set[str]) -> None:
+        missing = [f"topic {name!r}" for name in made.topics if name not in there]
+        for group, (place, _, _) in made.groups.items():
+            if place.topic in there and not await link.committed(group):
+                missing.append(f"group {group!r}")
+        if missing:
+            raise NotFound(f"missing on Kafka: {', '.join(missing)}; create them with `unibus declare`")
+
+    # Sending
+
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        link, now = self._linked(), self._clock.time()
+        results: list[TransportError | None] = [None] * len(batch)
+        routes = [self._route(outgoing, now) for outgoing in batch]
+        there = await link.topics({topic for topic, _, _ in routes})
+        builders: dict[TopicPartition, list[tuple[Any, list[int]]]] = defaultdict(list)
+        for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
+            key, value, headers, at = wire.encode(outgoing, now, later=later)
+            size = len(key or b"") + len(value or b"") + _RECORD_OVERHEAD
+            if size + 64 * 1024 > self._settings.max_request_size:
+                size += sum(len(name) + len(v or b"") + 6 for name, v in headers)
+            tp = link.partition(topic, key) if number is None else TopicPartition(topic, number)
+            if topic not in there or tp is None or tp.partition >= len(link.partitions(topic)):
+                results[i] = self._missing(outgoing, topic)
+            elif size > self._settings.max_request_size:
+                results[i] = MessageTooLarge(f"{outgoing.to}: {size} bytes; kafka.max_request_size is less")
+            else:
+                of_partition = builders[tp]
+                fields = {"timestamp": at, "key": key, "value": value, "headers": headers}
+                if not of_partition or of_partition[-1][0].append(**fields) is None:
+                    builder = link.producer.create_batch()
+                    builder.append(**fields)
+                    of_partition.append((builder, []))
+                of_partition[-1][1].append(i)
+        await asyncio.gather(*(self._deliver(link, tp, made, timeout, results) for tp, made in builders.items()))
+        for i, outgoing in enumerate(batch):
+            if isinstance(outgoing.to, Topic) and results[i] is None and not await self._has_group(link, outgoing.to):
+                results[i] = Unroutable(f"{outgoing.to} has no group")
+        return results
+
+    def _route(self, outgoing: Outgoing, now: float) -> tuple[str, int | None, bool]:
+        """Topic; partition, where it is given; whether the message waits there."""
+        if isinstance(outgoing.to, Inbox):
+            topic, number, _ = wire.reply_address(outgoing.to.name)
+            return topic, number, False
+        wait = -1.0 if outgoing.not_before is None else outgoing.not_before - now
+        topic, later = self._place(outgoing.to).route(wait)
+        return topic, None, later
+
+    @staticmethod
+    def _missing(outgoing: Outgoing, topic: str) -> TransportError:
+        if isinstance(outgoing.to, Inbox):
+            return Unroutable("the inbox is gone: its topic does not exist")
+        return NotFound(
+            f"{outgoing.to} does not exist on Kafka (topic {topic!r}), or this user may not see it; declare it"
+        )
+
+    async def _deliver(
+        self, link: Link, tp: TopicPartition, made: list[tuple[Any, list[int]]], timeout: float, results: list[Any]
+    ) -> None:
+        """The batches of one partition, one after the other, as the producer sends them."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        for builder, indices in made:
+            error: UnibusError | None = None
+            try:
+                builder.close()
+                async with asyncio.timeout_at(deadline):
+                    confirmed = await link.producer.send_batch(builder, tp.topic, partition=tp.partition)
+                    while not (await asyncio.wait([confirmed], timeout=_LOOK))[0]:
+                        if tp.topic not in await link.topics({tp.topic, ""}):  # the producer alone would try for ever
+                            raise NotFound(f"topic {tp.topic!r} was deleted")
+                    confirmed.result()
+            except TimeoutError as exc:
+                error = Timeout(f"send to {tp.topic!r}: not confirmed within {timeout:g} s; it may or may not be there")
+                error.__cause__ = exc
+            except Exception as exc:
+                error = errors.translate(exc, f"send to {tp.topic!r}")
+                error.__cause__ = None if error is exc else exc
+            if error is not None:
+                for i in indices:
+                    results[i] = error
+
+    async def _has_group(self, link: Link, topic: Topic[Any]) -> bool:
+        """By name: `<topic>.<group>`. What was found holds on; what was not is looked for again soon."""
+        place, now = self._place(topic), asyncio.get_running_loop().time()
+        until = self._routed.get(place.name, 0.0)  # negative: until when it counts as having none
+        if any(p.topic == place.name for p, _, _ in self._plan.groups.values()) or until > now:
+            return True
+        if -until > now:
+            return False
+        found = any(group.startswith(place.name + ".") for group in await link.groups())
+        self._routed[place.name] = float("inf") if found else -(now + _LOOK)
+        return found
+
+    async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
+        """For subscriptions: what hops to its next rung."""
+        try:
+            return await self.send(batch, TIMEOUT)
+        except ConnectionLost as error:
+            return [error] * len(batch)
+
+    # Receiving
+
+    async def subscribe(self, source: Source) -> KafkaSubscription:
+        link, address, given = self._linked(), source.address, self._settings
+        token = wire.inbox_token(address.name) if isinstance(address, Inbox) else ""
+        if isinstance(address, Inbox):
+            name = wire.inbox_topic(self._endpoint.prefix, self._endpoint.service)
+            await link.create({name: config.TopicOptions(replication=given.replication, config=_REPLIES)})
+            place = Place(Queue.derived(name), name, name, {name: 0.0})
+        elif isinstance(address, Group) and address.ephemeral:
+            above = self._place(address.topic)
+            place = Place(address, address.name, above.topic, above.topics)
+        else:
+            place = self._place(address)
+        there = await link.topics(place.topics)
+        if gone := [topic for topic in place.topics if topic not in there]:
+            raise NotFound(f"{address}: missing on Kafka: {', '.join(gone)}; create them with `unibus declare`")
+        group = None if source.browse or place not in self._plan.places.values() else place.name
+        consumer = self._consumer(link, group)
+        kit = Kit(link, self._clock, given, self._send_back, self._subscriptions.discard)
+        subscription = KafkaSubscription(source, place, consumer, kit, group, token)
+        self._subscriptions.add(subscription)
+        try:
+            await consumer.start()
+            if group is not None:
+                pattern = "^(?:" + "|".join(re.escape(topic) for topic in place.topics) + ")$"
+                consumer.subscribe(pattern=pattern, listener=subscription)  # by name would make a topic that is missing
+                subscription.begin()
+                await subscription.joined(_JOIN)
+            else:
+                await self._assign(link, subscription, place, token, browse=source.browse)
+                subscription.begin()
+        except BaseException as exc:
+            await subscription.close()
+            if not isinstance(exc, Exception):
+                raise
+            raise errors.translate(exc, f"subscribe to {address}") from exc
+        return subscription
+
+    async def _assign(
+        self, link: Link, subscription: KafkaSubscription, place: Place, token: str, *, browse: bool
+    ) -> None:
+        """Without a group: what is there for a browser, what comes from now on for everybody else."""
+        tps = [tp for topic in place.topics for tp in link.partitions(topic)]
+        if token:
+            tps = [tps[sum(token.encode()) % len(tps)]]
+            subscription.address = Inbox(f"{tps[0].topic}:{tps[0].partition}:{token}")
+        starts = {tp: (at, "") for tp, at in (await link.offsets(tps, EARLIEST if browse else LATEST)).items()}
+        if browse:
+            starts |= {tp: at for tp, at in (await link.committed(place.name)).items() if tp in starts}
+        subscription.assign(starts)
+
+    def _consumer(self, link: Link, group: str | None) -> Any:
+        given = self._settings
+        rebalance = round((given.rebalance_grace + given.heartbeat + 5) * 1000)
+        return AIOKafkaConsumer(
+            **link.options,
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level="read_committed",
+            session_timeout_ms=round(given.session_timeout * 1000),
+            heartbeat_interval_ms=round(given.heartbeat * 1000),
+            rebalance_timeout_ms=rebalance,
+            request_timeout_ms=max(40_000, rebalance + 10_000),  # joining takes as long as the slowest member
+            max_poll_interval_ms=2**31
+            - 1,  # slow handlers don't stop us from polling, and heartbeats tell who is alive
+        )
+
+    async def backlog(self, address: Queue[Any] | Group) -> Backlog:
+        link, place = self._linked(), self._place(address)
+        topics = [topic for topic, seconds in place.topics.items() if not seconds]
+        there = await link.topics(topics)
+        if gone := [topic for topic in topics if topic not in there]:
+            raise NotFound(f"{address}: missing on Kafka: {', '.join(gone)}; create them with `unibus declare`")
+        tps = [tp for topic in topics for tp in link.partitions(topic)]
+        ends, committed = await link.offsets(tps, LATEST), await link.committed(place.name)
+        begins = await link.offsets(tps, EARLIEST)
+        ready = 0
+        for tp, end in ends.items():
+            at, metadata = committed.get(tp, (0, ""))
+            at = max(at, begins[tp])
+            beyond = decode(at, metadata)
+            ready += end - at if beyond is None else end - beyond[0] - 1 + len(beyond[1])
+        return Backlog(ready)
+
+    async def check(self) -> Health:
+        return Health(self._link is not None and await self._link.up())
+
+    def reply_to(self, text: str) -> Address:
+        wire.reply_address(text)
+        return Inbox(text)
+
+
+def _own(place: Place) -> set[str | None]:
+    """The topics that only this group has: it reads them from their beginning."""
+    return {place.lane, *(topic for _, topic in place.rungs)}

@@ -1,0 +1,105 @@
+"""The settings of this driver: the table `[kafka]`, and `kafka = {...}` of a queue, topic or group."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from unibus.adapter import Declared, Url
+from unibus.channel import Group
+from unibus.config_tables import check_table
+from unibus.errors import ConfigError
+from unibus.tls import client_context
+
+# At DEBUG the client library prints whole requests: bodies, and the password of SASL PLAIN. At INFO and WARNING it tells
+# of rebalances and reconnects, which are everyday things and the adapter's to report. Who wants them sets a level before.
+if logging.getLogger("aiokafka").level == logging.NOTSET:
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class TopicOptions(_Table):
+    """Of a topic that is made: a queue's, a topic's or a group's own. None: what `[kafka]` says, then what the broker does."""
+
+    partitions: int | None = Field(None, ge=1)
+    replication: int | None = Field(None, ge=1)
+    config: dict[str, str] = {}  # `retention.ms` and the like
+
+
+class Settings(TopicOptions):
+    """`[kafka]`. Times are seconds, sizes bytes."""
+
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    ca_file: Path | None = None  # default: the authorities that the machine trusts
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    verify: bool = True
+    connect_timeout: float = Field(10.0, gt=0)
+    session_timeout: float = Field(10.0, ge=1)  # a consumer that is silent this long has lost its partitions
+    heartbeat: float = Field(1.0, gt=0)  # how soon a consumer hears of a rebalance
+    rebalance_grace: float = Field(25.0, ge=0)  # for handlers that run when their partition goes to another consumer
+    commit_interval: float = Field(0.2, gt=0)
+    max_request_size: int = Field(1024 * 1024, ge=64 * 1024)
+    batch_size: int = Field(128 * 1024, ge=1024)  # not above `max.message.bytes` of any topic
+    compression: Literal["gzip", "snappy", "lz4", "zstd"] | None = None
+    metadata_max_age: float = Field(300.0, gt=0)  # how soon new partitions are noticed
+
+
+def settings(table: Mapping[str, object]) -> Settings:
+    return check_table(Settings, table, "kafka")
+
+
+def options(declared: Declared, given: Settings) -> TopicOptions:
+    """Of the topics behind one address."""
+    address = declared.address
+    if isinstance(address, Group):
+        where = f"topics.{address.topic.name}.groups.{address.name}.kafka"
+    else:
+        where = f"{type(address).__name__.lower()}s.{address.name}.kafka"
+    own = check_table(TopicOptions, declared.options, where)
+    return TopicOptions(
+        partitions=own.partitions or given.partitions,
+        replication=own.replication or given.replication,
+        config={**given.config, **own.config},
+    )
+
+
+def tls(url: Url, given: Settings) -> ssl.SSLContext | None:
+    """The TLS context of kafkas, or None. Reads files: not for the event loop. Raises ConfigError."""
+    files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
+    return client_context("kafka", "kafkas", url.scheme, files, verify=given.verify)
+
+
+def client(url: Url, given: Settings, context: ssl.SSLContext | None, client_id: str) -> dict[str, Any]:
+    """What every client of the library is made with. It holds the password: never to be shown."""
+    hosts = url.hosts or (("localhost", None),)
+    more: dict[str, Any] = {}
+    if url.username is not None:
+        # In the clear a password is not sent, unless that was asked for.
+        mechanism = given.sasl_mechanism or ("PLAIN" if context is not None else "SCRAM-SHA-512")
+        more = {
+            "sasl_mechanism": mechanism,
+            "sasl_plain_username": url.username,
+            "sasl_plain_password": url.password.value if url.password is not None else "",
+        }
+    elif given.sasl_mechanism is not None:
+        raise ConfigError("kafka.sasl_mechanism needs a user; set username and UNIBUS_PASSWORD")
+    protocol = ("SASL_" if more else "") + ("SSL" if context is not None else "PLAINTEXT")
+    return {
+        "bootstrap_servers": [
+            f"[{host}]:{port or 9092}" if ":" in host else f"{host}:{port or 9092}" for host, port in hosts
+        ],
+        "client_id": client_id,
+        "security_protocol": protocol,
+        "ssl_context": context,
+        "metadata_max_age_ms": round(given.metadata_max_age * 1000),
+        **more,
+    }

@@ -1,0 +1,89 @@
+"""aiokafka's errors as unibus': one table, used at every edge of the adapter."""
+
+from __future__ import annotations
+
+import ssl
+
+from aiokafka import errors as kafka
+
+from unibus.errors import (
+    AuthenticationFailed,
+    ConfigError,
+    ConnectionLost,
+    LeaseLost,
+    MessageTooLarge,
+    NotFound,
+    PermissionDenied,
+    Refused,
+    Throttled,
+    Timeout,
+    TransportError,
+    UnibusError,
+)
+
+# The first that fits. What is not here is ConnectionLost where the client says that it may pass, else Refused.
+_TABLE: tuple[tuple[tuple[type[BaseException], ...], type[TransportError]], ...] = (
+    ((kafka.UnknownTopicOrPartitionError, kafka.GroupIdNotFound, kafka.InvalidTopicError), NotFound),
+    (
+        (
+            kafka.TopicAuthorizationFailedError,
+            kafka.GroupAuthorizationFailedError,
+            kafka.ClusterAuthorizationFailedError,
+        ),
+        PermissionDenied,
+    ),
+    (
+        (
+            kafka.AuthenticationFailedError,
+            kafka.AuthenticationMethodNotSupported,
+            kafka.SaslAuthenticationFailed,
+            kafka.UnsupportedSaslMechanismError,
+            kafka.IllegalSaslStateError,
+        ),
+        AuthenticationFailed,
+    ),
+    ((kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError, kafka.RecordTooLargeError), MessageTooLarge),
+    ((kafka.CommitFailedError, kafka.IllegalStateError), LeaseLost),
+    ((kafka.QuotaViolationError,), Throttled),
+    ((kafka.KafkaTimeoutError, kafka.RequestTimedOutError, TimeoutError), Timeout),  # before OSError, which it is
+    (
+        (
+            OSError,
+            kafka.KafkaConnectionError,
+            kafka.NodeNotReadyError,
+            kafka.ProducerClosed,
+            kafka.ConsumerStoppedError,
+            # The numbers of the idempotent producer are out of step: only a new producer helps.
+            kafka.ProducerFenced,
+            kafka.OutOfOrderSequenceNumber,
+            kafka.UnknownProducerId,
+            kafka.InvalidProducerEpoch,
+        ),
+        ConnectionLost,
+    ),
+)
+
+
+def translate(exc: BaseException, doing: str) -> UnibusError:
+    """The error to raise `from exc`. `doing`: what was tried, with the object's name. Never called with CancelledError."""
+    if isinstance(exc, UnibusError):
+        return exc
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return ConfigError(
+            f"{doing}: the broker's certificate is not trusted ({exc.verify_message}); set kafka.ca_file"
+        )
+    for natives, ours in _TABLE:
+        if isinstance(exc, natives):
+            hint = (
+                "; check username and UNIBUS_PASSWORD, and kafka.sasl_mechanism" if ours is AuthenticationFailed else ""
+            )
+            return ours(f"{doing}: {_text(exc)}{hint}")
+    if getattr(exc, "retriable", False) or type(exc) is kafka.KafkaError:
+        return ConnectionLost(f"{doing}: {_text(exc)}")
+    return Refused(f"{doing}: {_text(exc)}")
+
+
+def _text(exc: BaseException) -> str:
+    """The server's words; the client's own texts would repeat the class and its number."""
+    description = getattr(exc, "description", "")
+    return str(description or next((a for a in exc.args if isinstance(a, str)), "") or type(exc).__name__)

@@ -1,0 +1,241 @@
+"""The connection: one idempotent producer, and through its client all that is asked of the cluster beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import lru_cache, partial
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.client import ConnectionGroup, CoordinationType
+from aiokafka.conn import create_conn
+from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_code
+from aiokafka.partitioner import murmur2
+from aiokafka.protocol.admin import CreateTopicsRequest, ListGroupsRequest
+from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
+from aiokafka.protocol.offset import OffsetRequest
+
+from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, PermissionDenied
+from unibus_kafka import config, errors
+
+log = logging.getLogger("unibus.kafka")
+T = TypeVar("T")
+
+TIMEOUT = 20.0  # of what has no deadline of its own
+EARLIEST, LATEST = -2, -1  # times, as the protocol spells them
+
+hash_of = lru_cache(maxsize=10_000)(murmur2)  # in Python it costs more than all else of a send
+
+
+class Link:
+    """One producer, from `open` to `close`. `options`: what every client is made with."""
+
+    def __init__(self, options: dict[str, Any], given: config.Settings) -> None:
+        self.options = options
+        self.producer: Any = AIOKafkaProducer(
+            **options,
+            acks="all",
+            enable_idempotence=True,
+            max_request_size=given.max_request_size,
+            max_batch_size=given.batch_size,
+            compression_type=given.compression,
+        )
+        self._client: Any = self.producer.client
+        self._listed = float("-inf")  # when the full list of topics was read
+        self._next = 0
+
+    @classmethod
+    async def open(cls, options: dict[str, Any], given: config.Settings) -> Link:
+        """By the first host that answers; the client library itself would not say why none did."""
+        problems: list[tuple[str, BaseException]] = []
+        for server in options["bootstrap_servers"]:
+            host, _, port = server.rpartition(":")
+            try:
+                more = {
+                    key: value
+                    for key, value in options.items()
+                    if key not in {"bootstrap_servers", "metadata_max_age_ms"}
+                }
+                limit = round(given.connect_timeout * 1000)
+                connection: Any = await create_conn(host.strip("[]"), int(port), request_timeout_ms=limit, **more)
+            except Exception as exc:
+                error = errors.translate(exc, f"connect to Kafka at {server}")
+                if isinstance(error, AuthenticationFailed | PermissionDenied | ConfigError):
+                    raise error from exc
+                problems.append((str(error), exc))
+                continue
+            connection.close()
+            break
+        else:
+            raise ConnectionLost("; ".join(text for text, _ in problems)) from problems[-1][1]
+        link = cls(options, given)
+        try:
+            async with asyncio.timeout(given.connect_timeout):
+                await link.producer.start()
+        except BaseException as exc:
+            await link.close()
+            if not isinstance(exc, Exception):
+                raise
+            raise errors.translate(exc, "connect to Kafka") from exc
+        return link
+
+    async def close(self) -> None:
+        """What was not confirmed by now is given up: its senders have been told."""
+        try:
+            async with asyncio.timeout(1):
+                await self.producer.stop()
+        except (TimeoutError, KafkaError) as exc:
+            log.debug("the producer did not stop in order: %s", type(exc).__name__)
+            await self.producer._sender.close()  # `stop` does nothing a second time
+            await self._client.close()
+
+    async def up(self) -> bool:
+        node = self._client.get_random_node()
+        return node is not None and await self._client.ready(node)
+
+    # Topics. Always by the full list: to ask for a topic by its name may make it.
+
+    async def topics(self, wanted: Iterable[str] = ()) -> set[str]:
+        """All that we may see. The list is read anew if one of `wanted` is not in the one we have."""
+        known: set[str] = self._client.cluster.topics(exclude_internal_topics=False)
+        now = asyncio.get_running_loop().time()
+        if not known.issuperset(wanted) and now - self._listed > 0.05:
+            await self._client.force_metadata_update()
+            self._listed = asyncio.get_running_loop().time()
+            known = self._client.cluster.topics(exclude_internal_topics=False)
+        return known
+
+    def partitions(self, topic: str) -> list[TopicPartition]:
+        """Ascending; empty where the topic is not known."""
+        return [TopicPartition(topic, n) for n in sorted(self._client.cluster.partitions_for_topic(topic) or ())]
+
+    def partition(self, topic: str, key: bytes | None) -> TopicPartition | None:
+        """The one of this key, as every Kafka client has it; without a key one after the other."""
+        known = self._client.cluster.partitions_for_topic(topic)
+        if not known:
+            return None
+        if key is not None:
+            return TopicPartition(topic, (hash_of(key) & 0x7FFFFFFF) % len(known))
+        self._next += 1
+        available = self._client.cluster.available_partitions_for_topic(topic) or known
+        return TopicPartition(topic, sorted(available)[self._next % len(available)])
+
+    async def create(self, topics: Mapping[str, config.TopicOptions]) -> None:
+        """Make what is not there; returns once each has a leader."""
+        known = await self.topics(topics)
+        wanted = {name: options for name, options in topics.items() if name not in known}
+        if not wanted:
+            return
+        entries: list[Any] = [
+            (name, o.partitions or -1, o.replication or -1, [], list(o.config.items())) for name, o in wanted.items()
+        ]
+        request = CreateTopicsRequest(entries, round(TIMEOUT * 1000), validate_only=False)
+        response = await self.patiently(
+            lambda: self._client.send(self._client.cluster.controller.nodeId, request), "create topics"
+        )
+        for name, code, *text in response.topic_errors:
+            error = for_code(code)
+            if error is NoError:
+                log.info("created topic %s", name)
+            elif error is not TopicAlreadyExistsError:  # by another process, in this moment
+                native = error(*filter(None, text))
+                raise errors.translate(native, f"create topic {name!r}") from native
+
+        async def led() -> None:
+            await self._client.force_metadata_update()
+            cluster = self._client.cluster
+            for name in wanted:
+                if not self.partitions(name) or any(
+                    cluster.leader_for_partition(tp) in {None, -1} for tp in self.partitions(name)
+                ):
+                    raise ConnectionLost(f"topic {name!r} has no leader yet")
+
+        await self.patiently(led, "wait for new topics")
+
+    # Offsets
+
+    async def offsets(self, tps: Iterable[TopicPartition], at: int) -> dict[TopicPartition, int]:
+        """EARLIEST, LATEST, or the first record of a time, milliseconds (-1: there is none so late)."""
+
+        async def ask() -> dict[TopicPartition, int]:
+            by_node: dict[Any, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+            for tp in tps:
+                by_node[self._client.cluster.leader_for_partition(tp)][tp.topic].append((tp.partition, at))
+            found = {}
+            for node, topics in by_node.items():
+                response = await self._client.send(node, OffsetRequest(-1, 0, list(topics.items())))
+                for topic, partitions in response.topics:
+                    for partition, code, _, offset in partitions:
+                        _check(code)
+                        found[TopicPartition(topic, partition)] = offset
+            return found
+
+        return await self.patiently(ask, "read offsets")
+
+    async def committed(self, group: str) -> dict[TopicPartition, tuple[int, str]]:
+        """Offset and metadata of every partition for which the group has committed one."""
+        response = await self._coordinator(
+            group, OffsetFetchRequest(group, None), f"read the offsets of group {group!r}"
+        )
+        _check(response.error_code)
+        return {
+            TopicPartition(topic, partition): (offset, metadata or "")
+            for topic, partitions in response.topics
+            for partition, offset, metadata, code in partitions
+            if offset >= 0 and not code
+        }
+
+    async def commit(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+        """For a group without members: where it begins."""
+        by_topic: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        for tp, offset in offsets.items():
+            by_topic[tp.topic].append((tp.partition, offset, ""))
+        request = OffsetCommitRequest(group, -1, "", -1, list(by_topic.items()))
+        await self._coordinator(group, request, f"begin group {group!r}")
+
+    async def _coordinator(self, group: str, request: Any, doing: str) -> Any:
+        async def ask() -> Any:
+            node = await self._client.coordinator_lookup(CoordinationType.GROUP, group)
+            response = await self._client.send(node, request, group=ConnectionGroup.COORDINATION)
+            codes = [
+                getattr(response, "error_code", 0),
+                *(p[-1] for _, partitions in response.topics for p in partitions),
+            ]
+            for code in codes:
+                _check(code)
+            return response
+
+        return await self.patiently(ask, doing)
+
+    async def groups(self) -> set[str]:
+        """The ids of all groups that we may see."""
+        found = set()
+        for broker in self._client.cluster.brokers():
+            response = await self.patiently(
+                partial(self._client.send, broker.nodeId, ListGroupsRequest()), "list groups"
+            )
+            found |= {group for group, *_ in response.groups}
+        return found
+
+    async def patiently(self, call: Callable[[], Awaitable[T]], doing: str) -> T:
+        """Leaders and coordinators take a moment to be there, of what is new above all; no error says when they are."""
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                while True:
+                    try:
+                        return await call()
+                    except (KafkaError, ConnectionLost) as exc:
+                        if not getattr(exc, "retriable", True):
+                            raise
+                        await asyncio.sleep(0.05)
+                        await self._client.force_metadata_update()
+        except Exception as exc:
+            raise errors.translate(exc, doing) from exc
+
+
+def _check(code: int) -> None:
+    if code:
+        raise for_code(code)()

@@ -1,0 +1,442 @@
+"""Receiving: one consumer of the client library, read by a task of its own so that it never stops polling."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka import ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    RebalanceInProgressError,
+)
+
+from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
+from unibus.channel import Address, Group, Inbox
+from unibus.clock import Clock, Timer
+from unibus.delivery import Delivery
+from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
+from unibus_kafka import config, errors, offsets, wire
+from unibus_kafka.capabilities import PARK_BELOW
+from unibus_kafka.link import EARLIEST, Link
+from unibus_kafka.offsets import Partition
+from unibus_kafka.topology import Place
+
+log = logging.getLogger("unibus.kafka")
+
+_POLL = 500  # milliseconds; what arrives ends it
+_MANY = 500  # records of one poll
+_HELD = 1000  # records of one partition that wait for their time, before it is paused
+_CLOSE = 5.0  # seconds
+
+Read = tuple[Partition, Any]  # a record
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """What a subscription needs of its adapter."""
+
+    link: Link
+    clock: Clock
+    settings: config.Settings
+    send: Callable[[Sequence[Outgoing]], Awaitable[Results]]
+    closed: Callable[[KafkaSubscription], None]
+
+
+class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the client library is not typed
+    """`group`: as a member of it; None: by itself, from where it is told, and nothing is committed.
+
+    `token`: of an inbox, the key of its replies.
+    """
+
+    def __init__(
+        self, source: Source, place: Place, consumer: Any, kit: Kit, group: str | None, token: str = ""
+    ) -> None:
+        self.source = source
+        self.address: Address = source.address
+        self._place = place
+        self._consumer = consumer
+        self._kit = kit
+        self._group = group
+        self._token = token.encode()
+        self._parts: dict[TopicPartition, Partition] = {}
+        self._buffer: deque[Read] = deque()
+        self._held: list[
+            tuple[float, int, Partition, Any, bool]
+        ] = []  # heap: due, tie-break, partition, record, blocking
+        self._count = itertools.count()
+        self._out = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self._joined = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._fenced = False  # the group has gone on without us
+        self._stopped = self._closed = False
+        self._over: UnibusError | None = None
+        self._committing = asyncio.Lock()
+        self._commit_timer: Timer | None = None
+        self._held_timer: Timer | None = None
+        self._pump_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Beginning
+
+    def begin(self) -> None:
+        self._pump_task = asyncio.get_running_loop().create_task(self._pump(), name=f"unibus reads {self._place.topic}")
+
+    def assign(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
+        """By ourselves: begin here."""
+        self._consumer.assign(list(starts))
+        self._consumer._client.set_topics(())  # or the client looks the topics up by name, which may make them
+        self._take_over(starts)
+
+    async def joined(self, timeout: float) -> None:
+        """Until partitions are assigned, or it is clear that somebody else has them for the time being."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._joined.wait()
+        if self._over is not None:
+            raise self._over
+
+    def _take_over(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
+        for tp, (offset, metadata) in starts.items():
+            self._parts[tp] = Partition(tp, offset, metadata, self._place.topics.get(tp.topic, 0.0))
+            self._consumer.seek(tp, offset)
+        self._joined.set()
+
+    # Rebalances: called by the client library, whose heart goes on beating meanwhile.
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        try:
+            committed = await self._kit.link.committed(str(self._group))
+            missing = [tp for tp in assigned if tp not in committed]
+            begin = await self._kit.link.offsets(missing, EARLIEST) if missing else {}
+            self._fenced = False
+            self._take_over({tp: committed.get(tp) or (begin[tp], "") for tp in assigned})
+            if isinstance(self.address, Group) and any(tp.topic == self._place.topic for tp in missing):
+                text = "%s: no offset is committed for %d partitions (they are new, or it has expired); read from the beginning"
+                log.warning(text, self.address, len(missing))
+        except Exception as exc:
+            self._end(errors.translate(exc, f"take over the partitions of {self._group!r}"))
+            self._joined.set()
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        grace = 0.0 if self._fenced or self._closing.is_set() else self._kit.settings.rebalance_grace
+        await self._give_up(list(self._parts.values()), grace)
+
+    async def _give_up(self, parts: list[Partition], grace: float) -> None:
+        """What waits goes, what runs may end, what has ended is committed; then the partitions are no longer ours."""
+        self._buffer = deque(read for read in self._buffer if read[0] not in parts)
+        self._held = [entry for entry in self._held if entry[2] not in parts]
+        heapq.heapify(self._held)
+        if out := [delivery for part in parts for delivery in part.out.values()]:
+            losing = asyncio.ensure_future(self.source.losing(out, grace))
+            closing = asyncio.ensure_future(self._closing.wait())
+            await asyncio.wait((losing, closing), return_when=asyncio.FIRST_COMPLETED)
+            for task in (losing, closing):
+                task.cancel()
+        if not self._fenced:
+            await self._commit()
+        for part in parts:
+            self._out -= len(part.out)
+            part.lose()
+            if self._parts.get(part.tp) is part:
+                del self._parts[part.tp]
+
+    # Reading
+
+    async def _pump(self) -> None:
+        consumer = self._consumer
+        try:
+            while True:
+                if len(self._buffer) >= self.source.prefetch:
+                    self._room.clear()
+                    await self._room.wait()
+                try:
+                    found = await consumer.getmany(timeout_ms=_POLL, max_records=_MANY)
+                except NoOffsetForPartitionError:  # on_partitions_assigned is about to say where to begin
+                    continue
+                except OffsetOutOfRangeError as exc:
+                    await self._begin_anew(list(exc.args[0]))
+                    continue
+                for tp, records in found.items():
+                    if (part := self._parts.get(tp)) is not None:
+                        self._arrived(part, records)
+                if self._joined.is_set() and consumer.partitions_for_topic(self._place.topic) is None:
+                    raise NotFound(f"{self.address}: its topic {self._place.topic!r} was deleted")
+                if self._group is None:
+                    await self._look_for_new()
+        except Exception as exc:
+            self._end(errors.translate(exc, f"receive from {self._place.topic!r}"))
+
+    async def _begin_anew(self, tps: list[TopicPartition]) -> None:
+        """What was to be read next is gone: retention was faster, or the topic was made anew."""
+        begin = await self._kit.link.offsets(tps, EARLIEST)
+        log.warning("%s: the records to be read next are gone; read on from the earliest that is there", self.address)
+        lost = [part for tp in tps if (part := self._parts.get(tp)) is not None]
+        await self._give_up(lost, 0.0)
+        self._take_over({tp: (offset, "") for tp, offset in begin.items()})
+
+    async def _look_for_new(self) -> None:
+        """Without a group nobody tells us that a topic has more partitions now."""
+        if isinstance(self.address, Group) and not self.source.browse:
+            known = self._consumer.partitions_for_topic
+            new = [
+                tp
+                for t in self._place.topics
+                for n in known(t) or ()
+                if (tp := TopicPartition(t, n)) not in self._parts
+            ]
+            if new:
+                old = {tp: (await self._consumer.position(tp), part) for tp, part in self._parts.items()}
+                self.assign(dict.fromkeys(new, (0, "")) | {tp: (at, "") for tp, (at, _) in old.items()})
+                self._parts |= {tp: part for tp, (_, part) in old.items()}
+
+    def _arrived(self, part: Partition, records: Iterable[Any]) -> None:
+        now = self._kit.clock.time()
+        for record in records:
+            if not part.take(record.offset):
+                continue
+            if self._token and record.key != self._token:
+                part.finish(record.offset)
+                continue
+            due = wire.not_before(record) if record.headers else None
+            if due is not None and due > now:
+                if part.seconds and self._place.rungs:
+                    due = min(due, record.timestamp / 1000 + part.seconds)
+                self._hold(part, record, due)
+            else:
+                self._buffer.append((part, record))
+        if part.held and (part.seconds or part.held > _HELD):
+            self._pause(part, on=True)
+        self._set_timer()
+        self._wake()
+
+    def _pause(self, part: Partition, *, on: bool) -> None:
+        with suppress(IllegalStateError):  # taken away in this moment
+            (self._consumer.pause if on else self._consumer.resume)(part.tp)
+
+    # Records that wait for their time
+
+    def _hold(self, part: Partition, record: Any, due: float, *, blocking: bool = True) -> None:
+        part.held += blocking
+        heapq.heappush(self._held, (due, next(self._count), part, record, blocking))
+
+    def _set_timer(self) -> None:
+        if self._held_timer is not None:
+            self._held_timer.cancel()
+            self._held_timer = None
+        if self._held and not self._stopped:
+            clock = self._kit.clock
+            self._held_timer = clock.call_later(max(0.0, self._held[0][0] - clock.time()) + 0.001, self._fall_due)
+
+    def _fall_due(self) -> None:
+        now = self._kit.clock.time()
+        while self._held and self._held[0][0] <= now:
+            _, _, part, record, blocking = heapq.heappop(self._held)
+            part.held -= blocking
+            left = (wire.not_before(record) or 0.0) - now
+            if left <= 0:
+                self._buffer.append((part, record))
+            elif left < PARK_BELOW or not self._place.rungs:
+                self._hold(part, record, now + left, blocking=False)  # what is behind it on the rung goes on
+            else:
+                task = asyncio.get_running_loop().create_task(self._hop(part, record, now + left))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            if not part.held and not part.full:
+                self._pause(part, on=False)
+        self._set_timer()
+        self._wake()
+
+    async def _hop(self, part: Partition, record: Any, due: float) -> None:
+        """To the next rung of a long delay: confirmed there, and only then done here."""
+        delivery = self._delivery(part, record)
+        assert not isinstance(self.source.address, Inbox)  # noqa: S101  # for mypy: inboxes have no delays
+        (error,) = await self._kit.send([Outgoing(self.source.address, delivery.message, due, delivery)])
+        if error is None:
+            part.finish(record.offset)
+            self._commit_soon()
+        else:  # it stays here; the core subscribes again, with back-off, and declares what is missing
+            self._end(error)
+
+    # Receive and settle
+
+    async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        await asyncio.sleep(0)  # a consumer that always finds something must not starve the others
+        clock = self._kit.clock
+        deadline = clock.monotonic() + timeout
+        while True:
+            if self._over is not None:
+                raise self._over
+            if self._stopped:
+                return []
+            room = min(limit, self.source.prefetch - self._out)
+            if self._buffer and room > 0:
+                return self._take(room)
+            left = deadline - clock.monotonic()
+            if left <= 0:
+                return []
+            self._waiter = waiter = asyncio.get_running_loop().create_future()
+            timer = clock.call_later(left, self._wake)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _take(self, limit: int) -> list[Delivery[Any]]:
+        buffer = self._buffer
+        taken = []
+        for _ in range(min(limit, len(buffer))):
+            part, record = buffer.popleft()
+            delivery = part.out[record.offset] = self._delivery(part, record)
+            taken.append(delivery)
+        self._out += len(taken)
+        if len(buffer) < self.source.prefetch:
+            self._room.set()
+        return taken
+
+    def _delivery(self, part: Partition, record: Any) -> Delivery[Any]:
+        failures = part.failures.get(record.offset, 0) if part.failures else 0
+        return Delivery(wire.decode(record), self.source, part, failures, native=record, position=wire.position(record))
+
+    async def settle(
+        self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
+    ) -> Results:
+        if self._closed:
+            raise ConnectionLost(f"the subscription of {self.address} is closed")
+        results: list[TransportError | None] = [None] * len(deliveries)
+        back: list[Read] = []
+        now = self._kit.clock.time()
+        for i, delivery in enumerate(deliveries):
+            part: Partition = delivery.token
+            record: Any = delivery.native
+            if delivery.lost or part.out.pop(record.offset, None) is None:
+                results[i] = LeaseLost(f"{delivery.position}: settled before, or its partition is no longer ours")
+                continue
+            self._out -= 1
+            if outcome is Outcome.ACCEPTED:
+                part.finish(record.offset)
+                continue
+            part.remember(record.offset, delivery)
+            if delays and delays[i] > 0:
+                self._hold(part, record, now + delays[i])
+            else:
+                back.append((part, record))
+        if back and not self._stopped:
+            self._buffer.extendleft(sorted(back, key=lambda read: -read[1].offset))
+        self._set_timer()
+        self._wake()
+        self._commit_soon()
+        return results
+
+    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
+        raise Unsupported("no atomic move on Kafka: send, then accept")
+
+    async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
+        raise Unsupported("Kafka's deliveries have no lease")
+
+    # Commits
+
+    def _commit_soon(self) -> None:
+        if self._group is not None and self._commit_timer is None:
+            self._commit_timer = self._kit.clock.call_later(self._kit.settings.commit_interval, self._commit_now)
+
+    def _commit_now(self) -> None:
+        self._commit_timer = None
+        task = asyncio.get_running_loop().create_task(self._commit())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _commit(self) -> None:
+        """All that has changed. What fails is part of the next one; what is never committed is handled again."""
+        if self._group is None or self._fenced:
+            return
+        async with self._committing:
+            points = {
+                part: point for part in self._parts.values() if part.owned and (point := part.point()) != part.committed
+            }
+            if not points:
+                return
+            try:
+                async with asyncio.timeout(_CLOSE):
+                    await self._consumer.commit({part.tp: point for part, point in points.items()})
+            except CommitFailedError as exc:
+                self._fenced = not isinstance(exc.__cause__, RebalanceInProgressError)
+                log.warning(
+                    "%s: not committed, the group has other members by now; it may be handled again", self.address
+                )
+            except (KafkaError, TimeoutError) as exc:
+                log.warning("%s: not committed yet: %s", self.address, errors.translate(exc, "commit"))
+                self._commit_soon()
+            else:
+                for part, point in points.items():
+                    part.committed = point
+                    full = len(point[1]) > offsets.FULL
+                    if full or part.full:
+                        self._pause(part, on=full or part.held > 0)
+                    part.full = full
+
+    # The end
+
+    async def check(self) -> Standing:
+        if self._over is not None or self._stopped:
+            return "gone"
+        return "consuming" if any(tp.topic == self._place.topic for tp in self._parts) else "standby"
+
+    def _end(self, error: UnibusError) -> None:
+        if self._over is None:
+            self._over = error
+        self._wake()
+
+    async def stop(self) -> None:
+        """What was not handed out is simply not finished: whoever gets the partition begins with it."""
+        self._stopped = True
+        self._wake()
+        if self._pump_task is not None:
+            self._pump_task.cancel()
+            await asyncio.wait([self._pump_task])
+            self._pump_task = None
+        self._buffer.clear()
+        self._held.clear()
+        self._set_timer()
+        await self._commit()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._kit.closed(self)
+        await self.stop()
+        self._closing.set()
+        if self._commit_timer is not None:
+            self._commit_timer.cancel()
+        for task in list(self._tasks):
+            await asyncio.wait([task], timeout=_CLOSE)
+            task.cancel()
+        await self._commit()
+        self._closed = True
+        for part in self._parts.values():
+            part.lose()
+        self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
+        try:
+            async with asyncio.timeout(_CLOSE):
+                await self._consumer.stop()  # leaves the group, so that others need not wait for the session's end
+        except (TimeoutError, KafkaError) as exc:
+            log.debug("%s: the consumer did not stop in order: %s", self.address, type(exc).__name__)
+            await self._consumer._fetcher.close()  # `stop` does nothing a second time
+            await self._consumer._client.close()
