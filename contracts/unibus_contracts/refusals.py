@@ -158,6 +158,23 @@ async def dedup(kit: Kit) -> None:
         assert sorted(bodies(await leftover(bus, queue))) == [b"first", b"second"]
 
 
+async def share(kit: Kit) -> None:
+    """What is in one consumer's share waits for it, busy or not, and goes to the others when it leaves: all, and once."""
+    queue = kit.queue()
+    async with kit.bus(queue) as busy, kit.bus(queue) as heir:
+        await busy.send_many(queue, [b"%d" % n for n in range(5)])
+        async with busy.receiver(queue, prefetch=1) as receiver:
+            (held,) = await take(receiver)
+            await held.ack()
+        async with heir.receiver(queue) as receiver:
+            rest = await take(receiver, 4)
+            for delivery in rest:
+                assert delivery.attempt == 1, "waiting for a consumer that was busy is no attempt"
+                await delivery.ack()
+        assert sorted([held.body, *bodies(rest)]) == [b"%d" % n for n in range(5)]
+        assert await leftover(heir, queue) == []
+
+
 REFUSALS: dict[str, Callable[[Kit], Awaitable[None]]] = {
     function.__name__: function
     for function in (
@@ -173,5 +190,6 @@ REFUSALS: dict[str, Callable[[Kit], Awaitable[None]]] = {
         delivery_count,
         settle_confirmed,
         dedup,
+        share,
     )
 }

@@ -44,7 +44,7 @@ async def test_each_once(kit: Kit) -> None:
     assert sorted(seen.all) == sorted(b"%d" % n for n in range(300))
 
 
-@contract("competing.work_is_shared", "While one consumer is busy, the other handles all the rest.")
+@contract("competing.work_is_shared", "While one consumer is busy, the other handles all the rest.", needs="share")
 async def test_shared(kit: Kit) -> None:
     queue, seen, gate = kit.queue(), Seen[tuple[str, bytes]](), asyncio.Event()
     busy, free = worker(kit, queue, "busy", seen, gate), worker(kit, queue, "free", seen, None)
@@ -61,7 +61,9 @@ async def test_shared(kit: Kit) -> None:
 
 
 @contract(
-    "competing.late_joiner_gets_share", "A consumer that joins later gets a share of the backlog; nothing is lost."
+    "competing.late_joiner_gets_share",
+    "A consumer that joins later gets a share of the backlog; nothing is lost.",
+    needs="share",
 )
 async def test_late_joiner(kit: Kit) -> None:
     queue, seen, gate = kit.queue(), Seen[tuple[str, bytes]](), asyncio.Event()

@@ -10,7 +10,9 @@ from unibus_contracts.kit import Kit, Seen, bodies, leftover, take, until
 from unibus_contracts.spi import receive, subscribed
 
 
-@contract("prefetch.never_exceeded", "A consumer holds its prefetch at most: the rest is there for others.")
+@contract(
+    "prefetch.never_exceeded", "A consumer holds its prefetch at most: the rest is there for others.", needs="share"
+)
 async def test_bound(kit: Kit) -> None:
     queue, gate, seen = kit.queue(), asyncio.Event(), Seen[bytes]()
     busy = kit.bus()

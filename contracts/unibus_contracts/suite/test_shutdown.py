@@ -19,6 +19,20 @@ from unibus_contracts.kit import FACTOR, SOON, Kit, Seen, bodies, leftover, lett
 
 @contract("shutdown.in_flight_completes", "A handler that runs at shutdown is finished and acked; no other one begins.")
 async def test_in_flight(kit: Kit) -> None:
+    await shut_down_with_one_running(kit, others_wait=True)
+
+
+@contract(
+    "shutdown.rest_is_free_at_once",
+    "What a closing consumer had not begun is with others while its last handler runs.",
+    needs="share",
+)
+async def test_rest(kit: Kit) -> None:
+    await shut_down_with_one_running(kit, others_wait=False)
+
+
+async def shut_down_with_one_running(kit: Kit, *, others_wait: bool) -> None:
+    """Five messages, one of them begun. The rest is taken by another consumer: before the handler ends, or afterwards."""
     queue, gate = kit.queue(), asyncio.Event()
     bus, seen = kit.bus(), Seen[str]()
 
@@ -34,10 +48,14 @@ async def test_in_flight(kit: Kit) -> None:
     await seen.reach(1)
     stopping = asyncio.create_task(stack.aclose())
     async with kit.bus(queue) as other, other.receiver(queue, prefetch=10) as receiver:
-        rest = await take(receiver, 4)  # given back while the handler still runs
-        assert len(seen) == 1
-        gate.set()
-        await stopping
+        if others_wait:
+            gate.set()
+            await stopping
+        rest = await take(receiver, 4)
+        if not others_wait:
+            assert len(seen) == 1
+            gate.set()
+            await stopping
         for delivery in rest:
             assert delivery.attempt == 1
             await delivery.ack()
