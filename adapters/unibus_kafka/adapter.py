@@ -302,7 +302,7 @@ class KafkaAdapter:
             at = max(at, begins[tp])
             beyond = decode(at, metadata)
             ready += end - at if beyond is None else end - beyond[0] - 1 + len(beyond[1])
-        return Backlog(ready)
+        return Backlog(ready, exact=place.letters)  # what consumers have in hand is in it
 
     async def check(self) -> Health:
         return Health(self._link is not None and await self._link.up())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unibus.capabilities import Capabilities, emulated, native, refused
 
-PARK_BELOW = 10.0  # seconds; the shortest rung
+HOLD_BELOW = 10.0  # seconds, the shortest rung: what is due sooner waits with the consumer
 LONGEST_DELAY = 366 * 86400.0  # longer ones are a calendar's business; each hour of it is a hop
 LONGEST_PARK = 86400.0  # well below the 7 days that a topic keeps by default: what is parked must still be there
 ENVELOPE_BYTES = 48_576  # of the largest request, kept for key, headers and what retries add to them
@@ -37,6 +37,10 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         ),
         dedup=refused("the idempotent producer drops its own repeats only; what is sent twice is stored twice"),
         share=refused("a partition belongs to one consumer: what is in it waits for that one, or for it to leave"),
+        inbox=refused(
+            "the reply topic is the service's: what nobody waits for is dropped by its retention, an hour later"
+        ),
+        same_in_names="._",
         max_body=max_request_size - ENVELOPE_BYTES,
         max_header_bytes=32 * 1024,
         max_key=4096,
@@ -44,6 +48,5 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         receive_batch=1000,
         settle_batch=5000,
         flights=4,
-        park_below=PARK_BELOW,
         park_limit=LONGEST_PARK,
     )

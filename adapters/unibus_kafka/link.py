@@ -238,4 +238,4 @@ class Link:
 
 def _check(code: int) -> None:
     if code:
-        raise for_code(code)()
+        raise for_code(code)

@@ -28,7 +28,7 @@ from unibus.clock import Clock, Timer
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
 from unibus_kafka import config, errors, offsets, wire
-from unibus_kafka.capabilities import PARK_BELOW
+from unibus_kafka.capabilities import HOLD_BELOW
 from unibus_kafka.link import EARLIEST, Link
 from unibus_kafka.offsets import Partition
 from unibus_kafka.topology import Place
@@ -249,7 +249,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
             left = (wire.not_before(record) or 0.0) - now
             if left <= 0:
                 self._buffer.append((part, record))
-            elif left < PARK_BELOW or not self._place.rungs:
+            elif left < HOLD_BELOW or not self._place.rungs:
                 self._hold(part, record, now + left, blocking=False)  # what is behind it on the rung goes on
             else:
                 task = asyncio.get_running_loop().create_task(self._hop(part, record, now + left))

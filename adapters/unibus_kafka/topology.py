@@ -23,6 +23,7 @@ class Place:
     topics: dict[str, float] = field(default_factory=dict)
     rungs: tuple[tuple[float, str], ...] = ()  # of its own, ascending
     lane: str | None = None  # a group's own topic, for what only this group shall get
+    letters: bool = False  # dead letters or invalid messages: no consumer has any of them in hand
 
     def route(self, wait: float) -> tuple[str, bool]:
         """The topic for a message that is due in `wait` seconds: the longest rung that is not too long; is it a rung?"""
@@ -74,7 +75,8 @@ def _add(made: Plan, topology: Topology, declared: Declared, options: config.Top
     else:
         if isinstance(address, Topic) or channel.ordered:
             rungs = rungs if channel.delayed else ()
-        place = Place(address, name, name, {name: 0.0} | {topic: s for s, topic in rungs}, rungs)
+        topics = {name: 0.0} | {topic: s for s, topic in rungs}
+        place = Place(address, name, name, topics, rungs, letters=declared.role != "channel")
         made.topics |= dict.fromkeys(place.topics, options)
     made.places[address] = place
     for topic in place.topics:

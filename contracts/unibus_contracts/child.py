@@ -38,6 +38,9 @@ async def main(url: str, prefix: str, name: str) -> None:
     running = asyncio.create_task(bus.run())
     await asyncio.to_thread(sys.stdin.readline)  # the parent has sent the signal
     async with harness.bus(channels=[queue]) as other, other.receiver(queue, prefetch=5) as receiver:
+        if not other.capabilities.share:  # the rest is others' only when this one has left
+            stopping.set()
+            await running
         rest = await take(receiver, 4, timeout=2 * SOON)  # given back while the handler still runs
         stopping.set()
         await running

@@ -175,6 +175,28 @@ async def share(kit: Kit) -> None:
         assert await leftover(heir, queue) == []
 
 
+async def inbox(kit: Kit) -> None:
+    """A reply to a process that has gone may be taken, and is nobody's: not that of the next process of its service."""
+    queue = kit.queue(str, reply=str)
+    responder, gone, heir = kit.bus(service="responder"), kit.bus(queue), kit.bus(queue)
+    addresses: list[str | None] = []
+
+    @responder.responder(queue)
+    async def answer(body: str, message: Message) -> str:
+        addresses.append(message.reply_to)
+        return body
+
+    async with responder.running():
+        async with gone:
+            await gone.request(queue, "x")
+        async with heir:
+            await heir.request(queue, "y")
+            late = Outgoing(responder.adapter.reply_to(addresses[0] or ""), Message(b"late", id="late"))
+            await responder.adapter.send([late], 10)
+            assert await heir.request(queue, "z") == "z"
+            assert heir.counts.get("late_replies", 0) == 0
+
+
 REFUSALS: dict[str, Callable[[Kit], Awaitable[None]]] = {
     function.__name__: function
     for function in (
@@ -191,5 +213,6 @@ REFUSALS: dict[str, Callable[[Kit], Awaitable[None]]] = {
         settle_confirmed,
         dedup,
         share,
+        inbox,
     )
 }

@@ -58,7 +58,9 @@ class Capabilities:
 
     # Competing consumers take message by message. Where they don't, each has a share that waits for it alone.
     share: Support = Support("native")
+    inbox: Support = Support("native")  # a reply to a process that has gone is an error, and is kept nowhere
 
+    same_in_names: str = ""  # characters that the broker can't tell apart in names
     max_body: int | None = None
     max_headers: int | None = None  # number of user headers
     max_header_bytes: int | None = None  # all names and values together

@@ -250,7 +250,7 @@ async def test_untrusted(kit: Kit) -> None:
     assert sorted(seen.all) == sorted([*map(str, range(len(addresses))), "honest"])
 
 
-@contract("reply.inbox_ends_with_its_process", "The inbox of a requester that has left takes no reply.", needs="reply")
+@contract("reply.inbox_ends_with_its_process", "The inbox of a requester that has left takes no reply.", needs="inbox")
 async def test_inbox_gone(kit: Kit) -> None:
     queue = answering(kit)
     responder, requester = kit.bus(), kit.bus(queue)

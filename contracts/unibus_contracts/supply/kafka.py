@@ -164,7 +164,7 @@ def _format(site: Site, tool: str) -> str:
         for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
         for user in (site.user, _limited(site))
     )
-    return f"{tool} format -t {_CLUSTER} -c {site.folder}/server.properties --ignore-formatted {scram}"
+    return f"{tool} format -t {_CLUSTER} -c {site.folder}/server.properties --ignore-formatted {scram} >/dev/null"
 
 
 def _download(folder: Path) -> None:
