@@ -25,6 +25,7 @@ log = logging.getLogger("unibus.kafka")
 T = TypeVar("T")
 
 TIMEOUT = 20.0  # of what has no deadline of its own
+_STOP = 2.0  # of each step of a stop
 EARLIEST, LATEST = -2, -1  # times, as the protocol spells them
 
 hash_of = lru_cache(maxsize=10_000)(murmur2)  # in Python it costs more than all else of a send
@@ -84,13 +85,7 @@ class Link:
 
     async def close(self) -> None:
         """What was not confirmed by now is given up: its senders have been told."""
-        try:
-            async with asyncio.timeout(1):
-                await self.producer.stop()
-        except (TimeoutError, KafkaError) as exc:
-            log.debug("the producer did not stop in order: %s", type(exc).__name__)
-            await self.producer._sender.close()  # `stop` does nothing a second time
-            await self._client.close()
+        await put_away(self.producer.stop, self.producer._sender.close, self._client.close)
 
     async def up(self) -> bool:
         node = self._client.get_random_node()
@@ -234,6 +229,22 @@ class Link:
                         await self._client.force_metadata_update()
         except Exception as exc:
             raise errors.translate(exc, doing) from exc
+
+
+async def put_away(*steps: Callable[[], Awaitable[None]]) -> None:
+    """Stop a client of the library: the first step does it all, unless it hangs or fails; the others do its parts.
+
+    In tasks of their own, since the library lets the cancellation of its own tasks out, which would pass for ours.
+    """
+    for step in steps:
+        task = asyncio.ensure_future(step())
+        await asyncio.wait([task], timeout=_STOP)
+        if task.done() and not task.cancelled() and task.exception() is None:
+            if step is steps[0]:
+                return
+            continue
+        task.cancel()
+        await asyncio.wait([task], timeout=_STOP)
 
 
 def _check(code: int) -> None:

@@ -29,7 +29,7 @@ from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
 from unibus_kafka import config, errors, offsets, wire
 from unibus_kafka.capabilities import HOLD_BELOW
-from unibus_kafka.link import EARLIEST, Link
+from unibus_kafka.link import EARLIEST, Link, put_away
 from unibus_kafka.offsets import Partition
 from unibus_kafka.topology import Place
 
@@ -433,10 +433,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         for part in self._parts.values():
             part.lose()
         self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
-        try:
-            async with asyncio.timeout(_CLOSE):
-                await self._consumer.stop()  # leaves the group, so that others need not wait for the session's end
-        except (TimeoutError, KafkaError) as exc:
-            log.debug("%s: the consumer did not stop in order: %s", self.address, type(exc).__name__)
-            await self._consumer._fetcher.close()  # `stop` does nothing a second time
-            await self._consumer._client.close()
+        # It leaves the group, so that others need not wait for the session's end.
+        consumer = self._consumer
+        parts = [part.close for part in (consumer._fetcher, consumer._client) if part is not None]
+        await put_away(consumer.stop, *parts)

@@ -21,6 +21,7 @@ from unibus.message import (
     ID,
     NOT_BEFORE,
     REPLY_TO,
+    RESERVED_HEADERS,
     TIMESTAMP,
     TYPE,
     Message,
@@ -98,14 +99,11 @@ def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
             value = None
         if key is None:
             key = native.key
-        written = {name for name, _ in headers} | ENVELOPE_HEADERS
-        headers += [(name, v) for name, v in native.headers if name not in written and not _text_once(native, name, v)]
+        names = [name for name, _ in native.headers]
+        odd = {n for n, v in native.headers if _text(v) is None or names.count(n) > 1} - RESERVED_HEADERS
+        if odd:
+            headers = [(n, v) for n, v in headers if n not in odd] + [(n, v) for n, v in native.headers if n in odd]
     return key, value, headers, round(at * 1000)
-
-
-def _text_once(native: Any, name: str, value: bytes | None) -> bool:
-    """Such a header is in the envelope; if it isn't there now, the core has taken it off."""
-    return _text(value) is not None and sum(n == name for n, _ in native.headers) == 1
 
 
 def _text(value: bytes | None) -> str | None:

@@ -38,13 +38,14 @@ async def until(condition: Callable[[], Any], what: str, timeout: float = SOON) 
 class Bench:
     """A prefix of its own, buses on it, and the raw client beside them."""
 
+    raw_producer: Any
+    admin: Any
+
     def __init__(self, broker: supply.Broker) -> None:
         self.broker = broker
         self.prefix = f"it-{secrets.token_hex(4)}."
         url = parse(broker.url)
         self.raw = config.client(url, config.settings({}), None, "raw")
-        self.raw_producer = AIOKafkaProducer(**self.raw)
-        self.admin = AIOKafkaAdminClient(**self.raw)
 
     def bus(self, *channels: Any, url: str | None = None, **settings: Any) -> Bus:
         given = {"service": "svc", "prefix": self.prefix, "config": False, "environ": {}, **settings}
@@ -91,6 +92,8 @@ def bodies(deliveries: Sequence[Delivery[Any]]) -> list[bytes]:
 @pytest.fixture
 async def lab() -> AsyncIterator[Bench]:
     bench = Bench(supply.running(["kafka"])[0])
+    bench.raw_producer = AIOKafkaProducer(**bench.raw)
+    bench.admin = AIOKafkaAdminClient(**bench.raw)
     await bench.raw_producer.start()
     await bench.admin.start()
     try:
@@ -430,7 +433,11 @@ async def test_a_broker_that_was_killed_is_found_again() -> None:
             await bus.send(queue, b"before")
             await until(lambda: seen == [b"before"], "before")
             broker.kill()
-            assert (await bus.health()).status == "down"
+
+            async def down() -> bool:
+                return (await bus.health()).status == "down"
+
+            await until(down, "down")
             with pytest.raises(Timeout):
                 await bus.send(queue, b"undecided", timeout=1)
             sending = asyncio.create_task(bus.send(queue, b"kept"))
