@@ -152,6 +152,11 @@ class KafkaAdapter:
                     of_partition.append((builder, []))
                 of_partition[-1][1].append(i)
         await asyncio.gather(*(self._deliver(link, tp, made, timeout, results) for tp, made in builders.items()))
+        for topic in {topic for topic, _, later in routes if later} | {
+            r[0] for r, o in zip(routes, batch, strict=True) if type(o.to) is Group
+        }:
+            for subscription in self._subscriptions:
+                subscription.sent(topic)
         for i, outgoing in enumerate(batch):
             if isinstance(outgoing.to, Topic) and results[i] is None and not await self._has_group(link, outgoing.to):
                 results[i] = Unroutable(f"{outgoing.to} has no group")

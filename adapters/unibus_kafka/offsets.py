@@ -116,6 +116,12 @@ class Partition:
         self.highest, self.open = found if found is not None else (start - 1, {})
         self.failures = {number: count for number, count in self.open.items() if count}
 
+    @property
+    def next(self) -> int:
+        """Where reading goes on."""
+        last = self.tracker.last
+        return self.start if last is None else last + 1
+
     def take(self, offset: int) -> bool:
         """A record was read. False if it was finished before."""
         self.tracker.add(offset)
@@ -139,7 +145,7 @@ class Partition:
         for offset, delivery in self.out.items():
             self.remember(offset, delivery)
         tracker = self.tracker
-        last = self.start - 1 if tracker.last is None else tracker.last
+        last = self.next - 1
         later = [number for number in self.open if number > last]  # unfinished, and not read again yet
         first = tracker.first
         if first is None:

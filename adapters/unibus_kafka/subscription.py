@@ -29,7 +29,7 @@ from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
 from unibus_kafka import config, errors, offsets, wire
 from unibus_kafka.capabilities import HOLD_BELOW
-from unibus_kafka.link import EARLIEST, Link, put_away
+from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
 from unibus_kafka.offsets import Partition
 from unibus_kafka.topology import Place
 
@@ -37,6 +37,7 @@ log = logging.getLogger("unibus.kafka")
 
 _POLL = 500  # milliseconds; what arrives ends it
 _MANY = 500  # records of one poll
+_LOOK = 1.0  # seconds between looks whether there is anything on the topics beside the main one
 _HELD = 1000  # records of one partition that wait for their time, before it is paused
 _CLOSE = 5.0  # seconds
 
@@ -80,6 +81,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         self._waiter: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
         self._joined = asyncio.Event()
+        self._hint = asyncio.Event()
         self._closing = asyncio.Event()
         self._fenced = False  # the group has gone on without us
         self._stopped = self._closed = False
@@ -87,13 +89,14 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         self._committing = asyncio.Lock()
         self._commit_timer: Timer | None = None
         self._held_timer: Timer | None = None
-        self._pump_task: asyncio.Task[None] | None = None
+        self._readers: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Beginning
 
     def begin(self) -> None:
-        self._pump_task = asyncio.get_running_loop().create_task(self._pump(), name=f"unibus reads {self._place.topic}")
+        work = [self._pump()] if len(self._place.topics) == 1 else [self._pump(), self._look_aside()]
+        self._readers = [asyncio.get_running_loop().create_task(one) for one in work]
 
     def assign(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
         """By ourselves: begin here."""
@@ -113,7 +116,10 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         for tp, (offset, metadata) in starts.items():
             self._parts[tp] = Partition(tp, offset, metadata, self._place.topics.get(tp.topic, 0.0))
             self._consumer.seek(tp, offset)
+            if tp.topic != self._place.topic:
+                self._consumer.pause(tp)
         self._joined.set()
+        self._hint.set()
 
     # Rebalances: called by the client library, whose heart goes on beating meanwhile.
 
@@ -179,6 +185,32 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                     await self._look_for_new()
         except Exception as exc:
             self._end(errors.translate(exc, f"receive from {self._place.topic!r}"))
+
+    async def _look_aside(self) -> None:
+        """Read lanes and rungs only while there is something on them.
+
+        The library has one fetch at a time under way to a broker. It would wait, half a second, for partitions that are
+        empty, while the main one, whose records we have taken, can't be fetched.
+        """
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK):
+                    await self._hint.wait()
+            self._hint.clear()
+            try:
+                aside = {
+                    tp: part for tp, part in self._parts.items() if tp.topic != self._place.topic and not part.held
+                }
+                for tp, end in (await self._kit.link.offsets(aside, LATEST) if aside else {}).items():
+                    if self._parts.get(tp) is (part := aside[tp]) and not (part.held or part.full):
+                        self._pause(part, on=part.next >= end)
+            except TransportError as error:  # the main topic's consumer meets it, too
+                log.debug("%s: no look at its retries: %s", self.address, error)
+
+    def sent(self, topic: str) -> None:
+        """We have sent something to this topic ourselves: no need to wait for the next look."""
+        if topic in self._place.topics:
+            self._hint.set()
 
     async def _begin_anew(self, tps: list[TopicPartition]) -> None:
         """What was to be read next is gone: retention was faster, or the topic was made anew."""
@@ -408,10 +440,10 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         """What was not handed out is simply not finished: whoever gets the partition begins with it."""
         self._stopped = True
         self._wake()
-        if self._pump_task is not None:
-            self._pump_task.cancel()
-            await asyncio.wait([self._pump_task])
-            self._pump_task = None
+        for reader in self._readers:
+            reader.cancel()
+            await asyncio.wait([reader])
+        self._readers.clear()
         self._buffer.clear()
         self._held.clear()
         self._set_timer()

@@ -19,6 +19,7 @@ from unibus.message import (
     ENVELOPE_HEADERS,
     EXPIRES_AT,
     ID,
+    NO_HEADERS,
     NOT_BEFORE,
     REPLY_TO,
     RESERVED_HEADERS,
@@ -121,38 +122,33 @@ def _time(value: str | None) -> float | None:
 
 
 def decode(record: Any) -> Message:
-    """The envelope of a record."""
-    key = record.key
-    message = Message(
-        record.value if record.value is not None else b"",
-        key=None if not key else key.decode(errors="surrogateescape"),
-        timestamp=record.timestamp / 1000 if record.timestamp >= 0 else None,
-    )
-    if record.headers:
-        _headers(record.headers, message)
-    if not message.id:
-        message.id = position(record)
-    elif message.content_type is None:
-        message.content_type = JSON
-    return message
-
-
-def _headers(native: Any, message: Message) -> None:
+    """The envelope of a record. Written out, since every message comes by here."""
+    value, key, at = record.value, record.key, record.timestamp
     headers: dict[str, str] = {}
     ours: dict[str, str] = {}
-    for name, raw in native:
-        if (value := _text(raw)) is not None:
-            (ours if name in ENVELOPE_HEADERS else headers)[name] = value
-    if headers:
-        message.headers = headers
+    for name, raw in record.headers:
+        try:
+            (ours if name in ENVELOPE_HEADERS else headers)[name] = raw.decode()
+        except (UnicodeDecodeError, AttributeError):  # bytes that are no text, or no value: they stay on the record
+            continue
     get = ours.get
-    message.id = get(ID) or ""
-    if len(ours) > (ID in ours):
-        message.content_type, message.type, message.reply_to = get(CONTENT_TYPE), get(TYPE), get(REPLY_TO)
+    id, content_type = get(ID), get(CONTENT_TYPE)
+    message = Message(
+        b"" if value is None else value,
+        id or position(record),
+        None,
+        JSON if content_type is None and id else content_type,
+        headers or NO_HEADERS,
+        key.decode(errors="surrogateescape") if key else None,
+    )
+    message.timestamp = at / 1000 if at >= 0 else None
+    if len(ours) > (ID in ours) + (content_type is not None):
+        message.type, message.reply_to = get(TYPE), get(REPLY_TO)
         message.correlation_id, message.causation_id = get(CORRELATION_ID), get(CAUSATION_ID)
         message.expires_at = _time(get(EXPIRES_AT))
         if TIMESTAMP in ours:
             message.timestamp = _time(ours[TIMESTAMP])
+    return message
 
 
 def not_before(record: Any) -> float | None:
