@@ -14,6 +14,7 @@ from unibus.adapter import Declared, Url
 from unibus.channel import Group
 from unibus.config_tables import check_table
 from unibus.errors import ConfigError
+from unibus.tls import client_context
 
 ExchangeType = Literal["direct", "fanout", "topic", "headers"]
 
@@ -117,22 +118,4 @@ def urls(url: Url, given: Settings, service: str, role: str) -> list[URL]:
 def tls(url: Url, given: Settings) -> ssl.SSLContext | None:
     """The TLS context of amqps, or None. Reads files: not for the event loop. Raises ConfigError."""
     files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
-    if url.scheme != "amqps":
-        if any(files.values()) or not given.verify:
-            raise ConfigError("rabbitmq: ca_file, cert_file, key_file and verify need TLS; use amqps:// in url")
-        return None
-    for key, path in files.items():
-        if path is not None and not path.is_file():
-            raise ConfigError(f"rabbitmq.{key}: no such file")
-    if given.key_file is not None and given.cert_file is None:
-        raise ConfigError("rabbitmq.key_file needs rabbitmq.cert_file beside it")
-    try:
-        context = ssl.create_default_context(cafile=given.ca_file)
-        if given.cert_file is not None:
-            context.load_cert_chain(given.cert_file, given.key_file)
-    except OSError as exc:
-        raise ConfigError(f"rabbitmq: the TLS files can't be used: {exc.strerror or exc}") from exc
-    if not given.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+    return client_context("rabbitmq", "amqps", url.scheme, files, verify=given.verify)
