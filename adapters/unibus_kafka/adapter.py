@@ -85,14 +85,14 @@ class KafkaAdapter:
     async def declare(self, topology_: Topology) -> None:
         link, made = self._linked(), topology.plan(topology_, self._settings)
         if topology_.mode != "assume":
-            there = await link.topics(made.topics)
+            gone = await link.missing(made.topics, fresh=True)
             if topology_.mode == "verify":
-                await self._verify(link, made, there)
+                await self._verify(link, made, gone)
             else:
                 witnesses = {witness for _, _, witness in made.groups.values()}
                 await link.create({name: o for name, o in made.topics.items() if name not in witnesses})
                 for group, (place, start, witness) in made.groups.items():
-                    await self._begin(link, group, place, start, known_before=witness in there)
+                    await self._begin(link, group, place, start, known_before=bool(witness) and witness not in gone)
                 await link.create(made.topics)
         self._plan.places |= made.places
         self._plan.topics |= made.topics
@@ -117,10 +117,10 @@ class KafkaAdapter:
         await link.commit(group, offsets)
         log.info("created group %s", group)
 
-    async def _verify(self, link: Link, made: topology.Plan, there: set[str]) -> None:
-        missing = [f"topic {name!r}" for name in made.topics if name not in there]
+    async def _verify(self, link: Link, made: topology.Plan, gone: set[str]) -> None:
+        missing = [f"topic {name!r}" for name in made.topics if name in gone]
         for group, (place, _, _) in made.groups.items():
-            if place.topic in there and not await link.committed(group):
+            if place.topic not in gone and not await link.committed(group):
                 missing.append(f"group {group!r}")
         if missing:
             raise NotFound(f"missing on Kafka: {', '.join(missing)}; create them with `unibus declare`")
@@ -131,7 +131,7 @@ class KafkaAdapter:
         link, now = self._linked(), self._clock.time()
         results: list[TransportError | None] = [None] * len(batch)
         routes = [self._route(outgoing, now) for outgoing in batch]
-        there = await link.topics({topic for topic, _, _ in routes})
+        gone = await link.missing({topic for topic, _, _ in routes})
         builders: dict[TopicPartition, list[tuple[Any, list[int]]]] = defaultdict(list)
         for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
             key, value, headers, at = wire.encode(outgoing, now, later=later)
@@ -139,7 +139,7 @@ class KafkaAdapter:
             if size + 64 * 1024 > self._settings.max_request_size:
                 size += sum(len(name) + len(v or b"") + 6 for name, v in headers)
             tp = link.partition(topic, key) if number is None else TopicPartition(topic, number)
-            if topic not in there or tp is None or tp.partition >= len(link.partitions(topic)):
+            if topic in gone or tp is None or tp.partition >= len(link.partitions(topic)):
                 results[i] = self._missing(outgoing, topic)
             elif size > self._settings.max_request_size:
                 results[i] = MessageTooLarge(f"{outgoing.to}: {size} bytes; kafka.max_request_size is less")
@@ -190,8 +190,9 @@ class KafkaAdapter:
                 builder.close()
                 async with asyncio.timeout_at(deadline):
                     confirmed = await link.producer.send_batch(builder, tp.topic, partition=tp.partition)
+                    confirmed.add_done_callback(_seen)
                     while not (await asyncio.wait([confirmed], timeout=_LOOK))[0]:
-                        if tp.topic not in await link.topics({tp.topic, ""}):  # the producer alone would try for ever
+                        if await link.missing({tp.topic}, fresh=True):  # the producer alone would try for ever
                             raise NotFound(f"topic {tp.topic!r} was deleted")
                     confirmed.result()
             except TimeoutError as exc:
@@ -237,9 +238,8 @@ class KafkaAdapter:
             place = Place(address, address.name, above.topic, above.topics)
         else:
             place = self._place(address)
-        there = await link.topics(place.topics)
-        if gone := [topic for topic in place.topics if topic not in there]:
-            raise NotFound(f"{address}: missing on Kafka: {', '.join(gone)}; create them with `unibus declare`")
+        if gone := await link.missing(place.topics):
+            raise NotFound(f"{address}: missing on Kafka: {', '.join(sorted(gone))}; create them with `unibus declare`")
         group = None if source.browse or place not in self._plan.places.values() else place.name
         consumer = self._consumer(link, group)
         kit = Kit(link, self._clock, given, self._send_back, self._subscriptions.discard)
@@ -295,9 +295,8 @@ class KafkaAdapter:
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link, place = self._linked(), self._place(address)
         topics = [topic for topic, seconds in place.topics.items() if not seconds]
-        there = await link.topics(topics)
-        if gone := [topic for topic in topics if topic not in there]:
-            raise NotFound(f"{address}: missing on Kafka: {', '.join(gone)}; create them with `unibus declare`")
+        if gone := await link.missing(topics):
+            raise NotFound(f"{address}: missing on Kafka: {', '.join(sorted(gone))}; create them with `unibus declare`")
         tps = [tp for topic in topics for tp in link.partitions(topic)]
         ends, committed = await link.offsets(tps, LATEST), await link.committed(place.name)
         begins = await link.offsets(tps, EARLIEST)
@@ -315,6 +314,12 @@ class KafkaAdapter:
     def reply_to(self, text: str) -> Address:
         wire.reply_address(text)
         return Inbox(text)
+
+
+def _seen(confirmed: asyncio.Future[Any]) -> None:
+    """Also of what comes when nobody waits for it any more."""
+    if not confirmed.cancelled():
+        confirmed.exception()
 
 
 def _own(place: Place) -> set[str | None]:

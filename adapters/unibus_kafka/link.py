@@ -45,7 +45,6 @@ class Link:
             compression_type=given.compression,
         )
         self._client: Any = self.producer.client
-        self._listed = float("-inf")  # when the full list of topics was read
         self._next = 0
 
     @classmethod
@@ -93,15 +92,15 @@ class Link:
 
     # Topics. Always by the full list: to ask for a topic by its name may make it.
 
-    async def topics(self, wanted: Iterable[str] = ()) -> set[str]:
-        """All that we may see. The list is read anew if one of `wanted` is not in the one we have."""
-        known: set[str] = self._client.cluster.topics(exclude_internal_topics=False)
-        now = asyncio.get_running_loop().time()
-        if not known.issuperset(wanted) and now - self._listed > 0.05:
+    async def missing(self, topics: Iterable[str], *, fresh: bool = False) -> set[str]:
+        """Those that are not there, or that we may not see. `fresh`: don't trust what we know."""
+        names = set(topics)
+        cluster = self._client.cluster
+        gone = {name for name in names if not cluster.partitions_for_topic(name)}
+        if gone or fresh:
             await self._client.force_metadata_update()
-            self._listed = asyncio.get_running_loop().time()
-            known = self._client.cluster.topics(exclude_internal_topics=False)
-        return known
+            gone = {name for name in names if not cluster.partitions_for_topic(name)}
+        return gone
 
     def partitions(self, topic: str) -> list[TopicPartition]:
         """Ascending; empty where the topic is not known."""
@@ -120,8 +119,8 @@ class Link:
 
     async def create(self, topics: Mapping[str, config.TopicOptions]) -> None:
         """Make what is not there; returns once each has a leader."""
-        known = await self.topics(topics)
-        wanted = {name: options for name, options in topics.items() if name not in known}
+        gone = await self.missing(topics)
+        wanted = {name: options for name, options in topics.items() if name in gone}
         if not wanted:
             return
         entries: list[Any] = [

@@ -87,22 +87,12 @@ class Partition:
     """One that is assigned to us, until `owned` is False. `seconds`: the rung it belongs to, 0 for none."""
 
     __slots__ = (
-        "committed",
-        "failures",
-        "full",
-        "held",
-        "highest",
-        "open",
-        "out",
-        "owned",
-        "seconds",
-        "start",
-        "tp",
-        "tracker",
-    )
+        "committed", "failures", "full", "held", "highest", "name", "open", "out", "owned", "seconds", "start", "tp", "tracker"
+    )  # fmt: skip
 
     def __init__(self, tp: Any, start: int, metadata: str = "", seconds: float = 0.0) -> None:
         self.tp = tp
+        self.name = f"{tp.topic}/{tp.partition}"
         self.start = start
         self.seconds = seconds
         self.owned = True

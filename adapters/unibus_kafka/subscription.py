@@ -135,7 +135,6 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                 log.warning(text, self.address, len(missing))
         except Exception as exc:
             self._end(errors.translate(exc, f"take over the partitions of {self._group!r}"))
-            self._joined.set()
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         grace = 0.0 if self._fenced or self._closing.is_set() else self._kit.settings.rebalance_grace
@@ -146,19 +145,20 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         self._buffer = deque(read for read in self._buffer if read[0] not in parts)
         self._held = [entry for entry in self._held if entry[2] not in parts]
         heapq.heapify(self._held)
-        if out := [delivery for part in parts for delivery in part.out.values()]:
-            losing = asyncio.ensure_future(self.source.losing(out, grace))
-            closing = asyncio.ensure_future(self._closing.wait())
-            await asyncio.wait((losing, closing), return_when=asyncio.FIRST_COMPLETED)
-            for task in (losing, closing):
-                task.cancel()
-        if not self._fenced:
+        try:
+            if out := [delivery for part in parts for delivery in part.out.values()]:
+                losing = asyncio.ensure_future(self.source.losing(out, grace))
+                closing = asyncio.ensure_future(self._closing.wait())
+                await asyncio.wait((losing, closing), return_when=asyncio.FIRST_COMPLETED)
+                closing.cancel()
+                losing.cancel()
             await self._commit()
-        for part in parts:
-            self._out -= len(part.out)
-            part.lose()
-            if self._parts.get(part.tp) is part:
-                del self._parts[part.tp]
+        finally:
+            for part in parts:
+                self._out -= len(part.out)
+                part.lose()
+                if self._parts.get(part.tp) is part:
+                    del self._parts[part.tp]
 
     # Reading
 
@@ -345,7 +345,8 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
 
     def _delivery(self, part: Partition, record: Any) -> Delivery[Any]:
         failures = part.failures.get(record.offset, 0) if part.failures else 0
-        return Delivery(wire.decode(record), self.source, part, failures, native=record, position=wire.position(record))
+        position = f"{part.name}@{record.offset}"
+        return Delivery(wire.decode(record), self.source, part, failures, None, None, record, position)
 
     async def settle(
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
@@ -434,6 +435,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
     def _end(self, error: UnibusError) -> None:
         if self._over is None:
             self._over = error
+        self._joined.set()
         self._wake()
 
     async def stop(self) -> None:

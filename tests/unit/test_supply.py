@@ -21,6 +21,7 @@ from unibus_contracts import supply
 from unibus_contracts.supply import __main__ as command_line
 from unibus_contracts.supply import apt
 from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyError, free_ports, wait_until
+from unibus_contracts.supply.kafka import Kafka
 from unibus_contracts.supply.native import Native, processes
 from unibus_contracts.supply.rabbitmq import RabbitMQ
 
@@ -92,7 +93,8 @@ def kind(docker: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     fake = FakeKind()
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(supply.KINDS, "rabbitmq")
+    for name in list(supply.KINDS):
+        monkeypatch.delitem(supply.KINDS, name)
     monkeypatch.setitem(supply.KINDS, "fake", fake)
     monkeypatch.setattr(supply, "_SOURCES", (docker, Native()))
     monkeypatch.delenv("UNIBUS_TEST_FAKE_URL", raising=False)
@@ -299,6 +301,16 @@ def test_rabbitmq_listens_on_loopback_only_and_knows_no_guest() -> None:
     assert "inet_dist_use_interface {127,0,0,1}" in environment["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"]
 
 
+def test_kafka_listens_on_loopback_only_and_refuses_by_default() -> None:
+    kind = Kafka()
+    site = Site("kafka", "unibus1", "127.0.0.1", "/f", {"sasl": 1, "tls": 2, "controller": 3}, "u", "p")
+    config = dict(line.split("=", 1) for line in kind.files(site)["server.properties"].decode().splitlines())
+    assert all("://127.0.0.1:" in listener for listener in config["listeners"].split(","))
+    assert "PLAINTEXT:PLAINTEXT" not in config["listener.security.protocol.map"].replace("CONTROLLER:PLAINTEXT", "")
+    assert config["super.users"] == "User:u;User:ANONYMOUS"
+    assert "allow.everyone.if.no.acl.found" not in config
+
+
 def test_a_kill_waits_until_rabbitmq_has_registered_its_quorum_queues(tmp_path: Path) -> None:
     kind = RabbitMQ()
     assert kind.settled(tmp_path)
@@ -334,7 +346,8 @@ def test_only_an_amqp_broker_counts_as_one(answer: bytes, well: bool) -> None:
 def test_compose_and_supply_use_the_same_version_on_loopback_only() -> None:
     compose = (ROOT / "docker-compose.test.yml").read_text()
     images = re.findall(r"image: (\S+)", compose)
-    assert images == [kind.image + "-management" for kind in supply.KINDS.values() if kind.name == "rabbitmq"]
+    more = {"rabbitmq": "-management"}
+    assert images == [kind.image + more.get(kind.name, "") for kind in supply.KINDS.values()]
     published = re.findall(r'- "(.*:\d+)"', compose)
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
