@@ -18,7 +18,6 @@ from unibus.errors import (
     ConnectionLost,
     NotFound,
     PermissionDenied,
-    Timeout,
     TransportError,
     UnknownChannel,
     Unroutable,
@@ -27,7 +26,7 @@ from unibus.errors import (
 from unibus_redis import config, errors, scripts, topology, wire
 from unibus_redis.capabilities import known
 from unibus_redis.link import Link
-from unibus_redis.subscription import INBOX_LIFE, TIMEOUT, Browser, Hooks, RedisSubscription
+from unibus_redis.subscription import INBOX_LIFE, Browser, Hooks, RedisSubscription
 
 log = logging.getLogger("unibus.redis")
 
@@ -90,8 +89,7 @@ class RedisAdapter:
     async def _check_server(self, link: Link) -> str:
         """Its version. Raises what makes it unfit."""
         where = self._host[0]
-        async with asyncio.timeout(TIMEOUT):
-            text = (await link.call("INFO")).decode(errors="replace")
+        text = (await link.call("INFO", "server", "memory", "replication", "cluster")).decode(errors="replace")
         info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
         version: str = info.get("redis_version", "?")
         numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
@@ -133,14 +131,13 @@ class RedisAdapter:
         link = self._linked()
         places = topology.plan(topology_, self._clock.time(), self._settings.retention)
         if topology_.mode != "assume":
-            async with asyncio.timeout(2 * TIMEOUT):
-                missing = await self._missing(link, places)
-                if topology_.mode == "verify" and missing:
-                    names = ", ".join(dict.fromkeys(f"{address} ({stream})" for address, stream, _, _ in missing))
-                    raise NotFound(f"missing on Redis: {names}; create them with `unibus declare`")
-                for address, stream, group, start in missing:
-                    if await link.script(scripts.MAKE, [stream], (group, start or "$", "", 0), f"declare {address}"):
-                        log.info("created %s: stream %r%s", address, stream, f", group {group!r}" if group else "")
+            missing = await self._missing(link, places)
+            if topology_.mode == "verify" and missing:
+                names = ", ".join(dict.fromkeys(f"{address} ({stream})" for address, stream, _, _ in missing))
+                raise NotFound(f"missing on Redis: {names}; create them with `unibus declare`")
+            for address, stream, group, start in missing:
+                if await link.script(scripts.MAKE, [stream], (group, start or "$", "", 0), f"declare {address}"):
+                    log.info("created %s: stream %r%s", address, stream, f", group {group!r}" if group else "")
         self._places = places
 
     async def _missing(self, link: Link, places: dict[Address, topology.Place]) -> list[tuple[Address, str, str, str]]:
@@ -216,13 +213,10 @@ class RedisAdapter:
             arguments += one
         results: list[TransportError | None] = [None] * len(batch)
         try:
-            async with asyncio.timeout(timeout):
-                bad = await link.script(scripts.SEND, keys, arguments, "send")
-        except TimeoutError:
-            return [Timeout(f"Redis did not confirm within {timeout:g} s")] * len(batch)
+            bad = await link.script(scripts.SEND, keys, arguments, "send", timeout)
         except ConnectionLost:
             raise
-        except TransportError as error:  # of the script as a whole: nothing of it was done
+        except TransportError as error:  # of the script as a whole
             return [error] * len(batch)
         for i, why in zip(bad[::2], bad[1::2], strict=True):
             to = batch[i].to
@@ -242,10 +236,10 @@ class RedisAdapter:
             raise Unsupported(f"{address}: start={source.start!r}, but topics keep nothing; set redis.retention")
         token = secrets.token_hex(8)
         consumer = f"{self._endpoint.service}.{self._endpoint.instance}.{token}"
-        life = "0"
+        life = 0
         if isinstance(address, Inbox):
             place = topology.inbox(wire.inbox_name(self._endpoint.prefix, self._endpoint.service, token))
-            life = str(round(INBOX_LIFE * 1000))
+            life = round(INBOX_LIFE * 1000)
         elif isinstance(address, Group) and address.ephemeral:
             topic = self._place(address.topic)
             place = topology.private(address, topic, f"{self._endpoint.prefix}{address.name}.{token}")
@@ -261,15 +255,12 @@ class RedisAdapter:
         try:
             if isinstance(address, Inbox):
                 subscription.address = Inbox(place.tag)
-            async with asyncio.timeout(TIMEOUT):
-                if isinstance(address, Inbox) or (isinstance(address, Group) and address.ephemeral):
-                    for stream, group, start in place.made():
-                        await link.script(
-                            scripts.MAKE, [stream], (group, start, consumer, life), f"subscribe to {address}"
-                        )
-                else:
-                    await self.backlog(address)  # raises NotFound
-                await subscription.start()
+            if life or place.group.startswith(topology.PRIVATE):
+                for stream, group, start in place.made():
+                    await link.script(scripts.MAKE, [stream], (group, start, consumer, life), f"subscribe to {address}")
+            elif not isinstance(address, Inbox):
+                await self.backlog(address)  # raises NotFound
+            await subscription.start()
         except BaseException:
             await subscription.close()
             raise

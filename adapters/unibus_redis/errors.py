@@ -87,7 +87,3 @@ def connecting(exc: Exception, where: str) -> UnibusError:
     error = translate(exc, doing)
     fatal = AuthenticationFailed | PermissionDenied | ConfigError
     return error if isinstance(error, fatal | ConnectionLost) else ConnectionLost(str(error))
-
-
-def closed(address: object) -> ConnectionLost:
-    return ConnectionLost(f"the subscription of {address} is closed")

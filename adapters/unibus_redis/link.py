@@ -14,11 +14,12 @@ from typing import Any
 from redis import exceptions as native
 from redis.asyncio.connection import AbstractConnection
 
-from unibus.errors import ConnectionLost, TransportError, UnibusError
+from unibus.errors import ConnectionLost, Timeout, TransportError, UnibusError
 from unibus_redis import errors
 from unibus_redis.scripts import ALL, Script
 
 Reply = Any  # bytes, int, None, a list of these, or an error
+TIMEOUT = 10.0  # of a call, unless it has its own
 _CLOSE_TIMEOUT = 5.0
 
 
@@ -50,8 +51,8 @@ class Link:
             raise
         return link
 
-    async def run(self, *commands: Sequence[Any]) -> list[Reply]:
-        """The replies in order; an error reply is among them, not raised. Raises ConnectionLost."""
+    async def run(self, *commands: Sequence[Any], timeout: float = TIMEOUT) -> list[Reply]:
+        """The replies in order; an error reply is among them, not raised. Raises ConnectionLost, Timeout."""
         if self.lost is not None:
             raise self.lost
         future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
@@ -59,7 +60,11 @@ class Link:
         task = asyncio.get_running_loop().create_task(self._write(commands, future))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-        return await future
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            raise Timeout(f"no answer from Redis at {self._where} within {timeout:g} s") from None
 
     async def call(self, *command: Any) -> Reply:
         """The reply of one command. Raises what it answered."""
@@ -68,13 +73,15 @@ class Link:
             raise errors.translate(reply, f"{command[0]} at {self._where}") from reply
         return reply
 
-    async def script(self, script: Script, keys: Sequence[Any], arguments: Sequence[Any], doing: str) -> Reply:
+    async def script(
+        self, script: Script, keys: Sequence[Any], arguments: Sequence[Any], doing: str, timeout: float = TIMEOUT
+    ) -> Reply:
         """The reply of a script. Raises what it answered."""
         command = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
-        (reply,) = await self.run(command)
+        (reply,) = await self.run(command, timeout=timeout)
         if isinstance(reply, native.NoScriptError):  # the server has restarted, or flushed them; nothing was done
             await self.load()
-            (reply,) = await self.run(command)
+            (reply,) = await self.run(command, timeout=timeout)
         if isinstance(reply, Exception):
             raise errors.translate(reply, doing) from reply
         return reply

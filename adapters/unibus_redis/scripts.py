@@ -185,13 +185,14 @@ return {cursors, found, gone}
 """
 )
 
-# Whoever holds the key has the work. KEYS: key. ARGV: consumer, ms (0: give it up). -> 0 another's, 1 still ours, 2 ours from now on
+# Whoever holds the key has the work. KEYS: key. ARGV: group, consumer, ms (0: give it up).
+# -> 0 another's, 1 still ours, 2 ours from now on
 OWN = Script(
     """
 local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[1] then return 0 end
-if ARGV[2] == '0' then redis.call('DEL', KEYS[1]); return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if owner and owner ~= ARGV[2] then return 0 end
+if ARGV[3] == '0' then redis.call('DEL', KEYS[1]); return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return owner and 1 or 2
 """
 )
@@ -240,14 +241,16 @@ return due[2] and math.max(0, due[2] - time) or -1
 """
 )
 
-# Consumers that left nothing behind and were not seen for long. KEYS: streams. ARGV: group, ms; or 0 and the one that leaves.
+# Takes away the consumers that hold nothing and were not seen for so long. KEYS: streams. ARGV: group, consumer, ms (0: that one).
 TIDY = Script(
     _LIB
     + """
 for _, key in ipairs(KEYS) do
   for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', key, ARGV[1])) do
     local one = map(flat)
-    if one.pending == 0 and (one.name == ARGV[3] or (ARGV[2] ~= '0' and one.idle > tonumber(ARGV[2]))) then
+    local over = one.idle > tonumber(ARGV[3])
+    if ARGV[3] == '0' then over = one.name == ARGV[2] end
+    if over and one.pending == 0 then
       redis.call('XGROUP', 'DELCONSUMER', key, ARGV[1], one.name)
     end
   end

@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
-
-from redis import exceptions as native
 
 from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
 from unibus.channel import Group, Inbox, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
-from unibus.errors import LeaseLost, NotFound, TransportError, UnibusError, Unsupported
+from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
 from unibus_redis import errors, scripts, wire
-from unibus_redis.link import Link
+from unibus_redis.link import TIMEOUT, Link
 from unibus_redis.topology import PRIVATE, Place
 from unibus_redis.wire import Entry
 
 log = logging.getLogger("unibus.redis")
 
-TIMEOUT = 10.0  # of each call
 INBOX_LIFE = 60.0  # an inbox without its process lives that long
 _BEAT = 1.0  # how often to look for what others have put into the delayed set, and who has the work
 _LONGEST_READ = 5.0  # an empty read is repeated
@@ -66,8 +63,8 @@ class RedisSubscription:
         self._claim_at = 0.0
         self._claim_idle = self._ms
         self._over: UnibusError | None = None
-        self._stopped = False
-        self._owner = not place.ordered
+        self._stopped = self._closed = False
+        self._lead_until = 0.0 if place.ordered else inf  # with the work until then
         self._reading: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._due = inf
@@ -89,92 +86,74 @@ class RedisSubscription:
             if self._stopped:
                 return []
             self._woken.clear()
+            now = self._clock.monotonic()
             room = min(limit, self.source.prefetch - len(self._held))
-            left = deadline - self._clock.monotonic()
-            if room > 0 and self._owner:
+            if room > 0 and now < self._lead_until:
                 if not self._arrived:
-                    await self._fetch(room - len(self._arrived), max(0.0, left))
-                if found := [self._deliver(self._arrived.popleft()) for _ in range(min(room, len(self._arrived)))]:
+                    await self._fetch(room, max(0.0, deadline - now))
+                if found := self._take(room):
                     return found
-            elif left > 0:
-                await self._wait(self._woken.wait(), left)
+            elif deadline > now:
+                await _happens(self._woken, deadline - now)
             if deadline <= self._clock.monotonic():
                 return []
 
-    async def _wait(self, awaitable: Awaitable[Any], seconds: float) -> None:
-        """Until it is done, or so long; what is a task goes on."""
-        task = asyncio.ensure_future(awaitable)
-        try:
-            await asyncio.wait([task], timeout=seconds)
-        finally:
-            if task is not self._reading:
-                task.cancel()
-
     async def _fetch(self, room: int, timeout: float) -> None:
-        """Fill `_arrived`: from what others held for too long, then from what is new, waiting for it."""
+        """Fill `_arrived`: from what others held for too long, then from what is new, waiting for it.
+
+        In a task of its own, which goes on when the receive is cancelled: what it brings belongs to this consumer.
+        """
         if self._reading is None:
-            if self._cursors or self._clock.monotonic() >= self._claim_at:
-                self._reading = asyncio.create_task(self._claim(room))
-            else:
-                self._reading = asyncio.create_task(self._read(room, timeout))
+            claim = self._cursors or self._clock.monotonic() >= self._claim_at
+            self._reading = asyncio.create_task(self._claim(room) if claim else self._read(room, timeout))
         reading = self._reading
-        await self._wait(reading, timeout + 1)
-        if reading.done():
+        await asyncio.wait([reading], timeout=timeout + 1)
+        if reading.done() and self._reading is reading:
             self._reading = None
             reading.result()
 
     async def _read(self, room: int, timeout: float) -> None:
         lanes = self._lanes
         if len(lanes) > 1:  # a blocking read has a limit for each stream, and no order among them
-            arguments = (self._place.group, self._consumer, room)
-            found = await self._script(scripts.READ, lanes, arguments, "receive from")
-            self._admit([(lanes[n], entry, 1) for n, entry in zip(found[::2], found[1::2], strict=True)])
+            found = await self._script(scripts.READ, lanes, (room,), "receive from")
             if found:
+                self._admit([(lanes[n], entry, 1) for n, entry in zip(found[::2], found[1::2], strict=True)])
                 return
-        block = max(1, round(min(timeout, _LONGEST_READ) * 1000))
-        count = room if len(lanes) == 1 else 1
-        command = (
-            "XREADGROUP",
-            "GROUP",
-            self._place.group,
-            self._consumer,
-            "COUNT",
-            count,
-            "BLOCK",
-            block,
-            "STREAMS",
-            *lanes,
-        )
-        (reply,) = await self._reads.run((*command, *(">" for _ in lanes)))
+        if self._stopped:
+            return
+        block = min(timeout, _LONGEST_READ)
+        head = ("XREADGROUP", "GROUP", self._place.group, self._consumer, "COUNT", room if len(lanes) == 1 else 1)
+        command = (*head, "BLOCK", max(1, round(block * 1000)), "STREAMS", *lanes, *(">" for _ in lanes))
+        (reply,) = await self._reads.run(command, timeout=block + TIMEOUT)
         if isinstance(reply, Exception):
-            if isinstance(reply, native.ResponseError) and str(reply).startswith("UNBLOCKED") and self._stopped:
-                return
             raise errors.translate(reply, f"receive from {self.address}") from reply
-        entries = [(key.decode(), entry, 1) for key, part in reply or () for entry in part]
-        self._admit(entries)
+        self._admit([(key.decode(), entry, 1) for key, part in reply or () for entry in part])
 
     async def _claim(self, room: int) -> None:
         lanes = self._lanes
         cursors = self._cursors or ["0-0"] * len(lanes)
-        arguments = (self._place.group, self._consumer, self._claim_idle, room, *cursors)
-        cursors, found, gone = await self._script(scripts.CLAIM, lanes, arguments, "take over what was held in")
+        answer = await self._script(scripts.CLAIM, lanes, (self._claim_idle, room, *cursors), "take over messages of")
+        cursors, found, gone = answer
         self._cursors = cursors if any(cursors) else []
         if not self._cursors:
             self._claim_at = self._clock.monotonic() + self._hooks.lease / 3
             self._claim_idle = self._ms
         if gone:
-            log.error(
-                "%s: %d messages were deleted or trimmed while they were held, so they are lost", self.address, gone
-            )
-        mine = {(entry.key, entry.id) for entry in self._held}
-        entries = [
-            (lanes[n], entry, count) for n, entry, count in zip(found[::3], found[1::3], found[2::3], strict=True)
-        ]
-        self._admit([one for one in entries if (one[0], one[1][0]) not in mine])
+            text = "%s: %d messages were deleted or trimmed on the server while they were held; they are lost"
+            log.error(text, self.address, gone)
+        ours = {(entry.key, entry.id) for entry in (*self._held, *self._arrived)}
+        triples = zip(found[::3], found[1::3], found[2::3], strict=True)
+        self._admit([(lanes[n], raw, count) for n, raw, count in triples if (lanes[n], raw[0]) not in ours])
 
     def _admit(self, found: Sequence[tuple[str, list[Any], int]]) -> None:
         until = self._clock.monotonic() + self._hooks.lease
-        self._arrived.extend(Entry(key, raw, count, until) for key, raw, count in found)
+        self._arrived.extend([Entry(key, raw, count, until) for key, raw, count in found])
+
+    def _take(self, room: int) -> list[Delivery[Any]]:
+        arrived, now = self._arrived, self._clock.monotonic()
+        entries = [arrived.popleft() for _ in range(min(room, len(arrived)))]
+        # What nobody asked for during a whole lease may be another's by now; it comes again.
+        return [self._deliver(entry) for entry in entries if entry.until > now]
 
     def _deliver(self, entry: Entry) -> Delivery[Any]:
         delivery = deliver(entry, self.source, self._place)
@@ -183,7 +162,9 @@ class RedisSubscription:
         return delivery
 
     async def _script(self, script: scripts.Script, keys: Sequence[str], arguments: Sequence[Any], doing: str) -> Any:
-        return await self._link.script(script, keys, arguments, f"{doing} {self.address}")
+        """Of those that begin with the group and the consumer."""
+        mine = (self._place.group, self._consumer, *arguments)
+        return await self._link.script(script, keys, mine, f"{doing} {self.address}")
 
     # -- settle -----------------------------------------------------------------------------------------------
 
@@ -220,7 +201,7 @@ class RedisSubscription:
             # Looking at the owner takes as long as the rest, so it is left out where nobody can have claimed it yet.
             risky = self._place.ordered or any((deliveries[i].lease_until or 0) < near for i in indices)
             option = take_back if take_back is not None else int(key not in self._shared)
-            arguments = (self._place.group, self._consumer, option, int(risky))
+            arguments = (option, int(risky))
             ids = [deliveries[i].token.id for i in indices]
             for n in await self._script(script, [key], [*arguments, *ids], "settle messages of"):
                 results[indices[n]] = _lost(deliveries[indices[n]])
@@ -247,6 +228,7 @@ class RedisSubscription:
         back = [d.token for d, error in zip(deliveries, results, strict=True) if error is None]
         if not self._stopped:
             for entry in sorted(back, key=_age, reverse=True):
+                entry.until = self._clock.monotonic() + self._hooks.lease
                 self._arrived.appendleft(entry)
         return results
 
@@ -260,15 +242,14 @@ class RedisSubscription:
                 results[i] = _lost(move.delivery)
         for key, indices in by_key.items():
             keys, kinds, packed = self._hooks.pack([out for i in indices for out in moves[i].sends])
-            arguments: list[Any] = [self._place.group, self._consumer, "0" if key in self._shared else "1", kinds]
+            arguments: list[Any] = [int(key not in self._shared), kinds]
             at = iter(packed)
             for i in indices:
                 arguments += (moves[i].delivery.token.id, len(moves[i].sends))
                 for _ in moves[i].sends:
                     to, *rest = next(at)
                     arguments += (to + 1, *rest)  # the first key is the source
-            async with asyncio.timeout(timeout):
-                bad = await self._script(scripts.MOVE, [key, *keys], arguments, "move messages of")
+            bad = await self._script(scripts.MOVE, [key, *keys], arguments, "move messages of")
             for n, why in zip(bad[::2], bad[1::2], strict=True):
                 doing = f"move {moves[indices[n]].delivery.position} to {moves[indices[n]].sends[0].to}"
                 results[indices[n]] = errors.refusal(why.decode(), doing)
@@ -289,14 +270,13 @@ class RedisSubscription:
     async def _keep_on(self) -> None:
         tidied = self._clock.monotonic()
         while True:
-            await self._wait(self._nudged.wait(), min(self._due, _BEAT, self._hooks.lease / 3))
+            await _happens(self._nudged, min(self._due, _BEAT, self._hooks.lease / 3))
             self._nudged.clear()
             try:
-                async with asyncio.timeout(TIMEOUT):
-                    await self._keep()
-                    if self._clock.monotonic() - tidied > _TIDY and not self._stopped:
-                        tidied = self._clock.monotonic()
-                        await self._tidy(_DEAD_CONSUMER)
+                await self._keep()
+                if self._clock.monotonic() - tidied > _TIDY and not self._stopped:
+                    tidied = self._clock.monotonic()
+                    await self._tidy(_DEAD_CONSUMER)
             except Exception as exc:
                 error = errors.translate(exc, f"keep {self.address}")
                 if self._link.lost is not None or isinstance(error, NotFound):
@@ -311,38 +291,38 @@ class RedisSubscription:
             if not await self._link.call("PEXPIRE", self._lanes[0], round(INBOX_LIFE * 1000)):
                 raise NotFound(f"the inbox {self.address.name!r} is gone")
             return
+        keys = (*self._place.delayed, *self._place.topic)
         arguments = (round(self._hooks.retention * 1000), PRIVATE, 2 * self._ms + 60_000)
-        hint = await self._script(scripts.KEEP, [*self._place.delayed, *self._place.topic], arguments, "keep")
+        hint = await self._link.script(scripts.KEEP, keys, arguments, f"keep {self.address}")
         self._due = inf if hint < 0 else hint / 1000
 
     async def _own(self, ms: int) -> None:
         """Take the work of an ordered place, or keep it; one consumer has it."""
-        got = await self._script(scripts.OWN, [self._place.owner], (self._consumer, ms), "take the lead of")
-        if got == 2 and not self._owner:
-            # All that others hold is ours now, before anything new: the settling of those others is refused from here on.
+        asked, leading = self._clock.monotonic(), self._lead_until > 0
+        got = await self._script(scripts.OWN, [self._place.owner], (ms,), "take the lead of")
+        self._lead_until = asked + self._hooks.lease if got else 0.0
+        if got == 2:
+            # All that others hold is ours now, before anything new: what those others settle is refused from here on.
             self._cursors, self._claim_idle, self._claim_at = [], 0, 0.0
-            self._owner = True
             self._woken.set()
-        elif got == 0 and self._owner:
-            self._owner = False
+        if got != 1 and leading and ms:  # another has taken it, or could have
+            log.warning("%s: the lead was lost for a time; what was held is another's now", self.address)
             held, self._held = list(self._held.values()), {}
             self._arrived.clear()
-            if ms:
-                log.warning("%s: another consumer has taken the lead", self.address)
-                await self.source.losing(held, 0)
-                for delivery in held:
-                    delivery.lost = True
+            await self.source.losing(held, 0)
+            for delivery in held:
+                delivery.lost = True
 
     async def _tidy(self, idle: float) -> None:
-        arguments = (self._place.group, round(idle * 1000), self._consumer if not idle else "")
-        await self._script(scripts.TIDY, self._lanes, arguments, "tidy up")
+        """`idle` 0: take away this consumer, not those that were not seen for so long."""
+        await self._script(scripts.TIDY, self._lanes, (round(idle * 1000),), "tidy up")
 
     # -- the end ----------------------------------------------------------------------------------------------
 
     async def check(self) -> Standing:
         if self._over is not None or self._stopped:
             return "gone"
-        return "consuming" if self._owner else "standby"
+        return "consuming" if self._lead_until > self._clock.monotonic() else "standby"
 
     def _end(self, error: UnibusError) -> None:
         if self._over is None:
@@ -354,14 +334,13 @@ class RedisSubscription:
             return
         self._stopped = True
         self._woken.set()
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            # An answer that is on its way belongs to this consumer: wait for it, and give back what it brings.
-            (reply,) = await self._link.run(("CLIENT", "UNBLOCK", self._reads.number, "ERROR"))
-            if isinstance(reply, Exception):
-                log.info("a read of %s could not be cut short: %s", self.address, reply)
-            await asyncio.wait([reading], timeout=_LONGEST_READ + TIMEOUT)
-            if reading.done() and (error := reading.exception()) is not None:
+        if (reading := self._reading) is not None:
+            # An answer that is on its way belongs to this consumer: wait for it, and give back what it brings. The read may
+            # not have begun to wait yet, so it is told again; where that is not permitted, it ends by itself.
+            while not reading.done():
+                await self._link.run(("CLIENT", "UNBLOCK", self._reads.number), timeout=TIMEOUT)
+                await asyncio.wait([reading], timeout=0.05)
+            if (error := reading.exception()) is not None:
                 log.debug("the last read of %s: %s", self.address, error)
         back = [self._deliver(entry) for entry in self._arrived]
         self._arrived.clear()
@@ -370,21 +349,21 @@ class RedisSubscription:
 
     async def close(self) -> None:
         self._hooks.closed(self)
+        if self._closed:
+            return
+        self._closed = True
         try:
-            async with asyncio.timeout(2 * TIMEOUT):
-                await self.stop()
-                if self._held and not self._private:
-                    await self.settle(Outcome.RELEASED, list(self._held.values()))
-                await self._leave()
-        except (TransportError, TimeoutError) as error:
+            await self.stop()
+            if self._held and not self._private:
+                await self.settle(Outcome.RELEASED, list(self._held.values()))
+            await self._leave()
+        except TransportError as error:
             log.debug("%s: the subscription did not close in order: %s", self.address, error)
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
-        self._end(errors.closed(self.address))
+        for task in (self._keeper, self._reading):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
         await self._reads.close()
 
     async def _leave(self) -> None:
@@ -397,7 +376,7 @@ class RedisSubscription:
                 await self._link.call("XGROUP", "DESTROY", stream, self._place.group)
         else:
             await self._tidy(0)
-            if self._place.ordered and self._owner:
+            if self._place.ordered:
                 await self._own(0)
 
 
@@ -461,6 +440,15 @@ def deliver(entry: Entry, source: Source, place: Place) -> Delivery[Any]:
         lanes = place.topic if entry.key in place.topic else place.streams
         message.priority = lanes.index(entry.key) or None
     return Delivery(message, source, entry, native=entry, position=entry.position)
+
+
+async def _happens(event: asyncio.Event, seconds: float) -> None:
+    """Until it is set, or so long."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
 
 
 def _age(entry: Entry) -> tuple[int, int]:
