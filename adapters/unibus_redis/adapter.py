@@ -48,7 +48,7 @@ class RedisAdapter:
         self._subscriptions: set[RedisSubscription] = set()
         self._set_capabilities(None)
         self._hooks = Hooks(
-            self._clock, self._settings.lease, self._settings.retention, self._pack, self._subscriptions.discard
+            self._clock, self._settings.lease, self._settings.retention, self._pack, self._subscriptions.discard, {}
         )
 
     def _set_capabilities(self, version: str | None) -> None:

@@ -52,7 +52,7 @@ _WORDS = {
 def refusal(text: str, doing: str) -> TransportError:
     """Of an error reply, or of the reasons that a script gives."""
     code, _, rest = text.partition(" ")
-    if "ACL failure" in text or "permissions" in text:  # inside a script it is an ordinary error
+    if "ACL failure" in text or "can't run this command" in text or "permissions" in text:  # inside a script
         code = "NOPERM"
     kind = _BY_CODE.get(code, Refused)
     detail = rest.partition(" script: ")[0] if code in _BY_CODE else text

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from hiredis import pack_command
 from redis import exceptions as native
 from redis.asyncio.connection import AbstractConnection
 
@@ -51,7 +52,7 @@ class Link:
             raise
         return link
 
-    async def run(self, *commands: Sequence[Any], timeout: float = TIMEOUT) -> list[Reply]:
+    async def run(self, *commands: tuple[Any, ...], timeout: float = TIMEOUT) -> list[Reply]:
         """The replies in order; an error reply is among them, not raised. Raises ConnectionLost, Timeout."""
         if self.lost is not None:
             raise self.lost
@@ -92,16 +93,13 @@ class Link:
             if isinstance(reply, Exception):
                 raise errors.translate(reply, "load the scripts") from reply
 
-    async def _write(self, commands: Sequence[Sequence[Any]], future: asyncio.Future[list[Reply]]) -> None:
+    async def _write(self, commands: Sequence[tuple[Any, ...]], future: asyncio.Future[list[Reply]]) -> None:
         if self.lost is not None:
             future.set_exception(self.lost)
             return
         self._waiting.append((future, len(commands)))
         try:
-            if len(commands) == 1:
-                packed = self._connection.pack_command(*commands[0])
-            else:
-                packed = self._connection.pack_commands(commands)
+            packed = b"".join(map(pack_command, commands))
             await self._connection.send_packed_command(packed)  # written before the first await inside
         except Exception as exc:
             self.lose(errors.translate(exc, f"write to Redis at {self._where}"))

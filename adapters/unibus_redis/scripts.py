@@ -185,6 +185,22 @@ return {cursors, found, gone}
 """
 )
 
+# What lost connections of this process held may be taken over at once. KEYS: the key of OWN, streams.
+# ARGV: group, -, lease ms, the consumers of those connections.
+ORPHAN = Script(
+    """
+for n = 4, #ARGV do
+  if redis.call('GET', KEYS[1]) == ARGV[n] then redis.call('DEL', KEYS[1]) end
+  for k = 2, #KEYS do
+    for _, p in ipairs(redis.call('XPENDING', KEYS[k], ARGV[1], '-', '+', 10000, ARGV[n])) do
+      redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[n], 0, p[1], 'IDLE', ARGV[3], 'RETRYCOUNT', p[4], 'JUSTID')
+    end
+  end
+end
+return 0
+"""
+)
+
 # Whoever holds the key has the work. KEYS: key. ARGV: group, consumer, ms (0: give it up).
 # -> 0 another's, 1 still ours, 2 ours from now on
 OWN = Script(
@@ -326,4 +342,4 @@ return {at, found}
 """
 )
 
-ALL = (SEND, MOVE, SETTLE, HOLD, READ, CLAIM, OWN, KEEP, TIDY, MAKE, BACKLOG, LOOK)
+ALL = (SEND, MOVE, SETTLE, HOLD, READ, CLAIM, ORPHAN, OWN, KEEP, TIDY, MAKE, BACKLOG, LOOK)

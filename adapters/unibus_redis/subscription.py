@@ -11,7 +11,7 @@ from math import inf
 from typing import Any
 
 from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
-from unibus.channel import Group, Inbox, Queue
+from unibus.channel import Address, Group, Inbox, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
@@ -38,6 +38,7 @@ class Hooks:
     retention: float
     pack: Callable[[Sequence[Outgoing]], tuple[list[Any], str, list[list[Any]]]]  # keys, their kinds, arguments of each
     closed: Callable[[RedisSubscription], None]
+    orphans: dict[Address, list[str]]  # consumers whose connection was lost, and with it what they held
 
 
 class RedisSubscription:
@@ -73,6 +74,10 @@ class RedisSubscription:
 
     async def start(self) -> None:
         """Raises what the first round of housekeeping says; afterwards a message sent arrives."""
+        if lost := self._hooks.orphans.get(self.source.address):
+            keys = (self._place.owner, *self._lanes)
+            await self._script(scripts.ORPHAN, keys, (self._ms, *lost), "take over messages of")
+            del self._hooks.orphans[self.source.address]
         await self._keep()
         self._keeper = asyncio.create_task(self._keep_on(), name=f"unibus keeps {self.address}")
 
@@ -359,6 +364,8 @@ class RedisSubscription:
             await self._leave()
         except TransportError as error:
             log.debug("%s: the subscription did not close in order: %s", self.address, error)
+            if not self._private:
+                self._hooks.orphans.setdefault(self.source.address, []).append(self._consumer)
         for task in (self._keeper, self._reading):
             if task is not None:
                 task.cancel()
@@ -439,7 +446,7 @@ def deliver(entry: Entry, source: Source, place: Place) -> Delivery[Any]:
     if len(place.streams) > 1 or len(place.topic) > 1:
         lanes = place.topic if entry.key in place.topic else place.streams
         message.priority = lanes.index(entry.key) or None
-    return Delivery(message, source, entry, native=entry, position=entry.position)
+    return Delivery(message, source, entry, 0, None, None, entry, entry.position)
 
 
 async def _happens(event: asyncio.Event, seconds: float) -> None:

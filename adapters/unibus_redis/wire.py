@@ -34,7 +34,16 @@ from unibus.message import (
 
 BODY, HEADERS = b"body", b"headers"
 _dump = json.JSONEncoder(separators=(",", ":")).encode
-_load = json.JSONDecoder().decode
+_load = json.JSONDecoder().raw_decode
+_FIELDS = {  # of the envelope, as they are
+    ID: "id",
+    KEY: "key",
+    TYPE: "type",
+    CONTENT_TYPE: "content_type",
+    CORRELATION_ID: "correlation_id",
+    CAUSATION_ID: "causation_id",
+    REPLY_TO: "reply_to",
+}
 # reply_to is untrusted: this is the shape of the names that `inbox_name` makes, and of nothing else that is declared.
 _INBOX = re.compile(r"[A-Za-z0-9._-]{0,60}unibus:reply:[A-Za-z0-9._-]{0,120}:[0-9a-f]{16}")
 
@@ -81,22 +90,15 @@ def reply_address(text: str) -> Inbox:
 def encode(outgoing: Outgoing, now: float) -> list[Any]:
     """Names and values in turn."""
     message, origin = outgoing.message, outgoing.origin
-    headers: dict[str, Any] = {ID: message.id}
+    headers: dict[str, Any] = {}
     more: list[bytes] = []
     if origin is not None and isinstance(origin.native, Entry):
         more, odd = origin.native.foreign()
         headers |= odd
     if message.headers is not NO_HEADERS:
         headers |= message.headers
-    for name, value in (
-        (KEY, message.key),
-        (TYPE, message.type),
-        (CONTENT_TYPE, message.content_type),
-        (CORRELATION_ID, message.correlation_id),
-        (CAUSATION_ID, message.causation_id),
-        (REPLY_TO, message.reply_to),
-    ):
-        if value is not None:
+    for name, field in _FIELDS.items():
+        if (value := getattr(message, field)) is not None:
             headers[name] = value
     if message.timestamp is not None and (
         origin is not None or outgoing.not_before or abs(now - message.timestamp) > 1
@@ -117,37 +119,37 @@ def delay(outgoing: Outgoing, now: float) -> int | str:
 def decode(entry: Entry) -> Message:
     fields = entry.fields
     text: dict[str, str] = {}
-    if len(fields) == 4 and fields[0] == BODY and fields[2] == HEADERS:  # what we write
-        body, headers = fields[1], _headers(fields[3])
-    elif BODY in fields[::2]:
-        pairs = dict(zip(fields[::2], fields[1::2], strict=True))
-        body, headers = pairs.pop(BODY), _headers(pairs.get(HEADERS))
+    if BODY in fields[::2]:
+        if len(fields) == 4 and fields[0] == BODY:  # what we write
+            body, headers, rest = fields[1], _headers(fields[3]) if fields[2] == HEADERS else {}, {fields[2]: fields[3]}
+        else:
+            rest = dict(zip(fields[::2], fields[1::2], strict=True))
+            body, headers = rest.pop(BODY), _headers(rest.get(HEADERS))
         if headers:
-            del pairs[HEADERS]
-        text = dict(found for name, value in pairs.items() if (found := _text(name, value)))
+            del rest[HEADERS]
+        if rest:
+            text = dict(found for name, value in rest.items() if (found := _text(name, value)))
     else:
         names = [part.decode(errors="surrogateescape") for part in fields]
         body, headers = (
             _dump(dict(zip(names[::2], names[1::2], strict=True))).encode(),
             {CONTENT_TYPE: "application/json"},
         )
-    take = headers.pop
-    message = Message(body, _str(take(ID, None)) or entry.position)
-    if headers:
-        message.content_type = _str(take(CONTENT_TYPE, None))
-        message.key = _str(take(KEY, None))
-        message.type = _str(take(TYPE, None))
-        message.correlation_id = _str(take(CORRELATION_ID, None))
-        message.causation_id = _str(take(CAUSATION_ID, None))
-        message.reply_to = _str(take(REPLY_TO, None))
-        message.timestamp = _number(take(TIMESTAMP, None))
-        message.expires_at = _number(take(EXPIRES_AT, None))
-        if headers:
-            text |= {
-                name: value for name, value in headers.items() if type(value) is str and name not in ENVELOPE_HEADERS
-            }
+    message = Message(body)
+    for name, value in headers.items():
+        if type(value) is not str:
+            continue
+        if name not in ENVELOPE_HEADERS:
+            text[name] = value
+        elif (field := _FIELDS.get(name)) is not None:
+            setattr(message, field, value)
+        elif name == EXPIRES_AT:
+            message.expires_at = _number(value)
+        elif name == TIMESTAMP:
+            message.timestamp = _number(value)
     if text:
         message.headers = text
+    message.id = message.id or entry.position
     if message.timestamp is None:
         message.timestamp = int(entry.id.partition(b"-")[0]) / 1000
     return message
@@ -158,7 +160,7 @@ def _headers(raw: bytes | None) -> dict[str, Any]:
     if raw is None:
         return {}
     try:
-        found = _load(raw.decode())
+        found = _load(raw.decode())[0] if raw[:1] == b"{" else json.loads(raw)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -173,13 +175,9 @@ def _text(name: bytes, value: bytes) -> tuple[str, str] | None:
     return found if found[0] not in ENVELOPE_HEADERS else None
 
 
-def _str(value: object) -> str | None:
-    return value if type(value) is str else None
-
-
-def _number(value: object) -> float | None:
+def _number(value: str) -> float | None:
     try:
-        number = float(value)  # type: ignore[arg-type]  # a foreign header of the same name may hold anything
-    except (TypeError, ValueError):
-        return None
+        number = float(value)
+    except ValueError:
+        return None  # a foreign header of the same name
     return number if math.isfinite(number) else None
