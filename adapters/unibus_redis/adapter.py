@@ -254,7 +254,7 @@ class RedisAdapter:
         self._subscriptions.add(subscription)
         try:
             if isinstance(address, Inbox):
-                subscription.address = Inbox(place.tag)
+                subscription.address = Inbox(place.streams[0])
             if life or place.group.startswith(topology.PRIVATE):
                 for stream, group, start in place.made():
                     await link.script(scripts.MAKE, [stream], (group, start, consumer, life), f"subscribe to {address}")

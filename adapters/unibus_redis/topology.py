@@ -46,6 +46,8 @@ class Place:
 
     @property
     def delayed(self) -> tuple[str, str]:
+        if not self.tag:  # replies are never delayed, so these stand for nothing
+            return self.streams[0], self.streams[0]
         return f"{{{self.tag}}}:delayed", f"{{{self.tag}}}:delayed:messages"
 
     @property
@@ -60,7 +62,7 @@ class Place:
 
 
 def inbox(name: str) -> Place:
-    return Place(Inbox(name), name, "unibus", (name,))
+    return Place(Inbox(name), "", "unibus", (name,))
 
 
 def private(group: Group, topic: Place, name: str) -> Place:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -213,6 +214,71 @@ async def test_a_user_without_rights_is_told(url: str, raw: Any, name: str) -> N
                 pass
     finally:
         await raw.execute_command("ACL", "DELUSER", name)
+
+
+async def test_the_rights_in_the_documentation_are_enough(url: str, raw: Any, name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/brokers/redis.md").read_text().partition("## Least rights")[2]
+    lines = re.findall(r"^- (\w+)[ ,:](.*?)(?=^-|^#)", page, re.MULTILINE | re.DOTALL)
+    rights = {
+        who: [right for part in re.findall("`(.+?)`", text, re.DOTALL) for right in part.split() if right[0] == "+"]
+        for who, text in lines
+    }
+    rights["consume"] += rights["send"]
+
+    async def as_user(role: str) -> str:
+        patterns = (f"~{name}*", f"~{{{name}*", "~unibus:reply:*")
+        words = (*patterns, *rights["everyone"], *rights[role])
+        await raw.execute_command("ACL", "SETUSER", f"{name}.{role}", "reset", "on", ">pw", *words)
+        return f"redis://{name}.{role}:pw@{url.rpartition('@')[2]}"
+
+    work, ordered = Queue(f"{name}.work", delayed=True), Queue(f"{name}.ordered", ordered=True)
+    asks, topic = Queue(f"{name}.asks", str, reply=str), Topic(f"{name}.topic")
+
+    def service(url: str, seen: list[bytes], **settings: Any) -> Bus:
+        bus = make(url, **settings)
+
+        @bus.consumer(work, retry=RetryPolicy(max_retries=1, backoff=0.1, max_backoff=0.1))
+        async def on_work(body: bytes) -> None:
+            seen.append(body)
+            raise OSError("always")
+
+        @bus.consumer(ordered)
+        async def on_ordered(body: bytes) -> None:
+            seen.append(body)
+
+        @bus.subscriber(topic, group="g")
+        async def on_topic(body: bytes) -> None:
+            seen.append(body)
+
+        @bus.subscriber(topic, broadcast=True)
+        async def on_broadcast(body: bytes) -> None:
+            seen.append(body)
+
+        @bus.responder(asks)
+        async def answer(body: str) -> str:
+            return body.upper()
+
+        return bus
+
+    try:
+        async with service(await as_user("declare"), []):
+            pass
+        seen: list[bytes] = []
+        consuming = service(await as_user("consume"), seen, declare="verify")
+        sender = make(await as_user("send"), work, ordered, topic, declare="assume")
+        async with consuming.running(), sender:
+            await sender.send(work, b"work", delay=0.1)
+            await sender.send(ordered, b"ordered", key="k")
+            await sender.publish(topic, b"topic")
+            assert await consuming.request(asks, "x", timeout=SOON) == "X"
+            await until(lambda: consuming.counts.get("dead_lettered") == 1, "a dead letter")
+            await until(lambda: len(seen) == 5, "all seen")
+            assert (await consuming.backlog(work)).ready == 0
+            assert len([letter async for letter in deadletter.browse(consuming, work)]) == 1
+        assert await raw.xinfo_consumers(work.name, "unibus") == []
+        assert len(await raw.xinfo_groups(topic.name)) == 1
+    finally:
+        await raw.execute_command("ACL", "DELUSER", *(f"{name}.{role}" for role in ("declare", "consume", "send")))
 
 
 async def test_credentials_are_in_no_log(url: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
