@@ -79,7 +79,7 @@ def plan(topology: Topology, now: float, retention: float) -> dict[Address, Plac
         _check(name, address)
         if declared.role != "channel":
             suffix = DEAD_LETTER if declared.role == "dead letter" else INVALID
-            tag = tags.get(address.name.removesuffix(suffix), name)
+            tag = tags.get(address.name.removesuffix(suffix), name.removesuffix(suffix))
             places[address] = Place(address, tag, "unibus", (_within(tag, name),))
             continue
         if isinstance(address, Group):

@@ -152,6 +152,12 @@ def test_all_that_belongs_to_a_channel_has_its_hash_tag() -> None:
     assert places[group].delayed == ("{p.charged}:delayed", "{p.charged}:delayed:messages")
 
 
+def test_dead_letters_have_one_key_with_or_without_their_queue() -> None:
+    letters = dead_letter_queue(ORDERS)
+    alone = topology.plan(Topology(channels=(Declared(letters, "p.orders.dlq", "dead letter"),)), NOW, 0)
+    assert alone[letters] == topology.plan(declared(ORDERS), NOW, 0)[letters]
+
+
 def test_a_group_of_another_name_stays_with_its_topic() -> None:
     topic = Topic("charged")
     group = Group(topic, "billing")
