@@ -24,6 +24,7 @@ from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyEr
 from unibus_contracts.supply.kafka import Kafka
 from unibus_contracts.supply.native import Native, processes
 from unibus_contracts.supply.rabbitmq import RabbitMQ
+from unibus_contracts.supply.redis import Redis
 
 ROOT = Path(__file__).parents[2]
 SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4}, "u", "p")
@@ -311,6 +312,47 @@ def test_kafka_listens_on_loopback_only_and_refuses_by_default() -> None:
     assert "allow.everyone.if.no.acl.found" not in config
 
 
+def test_redis_listens_on_loopback_only_and_lets_in_one_user() -> None:
+    kind: Kind = Redis()
+    site = dataclasses.replace(SITE, ports={"redis": 1, "rediss": 2})
+    config = kind.files(site)["redis.conf"].decode()
+    assert re.findall(r"^bind (.+)$", config, re.MULTILINE) == ["127.0.0.1"]
+    assert [line.split()[:3] for line in re.findall(r"^user (.+)$", config, re.MULTILINE)] == [
+        ["default", "off", "resetpass"],
+        ["u", "on", ">p"],
+    ]
+    assert kind.variables(site, Path("/f"))["URL"] == "redis://u:p@127.0.0.1:1/0"
+
+
+@pytest.mark.parametrize(
+    ("answers", "text"),
+    [
+        ([b"+OK\r\n", b"+PONG\r\n"], ""),
+        ([b"-WRONGPASS no\r\n"], "AUTH"),
+        ([b"+OK\r\n", b"-LOADING\r\n"], "PING"),
+        ([b""], "no Redis"),
+    ],
+)
+def test_the_check_of_redis_logs_in_and_pings(answers: list[bytes], text: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with server.accept()[0] as link:
+                for answer in answers:
+                    link.recv(1000)
+                    link.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"redis://u:p@127.0.0.1:{server.getsockname()[1]}/0"
+        if text:
+            with pytest.raises(ConnectionError, match=text):
+                Redis().check(url)
+        else:
+            Redis().check(url)
+        thread.join(10)
+
+
 def test_a_kill_waits_until_rabbitmq_has_registered_its_quorum_queues(tmp_path: Path) -> None:
     kind = RabbitMQ()
     assert kind.settled(tmp_path)
@@ -346,8 +388,9 @@ def test_only_an_amqp_broker_counts_as_one(answer: bytes, well: bool) -> None:
 def test_compose_and_supply_use_the_same_version_on_loopback_only() -> None:
     compose = (ROOT / "docker-compose.test.yml").read_text()
     images = re.findall(r"image: (\S+)", compose)
-    more = {"rabbitmq": "-management"}
-    assert images == [kind.image + more.get(kind.name, "") for kind in supply.KINDS.values()]
+    wanted = {kind.name: kind.image for kind in supply.KINDS.values()}
+    wanted["rabbitmq"] += "-management"
+    assert sorted(images) == sorted(wanted.values())
     published = re.findall(r'- "(.*:\d+)"', compose)
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)

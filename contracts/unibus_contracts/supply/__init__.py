@@ -26,10 +26,11 @@ from .containers import Docker
 from .kafka import Kafka
 from .native import Native
 from .rabbitmq import RabbitMQ
+from .redis import Redis
 
 __all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka())}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka(), Redis())}
 
 _READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
 

@@ -1,0 +1,183 @@
+"""The envelope as the fields of a stream entry, and back.
+
+`body` holds the bytes, `headers` a JSON object with the rest: the user's headers and, under the names that are the same on every
+broker, what the envelope has beside the body. A timestamp is not written where the id of the entry says the same.
+
+An entry without `body` is somebody else's: its body is the JSON of its fields. Fields beside these two are headers where they
+are text; all else stays on `Entry` and is copied to retries and dead letters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from unibus.adapter import Outgoing
+from unibus.channel import Inbox
+from unibus.errors import Refused
+from unibus.message import (
+    CAUSATION_ID,
+    CONTENT_TYPE,
+    CORRELATION_ID,
+    ENVELOPE_HEADERS,
+    EXPIRES_AT,
+    ID,
+    KEY,
+    NO_HEADERS,
+    REPLY_TO,
+    TIMESTAMP,
+    TYPE,
+    Message,
+)
+
+BODY, HEADERS = b"body", b"headers"
+_dump = json.JSONEncoder(separators=(",", ":")).encode
+_load = json.JSONDecoder().raw_decode
+_FIELDS = {  # of the envelope, as they are
+    ID: "id",
+    KEY: "key",
+    TYPE: "type",
+    CONTENT_TYPE: "content_type",
+    CORRELATION_ID: "correlation_id",
+    CAUSATION_ID: "causation_id",
+    REPLY_TO: "reply_to",
+}
+# reply_to is untrusted: this is the shape of the names that `inbox_name` makes, and of nothing else that is declared.
+_INBOX = re.compile(r"[A-Za-z0-9._-]{0,60}unibus:reply:[A-Za-z0-9._-]{0,120}:[0-9a-f]{16}")
+
+
+class Entry:
+    """An entry as it came: what `Delivery.native` is. `deliveries`: how often it was handed out, this time included."""
+
+    __slots__ = ("deliveries", "fields", "id", "key", "until")
+
+    def __init__(self, key: str, raw: list[Any], deliveries: int, until: float) -> None:
+        self.key = key
+        self.id: bytes = raw[0]
+        self.fields: list[bytes] = raw[1]
+        self.deliveries = deliveries
+        self.until = until
+
+    @property
+    def position(self) -> str:
+        return f"{self.key}@{self.id.decode()}"
+
+    def foreign(self) -> tuple[list[bytes], dict[str, Any]]:
+        """What the envelope can't hold: fields and headers."""
+        pairs = list(zip(self.fields[::2], self.fields[1::2], strict=True))
+        if BODY not in (name for name, _ in pairs):
+            return [], {}
+        odd = [part for pair in pairs if pair[0] not in (BODY, HEADERS) and not _text(*pair) for part in pair]
+        return odd, {n: v for n, v in _headers(dict(pairs).get(HEADERS)).items() if type(v) is not str}
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.position}>"
+
+
+def inbox_name(prefix: str, service: str, token: str) -> str:
+    return f"{prefix}unibus:reply:{re.sub(r'[^A-Za-z0-9._-]', '-', service)[:100]}:{token}"
+
+
+def reply_address(text: str) -> Inbox:
+    """The inbox behind an untrusted reply_to. Raises Refused."""
+    if not _INBOX.fullmatch(text):
+        raise Refused("the reply address is no inbox that unibus has made (...unibus:reply:...)")
+    return Inbox(text)
+
+
+def encode(outgoing: Outgoing, now: float) -> list[Any]:
+    """Names and values in turn."""
+    message, origin = outgoing.message, outgoing.origin
+    headers: dict[str, Any] = {}
+    more: list[bytes] = []
+    if origin is not None and isinstance(origin.native, Entry):
+        more, odd = origin.native.foreign()
+        headers |= odd
+    if message.headers is not NO_HEADERS:
+        headers |= message.headers
+    for name, field in _FIELDS.items():
+        if (value := getattr(message, field)) is not None:
+            headers[name] = value
+    if message.timestamp is not None and (
+        origin is not None or outgoing.not_before or abs(now - message.timestamp) > 1
+    ):
+        headers[TIMESTAMP] = f"{message.timestamp:.3f}"
+    if message.expires_at is not None:
+        headers[EXPIRES_AT] = f"{message.expires_at:.3f}"
+    return [BODY, message.body, HEADERS, _dump(headers), *more]
+
+
+def delay(outgoing: Outgoing, now: float) -> int | str:
+    """In ms, rounded up, or '' for none. Relative, since the server's clock decides."""
+    if outgoing.not_before is None or outgoing.not_before <= now:
+        return ""
+    return math.ceil((outgoing.not_before - now) * 1000) + 1  # the server cuts its time to whole ms
+
+
+def decode(entry: Entry) -> Message:
+    fields = entry.fields
+    text: dict[str, str] = {}
+    if BODY in fields[::2]:
+        if len(fields) == 4 and fields[0] == BODY:  # what we write
+            body, headers, rest = fields[1], _headers(fields[3]) if fields[2] == HEADERS else {}, {fields[2]: fields[3]}
+        else:
+            rest = dict(zip(fields[::2], fields[1::2], strict=True))
+            body, headers = rest.pop(BODY), _headers(rest.get(HEADERS))
+        if headers:
+            del rest[HEADERS]
+        if rest:
+            text = dict(found for name, value in rest.items() if (found := _text(name, value)))
+    else:
+        names = [part.decode(errors="surrogateescape") for part in fields]
+        body, headers = (
+            _dump(dict(zip(names[::2], names[1::2], strict=True))).encode(),
+            {CONTENT_TYPE: "application/json"},
+        )
+    message = Message(body)
+    for name, value in headers.items():
+        if type(value) is not str:
+            continue
+        if name not in ENVELOPE_HEADERS:
+            text[name] = value
+        elif (field := _FIELDS.get(name)) is not None:
+            setattr(message, field, value)
+        elif name == EXPIRES_AT:
+            message.expires_at = _number(value)
+        elif name == TIMESTAMP:
+            message.timestamp = _number(value)
+    if text:
+        message.headers = text
+    message.id = message.id or entry.position
+    if message.timestamp is None:
+        message.timestamp = int(entry.id.partition(b"-")[0]) / 1000
+    return message
+
+
+def _headers(raw: bytes | None) -> dict[str, Any]:
+    """The JSON object in `headers`; nothing where a foreign producer put something else there."""
+    if raw is None:
+        return {}
+    try:
+        found = _load(raw.decode())[0] if raw[:1] == b"{" else json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(name: bytes, value: bytes) -> tuple[str, str] | None:
+    """A foreign field as a header, if it can be one."""
+    try:
+        found = name.decode("ascii"), value.decode()
+    except UnicodeDecodeError:
+        return None
+    return found if found[0] not in ENVELOPE_HEADERS else None
+
+
+def _number(value: str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None  # a foreign header of the same name
+    return number if math.isfinite(number) else None
