@@ -334,7 +334,7 @@ def test_only_an_amqp_broker_counts_as_one(answer: bytes, well: bool) -> None:
 def test_compose_and_supply_use_the_same_version_on_loopback_only() -> None:
     compose = (ROOT / "docker-compose.test.yml").read_text()
     images = re.findall(r"image: (\S+)", compose)
-    assert images == [kind.image + "-management" for kind in supply.KINDS.values() if kind.name == "rabbitmq"]
+    assert images == [kind.image + "-management" * (kind.name == "rabbitmq") for kind in supply.KINDS.values()]
     published = re.findall(r'- "(.*:\d+)"', compose)
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)

@@ -25,10 +25,11 @@ from .broker import Kind, Record, Site, SupplyError, brokers_folder, free_ports,
 from .containers import Docker
 from .native import Native
 from .rabbitmq import RabbitMQ
+from .sqs import SQS
 
 __all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(),)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), SQS())}
 
 _READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
 
