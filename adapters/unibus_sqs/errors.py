@@ -15,6 +15,9 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ReadTimeoutError,
 )
+from botocore.exceptions import (
+    ConnectionError as NoConnection,
+)
 
 from unibus.errors import (
     AuthenticationFailed,
@@ -115,7 +118,7 @@ def translate(exc: BaseException, doing: str) -> UnibusError:
         return ConnectionLost(f"{doing}: AWS can't be reached in time")
     if isinstance(exc, TimeoutError | ReadTimeoutError):
         return Timeout(f"{doing}: no answer in time")
-    if isinstance(exc, HTTPClientError | OSError):
+    if isinstance(exc, HTTPClientError | NoConnection | OSError):
         return ConnectionLost(f"{doing}: {type(exc).__name__}; check the region, the endpoint and the network")
     if isinstance(exc, BotoCoreError):
         return ConfigError(f"{doing}: {exc}")
