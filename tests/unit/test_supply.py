@@ -25,6 +25,7 @@ from unibus_contracts.supply.native import Native, processes
 from unibus_contracts.supply.rabbitmq import RabbitMQ
 
 ROOT = Path(__file__).parents[2]
+KINDS = tuple(supply.KINDS.values())
 SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4}, "u", "p")
 
 
@@ -92,7 +93,8 @@ def kind(docker: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     fake = FakeKind()
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(supply.KINDS, "rabbitmq")
+    for real in tuple(supply.KINDS):
+        monkeypatch.delitem(supply.KINDS, real)
     monkeypatch.setitem(supply.KINDS, "fake", fake)
     monkeypatch.setattr(supply, "_SOURCES", (docker, Native()))
     monkeypatch.delenv("UNIBUS_TEST_FAKE_URL", raising=False)
@@ -334,7 +336,7 @@ def test_only_an_amqp_broker_counts_as_one(answer: bytes, well: bool) -> None:
 def test_compose_and_supply_use_the_same_version_on_loopback_only() -> None:
     compose = (ROOT / "docker-compose.test.yml").read_text()
     images = re.findall(r"image: (\S+)", compose)
-    assert images == [kind.image + "-management" * (kind.name == "rabbitmq") for kind in supply.KINDS.values()]
+    assert images == [kind.image + "-management" * (kind.name == "rabbitmq") for kind in KINDS]
     published = re.findall(r'- "(.*:\d+)"', compose)
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
