@@ -125,15 +125,16 @@ class SqsAdapter:
         is_topic = isinstance(to, Topic)
         topic = self._plan.topics[to] if is_topic else None
         limit = TOPIC_LIMIT if is_topic else LIMIT
+        reserved = 0 if is_topic else RESERVE  # a retry of a group's message goes to its queue, which carries more
         chunks: list[tuple[list[int], list[dict[str, Any]]]] = []
         room = 0
         for i in indexes:
             outgoing = batch[i]
             entry, size = self._entry(outgoing, fifo, dead, topic)
-            if size > limit - (RESERVE if outgoing.origin is None else 0):
+            if size > limit - (reserved if outgoing.origin is None else 0):
                 results[i] = MessageTooLarge(
                     f"{to}: the message has {size} bytes with its headers, as {'SNS' if is_topic else 'SQS'} counts them; "
-                    f"it carries {limit}, of which {RESERVE} are kept for the headers of a retry"
+                    f"{limit} is its limit, of which {reserved} are kept for the headers of a retry"
                 )
                 continue
             if not chunks or size > room or len(chunks[-1][0]) == BATCH:

@@ -8,6 +8,7 @@ SQS carries ten attributes at most, so all headers, ours and the user's, travel 
 from __future__ import annotations
 
 import json
+import math
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping
@@ -196,7 +197,7 @@ def _unpacked(packed: str) -> dict[str, str] | None:
     """Our headers; None if the attribute only has our name."""
     try:
         found = json.loads(packed)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not all(type(value) is str for value in found.values()):
         return None
@@ -216,24 +217,25 @@ def _bytes(text: str, encoding: str | None) -> bytes:
 
 def _time(fields: Mapping[str, str], name: str) -> float | None:
     try:
-        return float(fields[name])
+        time = float(fields[name])
     except (KeyError, ValueError):
         return None
+    return time if math.isfinite(time) else None
 
 
 def _unwrapped(text: str) -> tuple[str, Attributes]:
     """Message and attributes of a notification of SNS; anything else as it is."""
+    attributes: Attributes = {}
     try:
         found = json.loads(text)
-    except ValueError:
-        return text, {}
-    if found.get("Type") != "Notification" or not isinstance(found.get("Message"), str):
-        return text, {}
-    attributes: Attributes = {}
-    for name, attribute in (found.get("MessageAttributes") or {}).items():
-        kind, value = str(attribute.get("Type")), str(attribute.get("Value"))
-        if kind.startswith("Binary"):
-            attributes[name] = {"DataType": kind, "BinaryValue": b64decode(value)}
-        else:
-            attributes[name] = {"DataType": kind, "StringValue": value}
+        if found["Type"] != "Notification" or type(found["Message"]) is not str:
+            return text, {}
+        for name, attribute in (found.get("MessageAttributes") or {}).items():
+            kind, value = str(attribute["Type"]), str(attribute["Value"])
+            if kind.startswith("Binary"):
+                attributes[name] = {"DataType": kind, "BinaryValue": b64decode(value)}
+            else:
+                attributes[name] = {"DataType": kind, "StringValue": value}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return text, {}  # it only looked like one
     return found["Message"], attributes

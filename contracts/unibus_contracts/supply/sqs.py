@@ -81,7 +81,7 @@ def _environment(site: Site) -> dict[str, str]:
     return {
         "GATEWAY_PORT": str(site.ports["http"]),
         "BIND_HOST": site.address,
-        "AUTH": "true",  # signatures and IAM policies are checked
+        "AUTH": "true",  # access keys and IAM policies are checked, signatures are not
         "AWS_ACCESS_KEY_ID": site.user,
         "AWS_SECRET_ACCESS_KEY": site.password,
         "MINISTACK_REGION": REGION,
