@@ -35,47 +35,22 @@ from unibus.errors import (
 )
 
 # By the last part of AWS' error code, which SQS' two protocols spell differently.
-_BY_CODE: dict[str, type[TransportError]] = {
-    "QueueDoesNotExist": NotFound,
-    "NonExistentQueue": NotFound,
-    "NotFound": NotFound,
-    "NotFoundException": NotFound,
-    "TopicNotFound": NotFound,
-    "ReceiptHandleIsInvalid": LeaseLost,
-    "MessageNotInflight": LeaseLost,
-    "BatchRequestTooLong": MessageTooLarge,
-    "OverLimit": Throttled,
-    "RequestThrottled": Throttled,
-    "Throttled": Throttled,
-    "Throttling": Throttled,
-    "ThrottlingException": Throttled,
-    "ThrottledException": Throttled,
-    "TooManyRequestsException": Throttled,
-    "RequestLimitExceeded": Throttled,
-    "KmsThrottled": Throttled,
-    "KMSThrottling": Throttled,
-    "QueueDeletedRecently": Throttled,  # for 60 s its name can't be used again
-    "InternalError": Throttled,
-    "InternalFailure": Throttled,
-    "ServiceUnavailable": Throttled,
-    "InvalidClientTokenId": AuthenticationFailed,
-    "UnrecognizedClientException": AuthenticationFailed,
-    "SignatureDoesNotMatch": AuthenticationFailed,
-    "InvalidSignatureException": AuthenticationFailed,
-    "IncompleteSignature": AuthenticationFailed,
-    "InvalidAccessKeyId": AuthenticationFailed,
-    "InvalidSecurity": AuthenticationFailed,
-    "MissingAuthenticationToken": AuthenticationFailed,
-    "ExpiredToken": AuthenticationFailed,
-    "ExpiredTokenException": AuthenticationFailed,
-    "AuthFailure": AuthenticationFailed,
-    "AccessDenied": PermissionDenied,
-    "AccessDeniedException": PermissionDenied,
-    "AuthorizationError": PermissionDenied,
-    "KmsAccessDenied": PermissionDenied,
-    "KMSAccessDenied": PermissionDenied,
-    "OptInRequired": PermissionDenied,
+_CODES: dict[type[TransportError], str] = {
+    NotFound: "QueueDoesNotExist NonExistentQueue NotFound NotFoundException TopicNotFound",
+    LeaseLost: "ReceiptHandleIsInvalid MessageNotInflight",
+    MessageTooLarge: "BatchRequestTooLong",
+    Throttled: (  # the name of a queue that was deleted can't be used for 60 s: QueueDeletedRecently
+        "OverLimit RequestThrottled Throttled Throttling ThrottlingException ThrottledException TooManyRequestsException "
+        "RequestLimitExceeded KmsThrottled KMSThrottling QueueDeletedRecently InternalError InternalFailure ServiceUnavailable"
+    ),
+    AuthenticationFailed: (
+        "InvalidClientTokenId UnrecognizedClientException SignatureDoesNotMatch InvalidSignatureException "
+        "IncompleteSignature InvalidAccessKeyId InvalidSecurity MissingAuthenticationToken ExpiredToken "
+        "ExpiredTokenException AuthFailure"
+    ),
+    PermissionDenied: "AccessDenied AccessDeniedException AuthorizationError KmsAccessDenied KMSAccessDenied OptInRequired",
 }
+_BY_CODE = {code: kind for kind, codes in _CODES.items() for code in codes.split()}
 
 
 def by_code(code: str, text: str, doing: str, status: int = 0) -> TransportError:

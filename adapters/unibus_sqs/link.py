@@ -58,14 +58,14 @@ class Link:
                 raise ConfigError(
                     f"url: {self.region!r} is no region of AWS; write one as the host: sqs://eu-west-1"
                 ) from exc
-        self.sqs = await self._client("sqs")
-        self.sns = await self._client("sns")
+        self.sqs = await self._client("sqs", self._stack)
+        self.sns = await self._client("sns", self._stack)
         try:  # any answer shows that the service is there and knows us; a right to list is not needed
             await self.call(self.sqs.list_queues, "connect", MaxResults=1)
         except PermissionDenied:
             self.trouble = None
 
-    async def _client(self, service: str) -> Any:
+    async def _client(self, service: str, stack: AsyncExitStack) -> Any:
         assert self._session is not None  # noqa: S101  # for mypy: open has made it
         url, settings = self._url, self._settings
         client = self._session.create_client(
@@ -82,7 +82,7 @@ class Link:
                 parameter_validation=False,  # a fifth of the time of a request; the service checks as well
             ),
         )
-        return await self._stack.enter_async_context(client)
+        return await stack.enter_async_context(client)
 
     async def call(self, operation: Any, doing: str, **parameters: Any) -> dict[str, Any]:
         """One request. Raises what it came to, as unibus' errors."""
@@ -110,14 +110,9 @@ class Link:
     async def topic_arn(self, name: str) -> str:
         """Of a topic that may not be there: SNS has no way to ask by name."""
         if self._account is None:
-            assert self._session is not None  # noqa: S101  # for mypy: open has made it
             try:
                 async with AsyncExitStack() as stack:
-                    self._stack, before = stack, self._stack
-                    try:
-                        sts = await self._client("sts")
-                    finally:
-                        self._stack = before
+                    sts = await self._client("sts", stack)
                     answer = await self.call(sts.get_caller_identity, "look for the account of the topics")
             except UnibusError as error:
                 raise ConfigError(f"{error}; set sqs.account_id") from error
