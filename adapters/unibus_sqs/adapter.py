@@ -63,9 +63,7 @@ class SqsAdapter:
         self._private = Private(link, self._endpoint)
 
     async def close(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.close()
-        self._subscriptions.clear()
+        await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
         link, self._link = self._link, None
         if self._private is not None:
             await self._private.close()

@@ -60,7 +60,7 @@ class SqsSubscription:
         self._failing: float | None = None  # since when polls fail, monotonic seconds
         self._trouble: TransportError | None = None  # to be told once
         self._over: UnibusError | None = None
-        self._stopped = False
+        self._stopped = self._ended = False
         self._waiter: asyncio.Future[None] | None = None
 
     # -- receive
@@ -326,8 +326,9 @@ class SqsSubscription:
             self._held.pop(delivery, None)
 
     async def close(self) -> None:
-        if isinstance(self._over, ConnectionLost) and not self._held:
+        if self._ended:
             return
+        self._ended = True
         await self.stop()
         held = list(self._held)
         for delivery in held:

@@ -23,6 +23,7 @@ from unibus_contracts.supply import apt
 from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyError, free_ports, wait_until
 from unibus_contracts.supply.native import Native, processes
 from unibus_contracts.supply.rabbitmq import RabbitMQ
+from unibus_contracts.supply.sqs import SQS
 
 ROOT = Path(__file__).parents[2]
 KINDS = tuple(supply.KINDS.values())
@@ -299,6 +300,16 @@ def test_rabbitmq_listens_on_loopback_only_and_knows_no_guest() -> None:
     assert environment["ERL_EPMD_ADDRESS"] == "127.0.0.1"
     assert environment["ERL_EPMD_PORT"] == "4"
     assert "inet_dist_use_interface {127,0,0,1}" in environment["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"]
+
+
+def test_the_emulator_of_sqs_listens_on_loopback_only_and_knows_no_default_key() -> None:
+    site = Site("sqs", "unibus1", "127.0.0.1", "/f", {"http": 1}, "u", "p")
+    command = SQS().native(site)
+    environment = command.environment
+    assert (environment["BIND_HOST"], environment["GATEWAY_PORT"], environment["AUTH"]) == ("127.0.0.1", "1", "true")
+    assert (environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]) == ("u", "p")
+    assert not {environment["IOT_MTLS_ENABLED"], environment["SFTP_ENABLED"]} - {"0"}
+    assert SQS().variables(site, Path("/f"))["URL"] == "sqs://u:p@eu-west-1?endpoint_url=http://127.0.0.1:1&wait=1"
 
 
 def test_a_kill_waits_until_rabbitmq_has_registered_its_quorum_queues(tmp_path: Path) -> None:
