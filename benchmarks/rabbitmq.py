@@ -25,6 +25,7 @@ from unibus_rabbitmq.topology import DELIVERY_LIMIT
 
 UNIBUS, BASE, EACH = "unibus", "aio-pika", "aio-pika, ack each"
 EVERY = 100  # deliveries that a hand-tuned consumer acks at once
+_TURN = 180.0  # seconds that nobody needs, even on a busy machine
 _SETTLES_IN = 10.0  # seconds until the broker has counted the last acks
 
 
@@ -172,16 +173,18 @@ async def _flow(broker: Broker, url: str, flow: Flow, plan: Plan, profiles: Prof
 
 async def _turn(broker: Broker, contestant: Contestant, flow: Flow, messages: int, send: Watch, consume: Watch) -> None:
     """One contestant, one round: fill a new queue, see that all is there, empty it, see that nothing is left."""
-    async with broker.queue() as queue, contestant:
-        await contestant.send(queue, messages, flow.headers, send)
-        await broker.expect(queue, messages, f"sent by {contestant.name}")
-        handled = await contestant.consume(queue, messages, flow.prefetch, consume)
-        if handled != messages:
-            raise Miscount(f"{contestant.name}: {messages} were in the queue, {handled} handled")
-        if isinstance(contestant, Socket):
-            await contestant.__aexit__()  # its channel ends with its connection
-            await contestant.__aenter__()
-        await broker.expect(queue, 0, f"after {contestant.name} had handled all")
+    try:
+        async with asyncio.timeout(_TURN), broker.queue() as queue:
+            async with contestant:
+                await contestant.send(queue, messages, flow.headers, send)
+                await broker.expect(queue, messages, f"sent by {contestant.name}")
+                handled = await contestant.consume(queue, messages, flow.prefetch, consume)
+            if handled != messages:
+                raise Miscount(f"{contestant.name}: {messages} were in the queue, {handled} handled")
+            # With its connection closed, what it has not acked is back in the queue.
+            await broker.expect(queue, 0, f"after {contestant.name} had handled all")
+    except TimeoutError as error:
+        raise Miscount(f"{contestant.name} is not through with {messages} messages after {_TURN:.0f} s") from error
 
 
 async def _requests(broker: Broker, url: str, plan: Plan, profiles: Profiles) -> Case:
@@ -190,10 +193,11 @@ async def _requests(broker: Broker, url: str, plan: Plan, profiles: Profiles) ->
     for number in range(plan.rounds):
         for contestant in _rotated(contestants, number):
             watch = Watch(profiles.of(case.name, plan.requests))
-            async with broker.queue() as queue, contestant:
-                times = await contestant.requests(queue, plan.requests, watch)
-            if len(times) != plan.requests:
-                raise Miscount(f"{contestant.name}: {plan.requests} requests, {len(times)} replies")
+            try:
+                async with asyncio.timeout(_TURN), broker.queue() as queue, contestant:
+                    times = await contestant.requests(queue, plan.requests, watch)
+            except TimeoutError as error:
+                raise Miscount(f"{contestant.name} has not all replies after {_TURN:.0f} s") from error
             cuts = quantiles(times, n=100)
             cpu = watch.figures(plan.requests)["CPU µs/message"]
             case.add(contestant.name, {"p50 ms": cuts[49] * 1e3, "p99 ms": cuts[98] * 1e3, "CPU µs/round trip": cpu})

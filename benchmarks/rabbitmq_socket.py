@@ -145,16 +145,4 @@ class Socket:
                 self._put(Basic.Ack(count, multiple=True), 1)
                 acked = count
         watch.stop()
-        while not self._rest and not self._quiet():  # the header and body of the last one
-            for _ in self._frames():
-                pass
         return count
-
-    def _quiet(self) -> bool:
-        self._socket.settimeout(0.05)
-        try:
-            return not self._socket.recv(1, socket.MSG_PEEK)
-        except TimeoutError:
-            return True
-        finally:
-            self._socket.settimeout(_TIMEOUT)

@@ -70,6 +70,7 @@ class Capabilities:
     receive_batch: int = 1000
     settle_batch: int = 1000
     flights: int = 1  # sends worth having in flight at once, to one unordered destination
+    release_counts: bool = False  # the broker counts a delivery that was given back like any other
     receivers: int = 1  # receives the core keeps running at once on one subscription
     delay_steps: bool = False  # delays are rounded up to steps known at start: no jitter
     park_below: float = 0.0  # retries sooner than this wait in place: cheaper than a copy

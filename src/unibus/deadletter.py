@@ -273,6 +273,7 @@ async def redrive(
         return 0
     codec = codec_for(session.channels.find(channel))
     moved = 0
+    seen: set[str] = set()  # where the broker only estimates, what dies again meanwhile would be sent back for ever
     intake = session.intake(queue, min(left, MOST_HELD), trusting=True)
     intake.begin()
     try:
@@ -283,11 +284,13 @@ async def redrive(
             left -= len(batch)
             for delivery in batch:
                 delivery.body = readable(codec, delivery.message)
-            chosen = [d for d in batch if where is None or where(d)]
+            chosen = [d for d in batch if d.message.id not in seen and (where is None or where(d))]
             if limit is not None:
                 del chosen[limit - moved :]
             await intake.relocate([(d, Outgoing(address, redriven(d.message), None, d)) for d in chosen])
             moved += len(chosen)
+            if not waiting.exact:
+                seen.update(d.message.id for d in chosen)
             session.kit.counts.add(REDRIVEN, address, len(chosen))
     finally:
         await session.end(intake)

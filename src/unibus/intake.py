@@ -17,7 +17,7 @@ from unibus.adapter import Outgoing, Source, Start, Subscription
 from unibus.channel import Group, Queue, dead_letter_queue, invalid_queue
 from unibus.clock import within
 from unibus.delivery import Delivery
-from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError
+from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Throttled, Timeout, TransportError, UnibusError
 from unibus.lanes import Lanes
 from unibus.lease import Heartbeat
 from unibus.message import CRASH_COUNT
@@ -172,6 +172,7 @@ class Intake:
         subscription = self._subscription
         assert subscription is not None  # noqa: S101  # _subscribe came first
         receive_batch = self.kit.link.adapter.capabilities.receive_batch
+        failures = 0
         while True:
             room = min(self.source.prefetch - len(self.holding) - self._reserved, receive_batch)
             if room <= 0 or self._settler.stuck:
@@ -181,8 +182,17 @@ class Intake:
             self._reserved += room
             try:
                 deliveries = await subscription.receive(room, POLL_ALONE if self._alone else POLL)
+            except (Throttled, Timeout) as error:  # of this call alone: what is held is still ours
+                self.trouble = str(error)
+                wait = back_off(failures)
+                failures += 1
+                log.warning("receiving from %s failed, again in %.1f s: %s", self.address, wait, error)
+                await self.kit.clock.sleep(wait)
+                continue
             finally:
                 self._reserved -= room
+            if failures:
+                failures, self.trouble = 0, None
             if deliveries:
                 self._admit(deliveries)
             if self._suspects or (self._alone and self._calm(deliveries)):

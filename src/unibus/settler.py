@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from unibus import telemetry
+from unibus import deadletter, telemetry
 from unibus.adapter import Move, Outcome, Outgoing, Subscription
 from unibus.channel import Group, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
+from unibus.message import CRASH_COUNT
 from unibus.publisher import Publisher
+from unibus.retry import SUSPECT_AFTER
 from unibus.supervisor import Link, back_off
 from unibus.telemetry import Counts
 
@@ -61,6 +63,9 @@ class Settler:
         self._kit = kit
         self._address = address
         self._holder = holder
+        channel = address.topic if isinstance(address, Group) else address
+        private = isinstance(address, Group) and address.ephemeral
+        self._counted = kit.link.adapter.capabilities.release_counts and not (channel.ordered or private)
         self._done: list[Delivery[Any]] = []
         self._returns: list[Delivery[Any]] = []
         self._moves: list[Transfer] = []
@@ -73,6 +78,15 @@ class Settler:
             self._start()
 
     def give_back(self, delivery: Delivery[Any]) -> None:
+        """Where the broker counts that, what was handed out often goes back as a copy.
+
+        Its count would make it a suspect of the crash guard, for nothing but restarts. In order nothing is copied: the
+        copy would be the last of its key.
+        """
+        if self._counted and ((delivery.deliveries or 0) >= SUSPECT_AFTER or CRASH_COUNT in delivery.message.headers):
+            again = deadletter.copy(delivery.message, delivery.message.headers)
+            self.move(delivery, Outgoing(self._address, again, None, delivery))
+            return
         self._returns.append(delivery)
         if self._task is None:
             self._start()

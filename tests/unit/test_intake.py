@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.unit.core_lab import EVENTS, LATER, ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
 
-from unibus import DeadLetter, Delivery, Message, Queue, Refused, RetryPolicy, Topic
+from unibus import DeadLetter, Delivery, Message, Queue, Refused, RetryPolicy, Throttled, Timeout, Topic, TransportError
 from unibus.channel import Group, dead_letter_queue
 from unibus.deadletter import stamp
 from unibus.message import (
@@ -454,6 +454,53 @@ async def test_a_message_that_kills_its_consumers_ends_as_a_crash_loop_and_its_n
         await bus.send(ORDERS, "afterwards")
         await later(it, 10)
         assert handled[-1] == "afterwards"
+
+
+@pytest.mark.parametrize(
+    ("queue", "counts", "deliveries", "copies"),
+    [(ORDERS, True, 3, 1), (ORDERS, True, 2, 0), (ORDERS, False, 3, 0), (ORDERED, True, 3, 0)],
+)
+async def test_what_is_given_back_often_goes_as_a_copy_where_the_broker_counts_that(
+    queue: Queue[str], counts: bool, deliveries: int, copies: int
+) -> None:
+    bus = make_bus()
+    async with lab(bus, release_counts=counts) as it:
+        await bus.send(queue, "x", key="k", headers={"a": "b"})
+        async with bus.receiver(queue) as receiver:
+            delivery = await receiver.receive(timeout=1)
+            assert delivery is not None
+            delivery.deliveries = deliveries
+            await delivery.release()
+        assert spy_of(bus).calls["move"] == copies
+        [message] = it.broker.waiting(queue)
+        assert (message.id, message.key, dict(message.headers)) == (delivery.message.id, "k", {"a": "b"})
+
+
+@pytest.mark.parametrize("error", [Throttled("slow down"), Timeout("no answer")])
+async def test_a_receive_that_fails_in_passing_costs_nothing_of_what_is_held(error: TransportError) -> None:
+    bus = make_bus()
+    gate = asyncio.Event()
+    done: list[str] = []
+
+    @bus.consumer(ORDERS, concurrency=2)
+    async def handle(body: str) -> None:
+        await gate.wait()
+        done.append(body)
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "held")
+        await until(lambda: it.broker.in_flight() == 1)
+        spy = spy_of(bus)
+        subscribed = spy.calls["subscribe"]
+        spy.faults["receive"].extend([error, error])
+        await later(it, 12)
+        assert not spy.faults["receive"]
+        assert (await bus.health()).status == "ok"
+        gate.set()
+        await bus.send(ORDERS, "next")
+        await until(lambda: bus.counts.get("handled") == 2)
+        assert (spy.calls["subscribe"], spy.calls["connect"]) == (subscribed, 1)
+    assert done == ["held", "next"]
 
 
 async def test_many_handouts_alone_are_no_crime() -> None:

@@ -13,6 +13,8 @@ OPEN, ORDERED, PRIVATE = Place(), Place(ordered=True), Place(private=True)
 FEATURES = (
     *("order", "delay", "priority", "replay", "browse", "reply", "release", "lease", "atomic_move", "delivery_count"),
     *("attempt", "settle_confirmed", "dedup"),
+    "share",
+    "inbox",
 )
 
 

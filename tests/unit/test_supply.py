@@ -25,8 +25,10 @@ from unibus_contracts.supply.kafka import Kafka
 from unibus_contracts.supply.native import Native, processes
 from unibus_contracts.supply.rabbitmq import RabbitMQ
 from unibus_contracts.supply.redis import Redis
+from unibus_contracts.supply.sqs import SQS
 
 ROOT = Path(__file__).parents[2]
+KINDS = tuple(supply.KINDS.values())
 SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4}, "u", "p")
 
 
@@ -351,6 +353,16 @@ def test_the_check_of_redis_logs_in_and_pings(answers: list[bytes], text: str) -
         else:
             Redis().check(url)
         thread.join(10)
+
+
+def test_the_emulator_of_sqs_listens_on_loopback_only_and_knows_no_default_key() -> None:
+    site = Site("sqs", "unibus1", "127.0.0.1", "/f", {"http": 1}, "u", "p")
+    command = SQS().native(site)
+    environment = command.environment
+    assert (environment["BIND_HOST"], environment["GATEWAY_PORT"], environment["AUTH"]) == ("127.0.0.1", "1", "true")
+    assert (environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]) == ("u", "p")
+    assert not {environment["IOT_MTLS_ENABLED"], environment["SFTP_ENABLED"]} - {"0"}
+    assert SQS().variables(site, Path("/f"))["URL"] == "sqs://u:p@eu-west-1?endpoint_url=http://127.0.0.1:1&wait=1"
 
 
 def test_a_kill_waits_until_rabbitmq_has_registered_its_quorum_queues(tmp_path: Path) -> None:

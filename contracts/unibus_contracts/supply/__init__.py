@@ -27,10 +27,11 @@ from .kafka import Kafka
 from .native import Native
 from .rabbitmq import RabbitMQ
 from .redis import Redis
+from .sqs import SQS
 
 __all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka(), Redis())}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka(), Redis(), SQS())}
 
 _READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
 

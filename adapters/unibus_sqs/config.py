@@ -1,0 +1,78 @@
+"""Settings of `[sqs]` and of the channels' `sqs` tables, checked; the URL as the client takes it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from unibus.adapter import Declared, Url
+from unibus.channel import Group, Topic
+from unibus.config_tables import check_table
+from unibus.errors import ConfigError
+from unibus_sqs.capabilities import LEASE
+
+RETENTION = 14 * 86400
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class Settings(_Table):
+    """`[sqs]`. Times are seconds."""
+
+    endpoint_url: str | None = Field(None, pattern=r"^https?://[^@\s]+$")  # of a local server; default: AWS
+    account_id: str | None = Field(None, pattern=r"^[0-9]{12}$")  # of the topics; default: that of the credentials
+    lease: int = Field(int(LEASE), ge=3, le=3600)  # visibility timeout; extended as long as a message is in hand
+    wait: int = Field(20, ge=1, le=20)  # of a long poll; how long a consumer may take to stop
+    connect_timeout: float = Field(5.0, gt=0)
+    connections: int = Field(50, ge=2)  # HTTP connections at most, to SQS and to SNS each
+
+
+class QueueOptions(_Table):
+    """Of a queue, when it is made; they stand for its dead-letter and invalid-message queues too."""
+
+    retention: int = Field(RETENTION, ge=60, le=RETENTION)
+    kms_key: str | None = None  # default: SQS' own encryption
+
+
+class TopicOptions(_Table):
+    """Of a topic. `attributes`: headers that are message attributes as well, for filter policies."""
+
+    kms_key: str | None = None
+    attributes: list[str] = Field([], max_length=7)
+
+
+class GroupOptions(QueueOptions):
+    """Of a group: what its subscription lets through. SNS' own format."""
+
+    filter_policy: dict[str, Any] | None = None
+    filter_scope: Literal["MessageAttributes", "MessageBody"] = "MessageAttributes"
+
+
+def settings(table: Any) -> Settings:
+    return check_table(Settings, table, "sqs")
+
+
+def options(declared: Declared) -> QueueOptions | TopicOptions:
+    address = declared.address
+    if isinstance(address, Group):
+        where = f"topics.{address.topic.name}.groups.{address.name}.sqs"
+        return check_table(GroupOptions, declared.options, where)
+    if isinstance(address, Topic):
+        return check_table(TopicOptions, declared.options, f"topics.{address.name}.sqs")
+    return check_table(QueueOptions, declared.options, f"queues.{address.name}.sqs")
+
+
+def region(url: Url) -> str | None:
+    """The host of the URL; None where AWS' own configuration says it."""
+    if url.path or len(url.hosts) > 1 or (url.hosts and url.hosts[0][1]):
+        raise ConfigError(
+            f"url {url}: the host is the region, as in sqs://eu-west-1; a local server goes into ?endpoint_url=http://..."
+        )
+    if (url.username is None) != (url.password is None):
+        raise ConfigError(
+            "url: the user is the access key, the password its secret: give both, or none for AWS' own chain"
+        )
+    return url.hosts[0][0] if url.hosts else None

@@ -1,0 +1,144 @@
+"""The clients of SQS and SNS. There is no connection to lose: each request is its own, and so is its failure."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AsyncExitStack
+from functools import cache
+from typing import Any
+
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession, get_session
+from botocore.exceptions import UnknownRegionError
+from botocore.loaders import Loader, create_loader
+
+from unibus.adapter import Url
+from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, UnibusError
+from unibus_sqs import config, errors
+
+_ANSWER = 10.0  # seconds that a request may take beyond its long poll
+
+
+@cache
+def _loader() -> Loader:
+    """Shared by all sessions: it reads the description of a service once, which takes longer than all the rest."""
+    return create_loader()
+
+
+class Link:
+    """`sqs` and `sns` are the clients; `trouble` says why the last request got no answer."""
+
+    def __init__(self, url: Url, settings: config.Settings) -> None:
+        self.trouble: str | None = "not connected"
+        self.sqs: Any = None
+        self.sns: Any = None
+        self.region = ""
+        self._url = url
+        self._settings = settings
+        self._stack = AsyncExitStack()
+        self._session: AioSession | None = None
+        self._account = settings.account_id
+        self._partition = "aws"
+
+    async def open(self) -> None:
+        """Raises ConnectionLost, AuthenticationFailed, ConfigError."""
+        for name in ("botocore", "aiobotocore"):  # their DEBUG lines hold whole requests, bodies and signatures
+            logger = logging.getLogger(name)
+            if logger.level == logging.NOTSET:
+                logger.setLevel(logging.INFO)
+        session = self._session = get_session()
+        session.register_component("data_loader", _loader())
+        self.region = config.region(self._url) or session.get_config_variable("region") or ""
+        if not self.region:
+            raise ConfigError("url: there is no region; write it as the host, as in sqs://eu-west-1")
+        try:
+            self._partition = session.get_partition_for_region(self.region)
+        except UnknownRegionError as exc:
+            if self._settings.endpoint_url is None:
+                raise ConfigError(
+                    f"url: {self.region!r} is no region of AWS; write one as the host: sqs://eu-west-1"
+                ) from exc
+        self.sqs = await self._client("sqs", self._stack)
+        self.sns = await self._client("sns", self._stack)
+        try:  # any answer shows that the service is there and knows us; a right to list is not needed
+            await self.call(self.sqs.list_queues, "connect", MaxResults=1)
+        except PermissionDenied:
+            self.trouble = None
+
+    async def _client(self, service: str, stack: AsyncExitStack) -> Any:
+        assert self._session is not None  # noqa: S101  # for mypy: open has made it
+        url, settings = self._url, self._settings
+        client = self._session.create_client(
+            service,
+            region_name=self.region,
+            endpoint_url=settings.endpoint_url,
+            aws_access_key_id=url.username,
+            aws_secret_access_key=None if url.password is None else url.password.value,
+            config=AioConfig(
+                retries={"total_max_attempts": 1, "mode": "standard"},  # the core sends again
+                connect_timeout=settings.connect_timeout,
+                read_timeout=settings.wait + _ANSWER,
+                max_pool_connections=settings.connections,
+                parameter_validation=False,  # a fifth of the time of a request; the service checks as well
+            ),
+        )
+        return await stack.enter_async_context(client)
+
+    async def call(self, operation: Any, doing: str, **parameters: Any) -> dict[str, Any]:
+        """One request. Raises what it came to, as unibus' errors."""
+        try:
+            answer: dict[str, Any] = await operation(**parameters)
+        except Exception as exc:
+            error = errors.translate(exc, f"{doing} ({self.region})")
+            if isinstance(error, ConnectionLost):
+                self.trouble = str(error)
+            raise error from exc
+        self.trouble = None
+        return answer
+
+    async def queue_url(self, name: str) -> str:
+        """Raises NotFound."""
+        answer = await self.call(self.sqs.get_queue_url, f"look for queue {name!r}", QueueName=name)
+        return str(answer["QueueUrl"])
+
+    async def queue_arn(self, url: str) -> str:
+        answer = await self.call(
+            self.sqs.get_queue_attributes, f"look at {url}", QueueUrl=url, AttributeNames=["QueueArn"]
+        )
+        return str(answer["Attributes"]["QueueArn"])
+
+    async def topic_arn(self, name: str) -> str:
+        """Of a topic that may not be there: SNS has no way to ask by name."""
+        if self._account is None:
+            try:
+                async with AsyncExitStack() as stack:
+                    sts = await self._client("sts", stack)
+                    answer = await self.call(sts.get_caller_identity, "look for the account of the topics")
+            except UnibusError as error:
+                raise ConfigError(f"{error}; set sqs.account_id") from error
+            self._account = str(answer["Account"])
+        return f"arn:{self._partition}:sns:{self.region}:{self._account}:{name}"
+
+    async def subscriptions(self, topic_arn: str, queue_arn: str) -> list[str]:
+        """Of this queue to this topic. Raises NotFound when the topic is not there."""
+        found: list[str] = []
+        token: dict[str, str] = {}
+        while True:
+            answer = await self.call(
+                self.sns.list_subscriptions_by_topic, f"look at {topic_arn}", TopicArn=topic_arn, **token
+            )
+            found += [s["SubscriptionArn"] for s in answer["Subscriptions"] if s["Endpoint"] == queue_arn]
+            if found or not answer.get("NextToken"):
+                return found
+            token = {"NextToken": answer["NextToken"]}
+
+    async def exists(self, name: str) -> str | None:
+        """The URL of a queue, or None."""
+        try:
+            return await self.queue_url(name)
+        except NotFound:
+            return None
+
+    async def close(self) -> None:
+        self.trouble = "closed"
+        await self._stack.aclose()

@@ -1,0 +1,578 @@
+"""SQS and SNS, on ministack, an emulator: what the contracts can't say, beside a raw aiobotocore client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiobotocore.session import get_session
+from botocore.exceptions import ClientError
+
+import unibus_sqs.adapter
+import unibus_sqs.subscription
+from unibus import (
+    AuthenticationFailed,
+    Bus,
+    ConfigError,
+    Delivery,
+    LeaseLost,
+    Message,
+    MessageTooLarge,
+    PermissionDenied,
+    Queue,
+    RetryPolicy,
+    Throttled,
+    Timeout,
+    Topic,
+    Unsupported,
+    deadletter,
+)
+from unibus.adapter import Declared, Endpoint, Outcome, Outgoing, Secret, Source, Subscription, Topology, Url
+from unibus.channel import Group, Inbox, dead_letter_queue
+from unibus.clock import SystemClock
+from unibus.message import NOT_BEFORE, new_id
+from unibus.url import parse
+from unibus_contracts import supply
+from unibus_sqs import SqsAdapter, private, topology
+from unibus_sqs.subscription import SqsSubscription
+
+SOON = 15.0
+URL = "UNIBUS_TEST_SQS_URL"
+
+
+async def eventually(probe: Callable[[], Awaitable[Any]]) -> Any:
+    """The first true answer."""
+    deadline = time.monotonic() + SOON
+    while not (answer := await probe()):
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.02)
+    return answer
+
+
+class Bench:
+    """Names of its own, adapters behind the SPI, buses, and raw clients."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.prefix = f"it-{secrets.token_hex(4)}."
+        self.stack = contextlib.AsyncExitStack()
+        self.adapters: list[SqsAdapter] = []
+        self.sqs: Any = None
+        self.sns: Any = None
+
+    async def client(self, service: str) -> Any:
+        parsed = parse(self.url)
+        assert parsed.password is not None
+        return await self.stack.enter_async_context(
+            get_session().create_client(
+                service,
+                region_name=parsed.hosts[0][0],
+                endpoint_url=parsed.query["endpoint_url"],
+                aws_access_key_id=parsed.username,
+                aws_secret_access_key=parsed.password.value,
+            )
+        )
+
+    def endpoint(self, url: Url | None = None, **settings: object) -> Endpoint:
+        url = url or parse(self.url)
+        return Endpoint(url, "svc", secrets.token_hex(4), SystemClock(), self.prefix, {**url.query, **settings})
+
+    async def adapter(self, *channels: Declared, endpoint: Endpoint | None = None, **more: Any) -> SqsAdapter:
+        adapter = SqsAdapter(endpoint or self.endpoint(**more))
+        self.adapters.append(adapter)
+        await adapter.connect()
+        if channels:
+            await adapter.declare(Topology(channels=channels))
+        return adapter
+
+    def bus(self, *channels: Any, **settings: Any) -> Bus:
+        given: dict[str, Any] = {"service": "svc", "prefix": self.prefix, "config": False, "environ": {}, **settings}
+        return Bus(self.url, channels=channels, **given)
+
+    def queue(self, name: str = "q", options: dict[str, object] | None = None, **features: Any) -> Declared:
+        return Declared(Queue(name, **features), self.prefix + name, options=options or {})
+
+    def topic(self, name: str = "t", options: dict[str, object] | None = None, **features: Any) -> Declared:
+        return Declared(Topic(name, **features), self.prefix + name, options=options or {})
+
+    def group(self, topic: Declared, name: str = "g", options: dict[str, object] | None = None) -> Declared:
+        assert isinstance(topic.address, Topic)
+        return Declared(Group(topic.address, name), f"{topic.name}.{name}", options=options or {})
+
+    async def url_of(self, name: str) -> str:
+        """The queue of this name as AWS spells it."""
+        answer = await self.sqs.get_queue_url(QueueName=self.prefix.replace(".", "_-") + name)
+        return str(answer["QueueUrl"])
+
+    async def topic_arn(self, name: str) -> str:
+        answer = await self.sns.create_topic(Name=self.prefix.replace(".", "_-") + name)
+        return str(answer["TopicArn"])
+
+    async def raw_receive(self, name: str, **more: Any) -> list[Any]:
+        answer = await self.sqs.receive_message(
+            QueueUrl=await self.url_of(name), MaxNumberOfMessages=10, MessageAttributeNames=["All"], **more
+        )
+        return list(answer.get("Messages") or [])
+
+
+@pytest.fixture
+async def lab() -> AsyncIterator[Bench]:
+    url = os.environ.get(URL)
+    if not url:
+        pytest.fail(f"{URL} is not set; `make brokers-up` starts a broker and prints it")
+    bench = Bench(url)
+    bench.sqs, bench.sns = await bench.client("sqs"), await bench.client("sns")
+    try:
+        yield bench
+    finally:
+        for adapter in bench.adapters:
+            await adapter.close()
+        await bench.stack.aclose()
+
+
+def out(to: Any, body: bytes = b"x", not_before: float | None = None, **fields: Any) -> Outgoing:
+    return Outgoing(
+        to.address if isinstance(to, Declared) else to, Message(body, **{"id": new_id(), **fields}), not_before
+    )
+
+
+async def send(adapter: SqsAdapter, *batch: Outgoing) -> None:
+    assert list(await adapter.send(batch, SOON)) == [None] * len(batch)
+
+
+async def take(subscription: Subscription, count: int = 1) -> list[Delivery[Any]]:
+    taken: list[Delivery[Any]] = []
+
+    async def more() -> bool:
+        taken.extend(await subscription.receive(count - len(taken), 1))
+        return len(taken) >= count
+
+    await eventually(more)
+    return taken
+
+
+async def subscribe(adapter: SqsAdapter, of: Declared, **source: Any) -> SqsSubscription:
+    assert not isinstance(of.address, Topic)
+    return await adapter.subscribe(Source(of.address, **source))
+
+
+# Interoperation
+
+
+async def test_a_raw_consumer_reads_ours(lab: Bench) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    await send(
+        adapter, out(queue, b'{"a": 1}', id="i", type="t", key="k", headers={"tenant": "\u00fc"}), out(queue, b"\xff")
+    )
+    text, binary = await lab.raw_receive("q")
+    assert text["Body"] == '{"a": 1}'
+    assert set(text["MessageAttributes"]) == {"unibus"}
+    headers = json.loads(text["MessageAttributes"]["unibus"]["StringValue"])
+    assert headers == {"x-message-id": "i", "x-type": "t", "x-key": "k", "tenant": "\u00fc"}
+    assert (binary["Body"], binary["MessageAttributes"]["unibus-encoding"]["StringValue"]) == ("/w==", "base64")
+
+
+async def test_a_foreign_message_is_an_ordinary_message_and_a_copy_keeps_all_of_it(lab: Bench) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    attributes = {
+        "tenant": {"DataType": "String", "StringValue": "t"},
+        "n": {"DataType": "Number", "StringValue": "7"},
+        "raw": {"DataType": "Binary", "BinaryValue": b"\x00\xff"},
+        "x-correlation-id": {"DataType": "String", "StringValue": "c"},
+    }
+    await lab.sqs.send_message(QueueUrl=await lab.url_of("q"), MessageBody="hi", MessageAttributes=attributes)
+    subscription = await subscribe(adapter, queue)
+    [first] = await take(subscription)
+    message = first.message
+    assert (message.body, message.correlation_id, dict(message.headers)) == (b"hi", "c", {"tenant": "t", "n": "7"})
+    assert message.id == first.position
+    assert message.timestamp == pytest.approx(time.time(), abs=60)
+    await send(adapter, Outgoing(queue.address, message, None, first))
+    await subscription.settle(Outcome.ACCEPTED, [first])
+    [again] = await take(subscription)
+    assert (again.message.id, dict(again.message.headers)) == (message.id, dict(message.headers))
+    native: Any = again.native
+    assert native["MessageAttributes"]["raw"]["BinaryValue"] == b"\x00\xff"
+
+
+async def test_foreign_publishes_arrive_raw_or_in_an_envelope(lab: Bench) -> None:
+    topic = lab.topic()
+    adapter = await lab.adapter(topic, raw := lab.group(topic), plain := lab.queue())
+    arn = await lab.topic_arn("t")
+    url = await lab.url_of("q")
+    queue = (await lab.sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"]))["Attributes"]["QueueArn"]
+    policy = {"Effect": "Allow", "Principal": "*", "Action": "sqs:SendMessage", "Resource": queue}
+    await lab.sqs.set_queue_attributes(
+        QueueUrl=url, Attributes={"Policy": json.dumps({"Version": "2012-10-17", "Statement": [policy]})}
+    )
+    await lab.sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=queue)
+    attributes = {"tenant": {"DataType": "String", "StringValue": "t"}}
+    await lab.sns.publish(TopicArn=arn, Message="news", MessageAttributes=attributes)
+    await send(adapter, out(topic, b"\x00ours", headers={"a": "b"}))
+    for place in (raw, plain):
+        subscription = await subscribe(adapter, place)
+        found = [d.message for d in await take(subscription, 2)]
+        assert [(m.body, dict(m.headers)) for m in found] == [(b"news", {"tenant": "t"}), (b"\x00ours", {"a": "b"})]
+
+
+async def test_a_filter_policy_lets_through_what_its_headers_say(lab: Bench) -> None:
+    topic = lab.topic(options={"attributes": ["tenant"]})
+    some = lab.group(topic, "some", {"filter_policy": {"tenant": ["a"]}})
+    adapter = await lab.adapter(topic, lab.group(topic, "every"), some)
+    await send(adapter, out(topic, b"1", headers={"tenant": "b"}), out(topic, b"2", headers={"tenant": "a"}))
+    subscription = await subscribe(adapter, some)
+    [delivery] = await take(subscription)
+    assert (delivery.message.body, dict(delivery.message.headers)) == (b"2", {"tenant": "a"})
+    assert (await adapter.backlog(some.address)).ready == 0  # type: ignore[arg-type]  # a Group
+
+
+# Bad input
+
+
+async def test_one_bad_entry_of_a_batch_fails_alone(lab: Bench) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    await lab.sqs.set_queue_attributes(QueueUrl=await lab.url_of("q"), Attributes={"MaximumMessageSize": "1024"})
+    results = await adapter.send([out(queue, body) for body in (b"1", b"x" * 2000, b"3")], SOON)
+    assert [type(result) for result in results] == [type(None), MessageTooLarge, type(None)]
+    subscription = await subscribe(adapter, queue)
+    assert [d.message.body for d in await take(subscription, 2)] == [b"1", b"3"]
+
+
+async def test_what_sqs_and_sns_would_not_carry_is_not_sent(lab: Bench) -> None:
+    topic = lab.topic()
+    adapter = await lab.adapter(topic, group := lab.group(topic), queue := lab.queue())
+    big = b"x" * (250 * 1024)
+    assert list(await adapter.send([out(queue, big), out(topic, big)], SOON)) == [None, None]
+    results = await adapter.send(
+        [out(topic, b"x" * (256 * 1024)), out(queue, b"x" * (1 << 20)), out(queue, b"\xff" * (800 << 10))], SOON
+    )
+    assert [type(result) for result in results] == [MessageTooLarge] * 3
+    assert "SNS" in str(results[0])
+    results = await adapter.send([out(group, big) for _ in range(9)], SOON)  # more than a request takes
+    assert list(results) == [None] * 9
+
+
+async def test_a_message_given_up_by_sqs_itself_is_a_dead_letter_with_headers(
+    lab: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "MAX_RECEIVES", 2)
+    queue = lab.queue()
+    letters = Declared(dead_letter_queue(queue.address), queue.name + ".dlq", "dead letter")  # type: ignore[arg-type]  # a Queue
+    adapter = await lab.adapter(queue, letters)
+    await send(adapter, out(queue, b"x", id="me"))
+    for _ in range(3):  # the third time it is moved
+        await lab.raw_receive("q", VisibilityTimeout=0)
+    subscription = await subscribe(adapter, letters)
+    [delivery] = await take(subscription)
+    headers = delivery.message.headers
+    assert delivery.message.id == "me"
+    assert (headers["x-dlq-reason"], headers["x-original-destination"]) == ("broker_limit", "q")
+
+
+async def test_an_expired_receipt_handle_is_a_lost_lease(lab: Bench) -> None:
+    adapter = await lab.adapter(queue := lab.queue(), lease=3)
+    first, second = await subscribe(adapter, queue), await subscribe(adapter, queue)
+    await send(adapter, out(queue))
+    [late] = await take(first)
+    [delivery] = await take(second)  # after 3 s
+    assert delivery.deliveries == 2
+    [error] = await first.settle(Outcome.ACCEPTED, [late])
+    assert isinstance(error, LeaseLost)
+    [error] = await first.extend([late], 30)
+    assert isinstance(error, LeaseLost)
+    assert list(await second.settle(Outcome.ACCEPTED, [delivery])) == [None]
+
+
+async def test_throttling_is_told_and_costs_nothing(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    subscription = await subscribe(adapter, queue)
+    link: Any = adapter._link
+    slow = ClientError({"Error": {"Code": "RequestThrottled", "Message": "slow down"}}, "x")
+
+    async def throttled(**_: Any) -> None:
+        raise slow
+
+    with monkeypatch.context() as patch:
+        for name in ("send_message_batch", "receive_message"):
+            patch.setattr(link.sqs, name, throttled)
+        [error] = await adapter.send([out(queue)], SOON)
+        assert isinstance(error, Throttled)
+        with pytest.raises(Throttled):
+            await subscription.receive(1, 1)
+    await send(adapter, out(queue))
+    await take(subscription)
+
+
+async def test_an_answer_that_does_not_come_is_a_timeout(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    link: Any = adapter._link
+
+    async def silent(**_: Any) -> None:
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(link.sqs, "send_message_batch", silent)
+        results = await adapter.send([out(queue) for _ in range(25)], 0.2)
+    assert [type(result) for result in results] == [Timeout] * 25
+
+
+async def test_wrong_credentials_are_said_so_and_shown_nowhere(lab: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    url = replace(parse(lab.url), username="AKIANOBODY", password=Secret("secret-5f1d"))
+    with caplog.at_level(logging.DEBUG), pytest.raises(AuthenticationFailed) as caught:
+        await lab.adapter(endpoint=lab.endpoint(url))
+    assert "secret-5f1d" not in caplog.text + str(caught.value) + repr(caught.value.__cause__)
+
+
+async def test_the_secret_and_bodies_are_in_no_log(lab: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    password = parse(lab.url).password
+    assert password is not None
+    with caplog.at_level(logging.DEBUG):
+        adapter = await lab.adapter(queue := lab.queue())
+        await send(adapter, out(queue, b"canary"))
+        await take(await subscribe(adapter, queue))
+        await adapter.close()
+    assert password.value not in caplog.text
+    assert "canary" not in caplog.text
+
+
+async def test_a_missing_right_is_said_so(lab: Bench) -> None:
+    iam = await lab.client("iam")
+    name = f"u{secrets.token_hex(4)}"
+    await iam.create_user(UserName=name)
+    statement = {"Effect": "Allow", "Action": ["sqs:GetQueueUrl", "sqs:ReceiveMessage"], "Resource": "*"}
+    document = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    await iam.put_user_policy(UserName=name, PolicyName="p", PolicyDocument=document)
+    key = (await iam.create_access_key(UserName=name))["AccessKey"]
+    await lab.adapter(queue := lab.queue())
+    url = replace(parse(lab.url), username=key["AccessKeyId"], password=Secret(key["SecretAccessKey"]))
+    adapter = await lab.adapter(endpoint=lab.endpoint(url))  # it may not list queues, and need not
+    await adapter.declare(Topology("assume", (queue,)))
+    await subscribe(adapter, queue)
+    [error] = await adapter.send([out(queue)], SOON)
+    assert isinstance(error, PermissionDenied)
+    with pytest.raises(PermissionDenied):
+        await adapter.declare(Topology("create", (lab.queue("other"),)))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("sqs://nowhere", "nowhere"),
+        ("sqs://eu-west-1:80", "endpoint_url"),
+        ("sqs://eu-west-1/path", "endpoint_url"),
+        ("sqs://key@eu-west-1", "secret"),
+        ("sqs://eu-west-1?wait=21", "sqs.wait"),
+        ("sqs://eu-west-1?visibilty=3", "sqs.visibilty"),
+    ],
+)
+async def test_a_wrong_url_is_a_config_error_that_names_it(lab: Bench, text: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        await lab.adapter(endpoint=lab.endpoint(parse(text)))
+
+
+async def test_unknown_options_and_a_history_are_refused(lab: Bench) -> None:
+    adapter = await lab.adapter()
+    with pytest.raises(ConfigError, match=r"queues\.q\.sqs\.retentoin.*retention"):
+        await adapter.declare(Topology(channels=(lab.queue(options={"retentoin": 60}),)))
+    with pytest.raises(Unsupported):
+        await adapter.declare(Topology(channels=(topic := lab.topic(), replace(lab.group(topic), start="all"))))
+
+
+@pytest.mark.parametrize(
+    "forged", ["q", "unibus__reply_1", "../unibus__reply_" + "0" * 16, "http://x/unibus__all_" + "0" * 16]
+)
+async def test_a_forged_reply_address_is_refused(lab: Bench, forged: str) -> None:
+    from unibus import Refused
+
+    adapter = await lab.adapter()
+    with pytest.raises(Refused):
+        adapter.reply_to(forged)
+
+
+# Order
+
+
+async def test_any_key_is_a_message_group_and_a_second_copy_of_a_message_is_dropped(lab: Bench) -> None:
+    adapter = await lab.adapter(queue := lab.queue(ordered=True))
+    keys = ["k", "k" * 200, "sch\u00fcssel", "a b", None]
+    await send(adapter, *(out(queue, b"x", key=key, id=f"{n}") for n, key in enumerate(keys)))
+    await send(adapter, out(queue, b"again", key="k", id="0"))
+    subscription = await subscribe(adapter, queue)
+    found = await take(subscription, 5)
+    assert [d.message.key for d in found] == keys
+    assert list(await subscription.settle(Outcome.ACCEPTED, found)) == [None] * 5
+    assert (await adapter.backlog(queue.address)).ready == 0  # type: ignore[arg-type]  # a Queue
+
+
+async def test_an_ordered_message_may_die_and_be_redriven_within_the_time_of_deduplication(lab: Bench) -> None:
+    queue = Queue("q", ordered=True)
+    bus = lab.bus()
+    attempts: list[int] = []
+
+    @bus.consumer(queue, retry=RetryPolicy(max_retries=1, backoff=0))
+    async def handle(body: bytes, delivery: Delivery[bytes]) -> None:
+        attempts.append(delivery.attempt)
+        raise ValueError("always")
+
+    async with bus.running():
+        await bus.send(queue, b"x", key="k")
+        for n in (1, 2, 3):
+
+            async def dead(n: int = n) -> bool:
+                return bus.counts.get("dead_lettered") == n
+
+            await eventually(dead)
+            if n < 3:
+                assert await deadletter.redrive(bus, queue) == 1
+        [letter] = [letter async for letter in deadletter.browse(bus, queue)]
+    assert letter.message.headers["x-redrive-count"] == "2"
+    assert attempts == [1, 2] * 3
+
+
+# Delays
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_a_long_delay_goes_in_hops(lab: Bench, ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unibus_sqs.adapter, "LONGEST_DELAY", 1)
+    monkeypatch.setattr(unibus_sqs.subscription, "LONGEST_DELAY", 1)
+    adapter = await lab.adapter(queue := lab.queue(ordered=ordered, delayed=True))
+    due = time.time() + 2.5
+    await send(adapter, out(queue, b"\xfflater", due, id="me", headers={"a": "b"}))
+    subscription = await subscribe(adapter, queue)
+    [delivery] = await take(subscription)
+    assert due <= time.time() <= due + 3
+    assert (delivery.message.body, delivery.message.id, dict(delivery.message.headers)) == (
+        b"\xfflater",
+        "me",
+        {"a": "b"},
+    )
+    assert NOT_BEFORE not in delivery.message.headers
+    assert list(await subscription.settle(Outcome.ACCEPTED, [delivery])) == [None]
+    backlog = await adapter.backlog(queue.address)  # type: ignore[arg-type]  # a Queue
+    assert (backlog.ready, backlog.in_flight) == (0, 0)
+
+
+# Ends
+
+
+async def test_a_cancelled_receive_loses_nothing(lab: Bench) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    subscription = await subscribe(adapter, queue)
+    receiving = asyncio.create_task(subscription.receive(10, 5))
+    await asyncio.sleep(0)
+    receiving.cancel()
+    await send(adapter, out(queue, b"1"))
+    [delivery] = await take(subscription)
+    await subscription.settle(Outcome.ACCEPTED, [delivery])
+    receiving = asyncio.create_task(subscription.receive(10, 5))
+    await asyncio.sleep(0)
+    receiving.cancel()
+    await send(adapter, out(queue, b"2"))
+    await subscription.stop()  # the poll that was left may have it
+    other = await subscribe(adapter, queue)
+    begun = time.monotonic()
+    [delivery] = await take(other)
+    assert delivery.message.body == b"2"
+    assert time.monotonic() - begun < 10
+
+
+async def test_a_deleted_queue_is_made_again_and_its_consumer_goes_on(lab: Bench) -> None:
+    queue = Queue("q")
+    bus = lab.bus()
+    seen: list[bytes] = []
+
+    @bus.consumer(queue)
+    async def handle(body: bytes) -> None:
+        seen.append(body)
+
+    async def handled() -> bool:
+        return len(seen) > before
+
+    async with bus.running():
+        before = 0
+        await bus.send(queue, b"1")
+        await eventually(handled)
+        url = await lab.url_of("q")
+        await lab.sqs.delete_queue(QueueUrl=url)
+
+        async def back() -> bool:
+            with contextlib.suppress(ClientError):
+                return await lab.url_of("q") == url
+            return False
+
+        await eventually(back)
+        before = 1
+        await bus.send(queue, b"2")
+        await eventually(handled)
+    assert seen == [b"1", b"2"]
+
+
+async def test_queues_of_a_process_end_with_it_and_those_of_dead_ones_are_cleaned_up(lab: Bench) -> None:
+    topic = lab.topic()
+    stem = lab.prefix.replace(".", "-") + "unibus__"
+
+    async def there() -> list[str]:
+        return list((await lab.sqs.list_queues(QueueNamePrefix=stem)).get("QueueUrls") or [])
+
+    old = str(int(time.time() - private.DEAD - 60))
+    await lab.sqs.create_queue(QueueName=stem + "reply_" + "0" * 16, tags={private.ALIVE: old})
+    await lab.sqs.create_queue(QueueName=stem + "reply_" + "1" * 16, tags={private.ALIVE: str(int(time.time()))})
+    adapter = await lab.adapter(topic)
+    assert isinstance(topic.address, Topic)
+    await adapter.subscribe(Source(Inbox("x")))
+    everywhere = await adapter.subscribe(Source(Group(topic.address, "svc.1.0", ephemeral=True)))
+
+    async def cleaned() -> bool:
+        return len(await there()) == 3
+
+    await eventually(cleaned)
+    await send(adapter, out(topic))
+    await take(everywhere)
+    await adapter.close()
+    assert [url[-16:] for url in await there()] == ["1" * 16]
+    arn = await lab.topic_arn("t")
+    assert (await lab.sns.list_subscriptions_by_topic(TopicArn=arn))["Subscriptions"] == []
+
+
+async def test_a_broker_that_dies_and_comes_back_empty_is_set_up_again() -> None:
+    broker = supply.start("sqs", instance="faults")
+    try:
+        bench = Bench(broker.url)
+        queue = Queue("q")
+        bus = bench.bus()
+        seen: list[bytes] = []
+
+        @bus.consumer(queue)
+        async def handle(body: bytes) -> None:
+            seen.append(body)
+
+        async def handled() -> int:
+            return len(seen)
+
+        async def ill() -> bool:
+            return (await bus.health()).status != "ok"
+
+        async with bus.running():
+            await bus.send(queue, b"1")
+            await eventually(handled)
+            await asyncio.to_thread(broker.kill)
+            await eventually(ill)
+            await asyncio.to_thread(broker.restart)
+            deadline = time.monotonic() + 30
+            while len(seen) < 2 and time.monotonic() < deadline:
+                with contextlib.suppress(Exception):
+                    await bus.send(queue, b"2", timeout=2)
+                await asyncio.sleep(0.1)
+        assert set(seen) == {b"1", b"2"}
+    finally:
+        await asyncio.to_thread(broker.stop)
