@@ -62,7 +62,10 @@ def _run(options: argparse.Namespace, profiles: Profiles, about: dict[str, Any])
         except rabbitmq.NoBroker as error:
             print(f"RabbitMQ: not measured, since there is none: {error}", file=sys.stderr)
             return cases
-        plan = rabbitmq.Plan(rounds, 2_000 if options.quick else 10_000, 200 if options.quick else 1_000)
+        if options.quick:
+            plan = rabbitmq.Plan(rounds, messages=2_000, requests=200, flows=1)
+        else:
+            plan = rabbitmq.Plan(rounds, messages=10_000, requests=1_000, flows=len(rabbitmq.FLOWS))
         found, version = asyncio.run(rabbitmq.run(url, plan, profiles))
         about["rabbitmq"] = {"version": version, "source": source}
         cases += found
