@@ -34,6 +34,8 @@ def main() -> int:
         print(profiles.text())
         print(f"written to {options.profile}; a profiled run has no times worth showing")
         return 0
+    if not cases:
+        return 1  # why was said
     print(_heading(about))
     print(table(cases))
     print(
@@ -43,7 +45,7 @@ def main() -> int:
         content = {**about, "cases": [case.as_json() for case in cases]}
         options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written to {options.json}")
-    return 0 if cases else 1
+    return 0
 
 
 def _run(options: argparse.Namespace, profiles: Profiles, about: dict[str, Any]) -> list[Case]:

@@ -114,6 +114,7 @@ class Unibus:
         @bus.consumer(orders, prefetch=prefetch, concurrency=prefetch)
         async def handle(body: bytes, message: Message) -> None:
             handled.handle(body, message.id, message.content_type, message.timestamp, message.headers)
+            handled.settled()  # that is, to be settled: the end of `running` waits for it
 
         async with bus:
             watch.start()

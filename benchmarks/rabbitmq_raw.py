@@ -79,7 +79,11 @@ class Handled:
         self, body: bytes, message_id: str | None, content_type: str | None, timestamp: Any, headers: Mapping[str, Any]
     ) -> None:
         self.count += 1
-        if self.count == self._messages:
+
+    def settled(self) -> None:
+        """After the ack is on its way, where the contestant sends it itself: that may wait for room in a queue."""
+        self._messages -= 1
+        if not self._messages:
             self.all.set()
 
 
@@ -128,6 +132,7 @@ class AioPika:
         async def on_message(message: AbstractIncomingMessage) -> None:
             handled.handle(message.body, message.message_id, message.content_type, message.timestamp, message.headers)
             await acks.finished(message.delivery_tag or 0)
+            handled.settled()
 
         watch.start()
         await source.consume(on_message)
@@ -234,6 +239,7 @@ class Aiormq:
             p = message.header.properties
             handled.handle(message.body, p.message_id, p.content_type, p.timestamp, p.headers or {})
             await acks.finished(message.delivery_tag or 0)
+            handled.settled()
 
         watch.start()
         await channel.basic_consume(queue, on_message)
