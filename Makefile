@@ -56,7 +56,7 @@ types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy $(CODE)
 
 bench: $(STAMP) ## throughput and latency against the raw clients
-	@$(BROKERS); $(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks
 
 lock: ## resolve the newest versions into constraints.txt
 	rm -rf .venv && $(PYTHON) -m venv .venv

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from unibus.adapter import AdapterFactory
 from unibus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "unibus.adapters"
 
@@ -48,6 +50,10 @@ def schemes() -> tuple[str, ...]:
 @cache
 def _entries() -> dict[str, list[EntryPoint]]:
     """Scheme -> entry points. One that is found twice, as with an editable install beside another copy, counts once."""
+    from importlib.metadata import (
+        entry_points,
+    )  # an eighth of what importing unibus costs: paid at start, not at import
+
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         same = found.setdefault(entry.name, [])

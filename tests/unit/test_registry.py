@@ -29,7 +29,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend that these entry points are installed."""
 
     def install(*entries: EntryPoint) -> None:
-        monkeypatch.setattr(registry, "entry_points", lambda group: EntryPoints(entries))
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(entries))
         registry._entries.cache_clear()
         registry.adapter_factory.cache_clear()
 
