@@ -28,6 +28,7 @@ test: $(STAMP) ## everything: lint, types, unit tests, then contracts and integr
 	@rm -rf reports; shopt -s nullglob; \
 	trap '$(SUPPLY) down' EXIT; \
 	status=0; $(MAKE) --no-print-directory checks || status=$$?; \
+	trap - EXIT; $(SUPPLY) down || status=$$?; \
 	$(BIN)/python -m unibus_contracts.summary reports/*.json || status=$$?; \
 	exit $$status
 
