@@ -11,10 +11,11 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic, stem
 from unibus.errors import (
+    ConfigError,
     ConnectionLost,
     MessageTooLarge,
     NotFound,
@@ -98,7 +99,7 @@ class KafkaAdapter:
         self._plan.topics |= made.topics
         self._plan.groups |= made.groups
 
-    async def _begin(self, link: Link, group: str, place: Place, start: Any, *, known_before: bool) -> None:
+    async def _begin(self, link: Link, group: str, place: Place, start: Start, *, known_before: bool) -> None:
         """Where a new group begins, committed now: what is sent from now on is its. One that is known is left alone.
 
         Kafka forgets the offsets of a group without members after a week. Its dead-letter topic is the witness that it is
@@ -107,15 +108,28 @@ class KafkaAdapter:
         if known_before or await link.committed(group):
             return
         tps = [tp for topic in place.topics if topic not in _own(place) for tp in link.partitions(topic)]
-        if start == "all":
-            at = EARLIEST
-        else:
-            at = LATEST if start == "new" else round(float(start) * 1000)
+        at = int(start * 1000) if isinstance(start, float) else EARLIEST if start == "all" else LATEST
         offsets = await link.offsets(tps, at)
         if late := [tp for tp, offset in offsets.items() if offset < 0]:  # nothing since that time
             offsets |= await link.offsets(late, LATEST)
+        if isinstance(start, tuple):
+            offsets |= await self._positions(link, place, start, offsets)
         await link.commit(group, offsets)
         log.info("created group %s", group)
+
+    @staticmethod
+    async def _positions(
+        link: Link, place: Place, start: tuple[str, ...], ends: dict[TopicPartition, int]
+    ) -> dict[TopicPartition, int]:
+        begins, found = await link.offsets(ends, EARLIEST), {}
+        for text in start:
+            topic, number, offset = wire.parsed_position(text) or ("", 0, 0)
+            tp = TopicPartition(topic, number)
+            if topic != place.topic or tp not in ends or not begins[tp] <= offset <= ends[tp]:
+                has = ", ".join(f"{t.topic}/{t.partition}@{begins[t]} to {e}" for t, e in ends.items())
+                raise ConfigError(f"{place.address}: start={text!r} is no position of its topic, which has {has}")
+            found[tp] = offset
+        return found
 
     async def _verify(self, link: Link, made: topology.Plan, gone: set[str]) -> None:
         missing = [f"topic {name!r}" for name in made.topics if name in gone]

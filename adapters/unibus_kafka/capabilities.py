@@ -22,7 +22,7 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
             limit=LONGEST_DELAY,
         ),
         priority=refused("a partition is read in its order"),
-        replay=native("from the beginning or a time, as far as the topic's retention reaches"),
+        replay=native("from the beginning, a time or offsets, as far as the topic's retention reaches"),
         browse=native("read without a group"),
         reply=emulated(
             "one reply topic a service, read from its end by every process, which drops what is not its own"
@@ -40,6 +40,7 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         inbox=refused(
             "the reply topic is the service's: what nobody waits for is dropped by its retention, an hour later"
         ),
+        start_positions=True,
         same_in_names="._",
         max_body=max_request_size - ENVELOPE_BYTES,
         max_header_bytes=32 * 1024,

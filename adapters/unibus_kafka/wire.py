@@ -31,6 +31,7 @@ from unibus.message import (
 JSON = "application/json"
 _FRESH = 60.0  # seconds
 _INBOX = re.compile(r"([A-Za-z0-9._-]{0,60}unibus\.reply\.[A-Za-z0-9._-]{1,60}):(\d{1,6}):([A-Za-z0-9._-]{1,100})")
+_POSITION = re.compile(r"([A-Za-z0-9._-]{1,249})/(\d{1,9})@(\d{1,18})")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 Record = tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]], int]  # key, value, headers, milliseconds
@@ -157,6 +158,11 @@ def not_before(record: Any) -> float | None:
         if name == NOT_BEFORE:
             return _time(_text(value))
     return None
+
+
+def parsed_position(text: str) -> tuple[str, int, int] | None:
+    found = _POSITION.fullmatch(text)
+    return (found[1], int(found[2]), int(found[3])) if found else None
 
 
 def position(record: Any) -> str:

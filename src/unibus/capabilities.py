@@ -60,6 +60,7 @@ class Capabilities:
     share: Support = Support("native")
     inbox: Support = Support("native")  # a reply to a process that has gone is an error, and is kept nowhere
 
+    start_positions: bool = False  # with `replay`: a group may also start at positions
     same_in_names: str = ""  # characters that the broker can't tell apart in names
     max_body: int | None = None
     max_headers: int | None = None  # number of user headers
