@@ -30,7 +30,9 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         release=emulated("handed out again by the same consumer, by another one only when that has left"),
         lease=refused("a partition is a consumer's until the group rebalances; no delivery has an end of its own"),
         atomic_move=refused("the client library's transactions don't fence a consumer that has lost its partition"),
-        delivery_count=refused("a partition has an offset, and no count of how often a record was read"),
+        delivery_count=refused(
+            "a partition has an offset; only after a consumer died is counted, for a minute, what its heir hands out"
+        ),
         attempt=emulated("failures in place are kept in the commit; a crash forgets those since the last one"),
         settle_confirmed=refused(
             "settled messages are committed together, a moment later; a crash in between repeats them"

@@ -27,6 +27,7 @@ from unibus.channel import Address, Group, Inbox
 from unibus.clock import Clock, Timer
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
+from unibus.message import CRASH_COUNT
 from unibus_kafka import config, errors, offsets, wire
 from unibus_kafka.capabilities import HOLD_BELOW
 from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
@@ -40,6 +41,7 @@ _MANY = 500  # records of one poll
 _LOOK = 1.0  # seconds between looks whether there is anything on the topics beside the main one
 _HELD = 1000  # records of one partition that wait for their time, before it is paused
 _CLOSE = 5.0  # seconds
+_CAREFUL = 60.0  # seconds after which what killed the owner before us would have done it again
 
 Read = tuple[Partition, Any]  # a record
 
@@ -80,6 +82,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         self._out = 0
         self._waiter: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
+        self._unsaid = False  # what is handed out next has to be committed first
         self._joined = asyncio.Event()
         self._hint = asyncio.Event()
         self._closing = asyncio.Event()
@@ -90,7 +93,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         self._commit_timer: Timer | None = None
         self._held_timer: Timer | None = None
         self._readers: list[asyncio.Task[None]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     # Beginning
 
@@ -114,7 +117,9 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
 
     def _take_over(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
         for tp, (offset, metadata) in starts.items():
-            self._parts[tp] = Partition(tp, offset, metadata, self._place.topics.get(tp.topic, 0.0))
+            part = self._parts[tp] = Partition(tp, offset, metadata, self._place.topics.get(tp.topic, 0.0))
+            if part.orphan:
+                part.careful = self._kit.clock.monotonic() + _CAREFUL
             self._consumer.seek(tp, offset)
             if tp.topic != self._place.topic:
                 self._consumer.pause(tp)
@@ -152,6 +157,8 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                 await asyncio.wait((losing, closing), return_when=asyncio.FIRST_COMPLETED)
                 closing.cancel()
                 losing.cancel()
+            for part in parts:
+                part.end()
             await self._commit()
         finally:
             for part in parts:
@@ -316,7 +323,10 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                 return []
             room = min(limit, self.source.prefetch - self._out)
             if self._buffer and room > 0:
-                return self._take(room)
+                taken = self._take(room)
+                if self._unsaid:
+                    taken = await self._say(taken)
+                return taken
             left = deadline - clock.monotonic()
             if left <= 0:
                 return []
@@ -334,14 +344,35 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
     def _take(self, limit: int) -> list[Delivery[Any]]:
         buffer = self._buffer
         taken = []
+        now = self._kit.clock.monotonic()
         for _ in range(min(limit, len(buffer))):
             part, record = buffer.popleft()
             delivery = part.out[record.offset] = self._delivery(part, record)
             taken.append(delivery)
+            if part.careful > now or (delivery.message.headers and CRASH_COUNT in delivery.message.headers):
+                delivery.deliveries = part.started(record.offset)
+                self._unsaid = True
+            elif not part.opened:
+                self._unsaid = True
+            part.opened = True
         self._out += len(taken)
         if len(buffer) < self.source.prefetch:
             self._room.set()
         return taken
+
+    async def _say(self, taken: list[Delivery[Any]]) -> list[Delivery[Any]]:
+        """Commit the starts of these before they start. What can't be committed goes back."""
+        said = False
+        try:
+            said = self._group is None or await self._commit()
+        finally:  # also when we are cancelled
+            if not said:
+                await self.settle(Outcome.RELEASED, taken)
+        if not said:
+            await self._kit.clock.sleep(self._kit.settings.commit_interval)
+            return []
+        self._unsaid = False
+        return [delivery for delivery in taken if not delivery.lost]
 
     def _delivery(self, part: Partition, record: Any) -> Delivery[Any]:
         failures = part.failures.get(record.offset, 0) if part.failures else 0
@@ -367,6 +398,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                 part.finish(record.offset)
                 continue
             part.remember(record.offset, delivery)
+            part.not_started(record.offset)
             if delays and delays[i] > 0:
                 self._hold(part, record, now + delays[i])
             else:
@@ -392,20 +424,20 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
 
     def _commit_now(self) -> None:
         self._commit_timer = None
-        task = asyncio.get_running_loop().create_task(self._commit())
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(self._commit())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _commit(self) -> None:
+    async def _commit(self) -> bool:
         """All that has changed. What fails is part of the next one; what is never committed is handled again."""
         if self._group is None or self._fenced:
-            return
+            return False
         async with self._committing:
             points = {
                 part: point for part in self._parts.values() if part.owned and (point := part.point()) != part.committed
             }
             if not points:
-                return
+                return True
             try:
                 async with asyncio.timeout(_CLOSE):
                     await self._consumer.commit({part.tp: point for part, point in points.items()})
@@ -424,6 +456,8 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                     if full or part.full:
                         self._pause(part, on=full or part.held > 0)
                     part.full = full
+                return True
+            return False
 
     # The end
 
@@ -462,6 +496,8 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         for task in list(self._tasks):
             await asyncio.wait([task], timeout=_CLOSE)
             task.cancel()
+        for part in self._parts.values():
+            part.end()
         await self._commit()
         self._closed = True
         for part in self._parts.values():

@@ -125,37 +125,47 @@ def test_keys_go_where_the_java_client_puts_them() -> None:
 # Commit metadata
 
 
+def written(offset: int, highest: int, unfinished: dict[int, tuple[int, int]], *, open: bool = False) -> str:
+    return offsets.encode(offset, highest, ((n, *notes) for n, notes in unfinished.items()), open=open)
+
+
+COUNTS = st.integers(0, 300)
+
+
 @given(
-    st.integers(0, 2**40), st.dictionaries(st.integers(0, 5000), st.integers(0, 300), max_size=60), st.integers(0, 9)
+    st.integers(0, 2**40),
+    st.dictionaries(st.integers(0, 5000), st.tuples(COUNTS, COUNTS), max_size=60),
+    st.integers(-1, 9),
+    st.booleans(),
 )
-def test_metadata_survives(offset: int, steps: dict[int, int], beyond: int) -> None:
-    unfinished = {offset + step: failures for step, failures in sorted(steps.items())}
-    highest = max(unfinished, default=offset) + beyond
-    text = offsets.encode(offset, highest, unfinished.items())
+def test_metadata_survives(offset: int, steps: dict[int, tuple[int, int]], beyond: int, open: bool) -> None:
+    unfinished = {offset + step: notes for step, notes in sorted(steps.items())}
+    highest = max(unfinished) + max(0, beyond) if unfinished else offset + beyond
+    text = written(offset, highest, unfinished, open=open)
     assert len(text) <= offsets.LIMIT
-    assert offsets.decode(offset, text) == (highest, unfinished)
+    assert offsets.decode(offset, text) == (highest, unfinished, open)
     assert offsets.decode(offset + 1, text) is None, "it belongs to its offset"
 
 
 def test_a_thousand_unfinished_among_a_million_fit() -> None:
-    unfinished = {n * 1000: 0 for n in range(1000)}
-    text = offsets.encode(0, 999_999, unfinished.items())
+    unfinished = {n * 1000: (0, 0) for n in range(1000)}
+    text = written(0, 999_999, unfinished)
     assert len(text) < offsets.FULL
-    assert offsets.decode(0, text) == (999_999, unfinished)
+    assert offsets.decode(0, text) == (999_999, unfinished, False)
 
 
 def test_what_does_not_fit_counts_as_unfinished() -> None:
-    unfinished = {n * 1000: 0 for n in range(5000)}
-    text = offsets.encode(0, 5_000_000, unfinished.items())
+    unfinished = {n * 1000: (0, 0) for n in range(5000)}
+    text = written(0, 5_000_000, unfinished)
     found = offsets.decode(0, text)
     assert len(text) <= offsets.LIMIT
     assert found is not None
-    highest, kept = found
-    assert kept == {n: 0 for n in unfinished if n <= highest}
+    highest, kept, _ = found
+    assert kept == {n: (0, 0) for n in unfinished if n <= highest}
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\0", "u1:", "u1:!!!\0", "u2:AAAAAAAA\0", "u1:AAAAAAAA\0", "something of another tool"]
+    "text", ["", "\0", "u2:", "u2:!!!\0", "u1:AAAAAAAA\0", "u2:AAAAAAAA\0", "something of another tool"]
 )
 def test_metadata_that_is_not_ours_is_ignored(text: str) -> None:
     assert offsets.decode(5, text) is None
@@ -220,6 +230,52 @@ def test_failures_in_place_survive_a_restart() -> None:
     again = offsets.Partition(TP, *part.point())
     assert again.failures == {1: 1}
     assert again.take(1)
+
+
+def life(part: offsets.Partition, numbers: range, *, careful: bool = False) -> dict[int, int]:
+    """Hand these out, as the subscription does; how often each was started."""
+    starts = {}
+    for n in numbers:
+        if part.take(n):
+            part.out[n] = delivery(record(offset=n))
+            starts[n] = part.started(n) if careful else 0
+    part.opened = True
+    return starts
+
+
+def test_starts_are_counted_after_an_owner_that_died() -> None:
+    first = offsets.Partition(TP, 0)
+    assert not first.orphan
+    life(first, range(3))
+    second = offsets.Partition(TP, *first.point())  # the first one died
+    assert second.orphan
+    assert life(second, range(3), careful=True) == {0: 1, 1: 1, 2: 1}
+    second.finish(1)
+    del second.out[1]
+    third = offsets.Partition(TP, *second.point())  # the second one as well
+    assert third.orphan
+    assert life(third, range(3), careful=True) == {0: 2, 2: 2}
+
+
+def test_a_start_that_ended_in_order_does_not_count() -> None:
+    first = offsets.Partition(TP, 0)
+    life(first, range(2), careful=True)
+    life(first, range(2, 3), careful=True)
+    first.finish(0)
+    del first.out[0]
+    first.end()
+    second = offsets.Partition(TP, *first.point())
+    assert (second.start, second.orphan, second.starts) == (1, False, {})
+
+
+def test_an_open_commit_of_nothing_but_unread_records_finishes_none() -> None:
+    first = offsets.Partition(TP, 0)
+    life(first, range(1))
+    first.finish(0)
+    del first.out[0]
+    second = offsets.Partition(TP, *first.point())
+    assert second.orphan
+    assert [n for n in range(1, 4) if second.take(n)] == [1, 2, 3]
 
 
 # Names

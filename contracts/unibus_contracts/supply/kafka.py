@@ -50,6 +50,7 @@ transaction.state.log.min.isr=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=1000
 """
 _POM = f"""\
 <project xmlns="http://maven.apache.org/POM/4.0.0">
