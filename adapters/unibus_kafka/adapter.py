@@ -196,10 +196,15 @@ class KafkaAdapter:
     async def _deliver(
         self, link: Link, tp: TopicPartition, made: list[tuple[Any, list[int]]], timeout: float, results: list[Any]
     ) -> None:
-        """The batches of one partition, one after the other, as the producer sends them."""
+        """The batches of one partition, one after the other; behind one that may be sent again the others wait for that."""
         deadline = asyncio.get_running_loop().time() + timeout
+        error: UnibusError | None = None
         for builder, indices in made:
-            error: UnibusError | None = None
+            if error is not None and error.retryable:
+                for i in indices:
+                    results[i] = error
+                continue
+            error = None
             try:
                 builder.close()
                 async with asyncio.timeout_at(deadline):

@@ -50,6 +50,7 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         send_batch=1000,
         receive_batch=1000,
         settle_batch=5000,
+        ordered_batches=True,
         flights=4,
         park_limit=LONGEST_PARK,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
+from aiokafka.errors import KafkaConnectionError
 
 from unibus import Bus, Delivery, Queue, RetryPolicy, Topic, deadletter
 from unibus.adapter import Outcome, Outgoing, Source
@@ -158,6 +159,28 @@ async def test_what_the_envelope_cannot_hold_survives_retries_and_death(lab: Ben
         assert (record.key, record.value) == (b"\xfe", None)
         assert [h for h in record.headers if not h[0].startswith("x-")] == headers
     assert dict(letter.headers)["x-retry-count"] == b"2"
+
+
+# Order
+
+
+async def test_order_by_key_survives_a_batch_that_failed(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue: Queue[bytes] = Queue("q", ordered=True)
+    numbers = [b"%04d" % n for n in range(400)]
+    async with lab.bus(queue, url=lab.broker.url + "?batch_size=1024") as bus:
+        producer: Any = bus.adapter.native
+        send_batch, calls = producer.send_batch, list[int]()
+
+        async def failing(builder: Any, topic: str, **more: Any) -> Any:
+            calls.append(builder.record_count())
+            if len(calls) in {3, 6}:
+                raise KafkaConnectionError("cut")
+            return await send_batch(builder, topic, **more)
+
+        monkeypatch.setattr(producer, "send_batch", failing)
+        await asyncio.gather(*(bus.send(queue, body, key="k") for body in numbers))
+    assert [record.value for record in await lab.read_raw("q", 400)] == numbers
+    assert max(calls) > 1, "many of a key go together"
 
 
 # Commits
