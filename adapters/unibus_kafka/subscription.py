@@ -180,10 +180,10 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                     if (part := self._parts.get(tp)) is not None:
                         self._arrived(part, records)
                 topic = self._place.topic
-                if self._joined.is_set() and consumer.partitions_for_topic(topic) is None:
-                    # Its client also forgets a topic that has no leader for a moment: another one has to agree.
-                    if await self._kit.link.missing([topic], fresh=True):
-                        raise NotFound(f"{self.address}: its topic {topic!r} was deleted")
+                forgotten = self._joined.is_set() and consumer.partitions_for_topic(topic) is None
+                # Its client also forgets a topic that has no leader for a moment: another one has to agree.
+                if forgotten and await self._kit.link.missing([topic], fresh=True):
+                    raise NotFound(f"{self.address}: its topic {topic!r} was deleted")
                 if self._group is None:
                     await self._look_for_new()
         except Exception as exc:
