@@ -309,8 +309,8 @@ class KafkaAdapter:
         if gone := await link.missing(topics):
             raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
         tps = [tp for topic in topics for tp in link.partitions(topic)]
-        ends, committed = await link.offsets(tps, LATEST), await link.committed(place.name)
-        begins = await link.offsets(tps, EARLIEST)
+        committed = await link.committed(place.name)  # first: what moves meanwhile counts twice, and not never
+        begins, ends = await link.offsets(tps, EARLIEST), await link.offsets(tps, LATEST)
         ready = 0
         for tp, end in ends.items():
             at, metadata = committed.get(tp, (0, ""))
