@@ -95,8 +95,11 @@ def decode(record: Any) -> tuple[Message, float | None]:
     value = b"" if value is None else value
     key = key.decode("utf-8", "surrogateescape") if key else None
     at = at / 1000 if at >= 0 else None
-    if len(headers) == 1 and headers[0][0] == ID and (id := _text(headers[0][1])):  # the usual case
-        return Message(value, id, None, JSON, NO_HEADERS, key, None, None, None, at), None
+    many = len(headers)
+    if 0 < many <= 2 and headers[0][0] == ID and (many == 1 or headers[1][0] == CONTENT_TYPE):  # as nearly all of ours
+        id, content_type = _text(headers[0][1]), JSON if many == 1 else _text(headers[1][1])
+        if id and content_type:
+            return Message(value, id, None, content_type, NO_HEADERS, key, None, None, None, at), None
     texts = {name: text for name, raw in headers if (text := _text(raw)) is not None}  # the others stay on the record
     message = Message(value, "", None, None, NO_HEADERS, key, None, None, None, at)
     due = read(texts, message)
