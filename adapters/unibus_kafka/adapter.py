@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from unibus.errors import (
 )
 from unibus_kafka import config, errors, topology, wire
 from unibus_kafka.capabilities import known
-from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link
+from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link, by_name
 from unibus_kafka.offsets import decode
 from unibus_kafka.subscription import KafkaSubscription, Kit
 from unibus_kafka.topology import Place
@@ -259,8 +258,7 @@ class KafkaAdapter:
         try:
             await consumer.start()
             if group is not None:
-                pattern = "^(?:" + "|".join(re.escape(topic) for topic in place.topics) + ")$"
-                consumer.subscribe(pattern=pattern, listener=subscription)  # by name would make a topic that is missing
+                consumer.subscribe(list(place.topics), listener=subscription)
                 subscription.begin()
                 await subscription.joined(_JOIN)
             else:
@@ -289,7 +287,7 @@ class KafkaAdapter:
     def _consumer(self, link: Link, group: str | None) -> Any:
         given = self._settings
         rebalance = round((given.rebalance_grace + given.heartbeat + 5) * 1000)
-        return AIOKafkaConsumer(
+        consumer = AIOKafkaConsumer(
             **link.options,
             group_id=group,
             enable_auto_commit=False,
@@ -302,6 +300,8 @@ class KafkaAdapter:
             max_poll_interval_ms=2**31
             - 1,  # slow handlers don't stop us from polling, and heartbeats tell who is alive
         )
+        by_name(consumer._client)
+        return consumer
 
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link, place = self._linked(), self._place(address)

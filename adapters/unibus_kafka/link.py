@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_co
 from aiokafka.partitioner import murmur2
 from aiokafka.protocol.admin import CreateTopicsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from unibus.errors import ConnectionLost
@@ -45,7 +47,7 @@ class Link:
             max_batch_size=given.batch_size,
             compression_type=given.compression,
         )
-        self._client: Any = self.producer.client
+        self._client: Any = by_name(self.producer.client)
         self._next = 0
 
     @classmethod
@@ -82,17 +84,21 @@ class Link:
         node = self._client.get_random_node()
         return node is not None and await self._client.ready(node)
 
-    # Topics. Always by the full list: to ask for a topic by its name may make it.
+    # Topics
 
     async def missing(self, topics: Iterable[str], *, fresh: bool = False) -> set[str]:
         """Those that are not there, or that we may not see. `fresh`: don't trust what we know."""
-        names = set(topics)
-        cluster = self._client.cluster
-        gone = {name for name in names if not cluster.partitions_for_topic(name)}
-        if gone or fresh:
-            await self._client.force_metadata_update()
-            gone = {name for name in names if not cluster.partitions_for_topic(name)}
-        return gone
+        client = self._client
+        names = {name for name in topics if fresh or not client.cluster.partitions_for_topic(name)}
+        if not names:
+            return names
+        found = await self.patiently(
+            lambda: client.send(client.get_random_node(), MetadataRequest(sorted(names), False)), "look for topics"
+        )
+        there = {topic for error, topic, _, partitions in found.topics if partitions and not error}
+        if there - client._topics:  # whatever else was asked for is not looked up ever after
+            await client.set_topics(client._topics | there)
+        return names - there
 
     def partitions(self, topic: str) -> list[TopicPartition]:
         """Ascending; empty where the topic is not known."""
@@ -220,6 +226,22 @@ class Link:
                         await self._client.force_metadata_update()
         except Exception as exc:
             raise errors.translate(exc, doing) from exc
+
+
+def by_name(client: Any) -> Any:
+    """Let a client of the library look up its topics by name; it would make those that are missing, or ask for all."""
+    everything = client._metadata_update
+
+    async def update(cluster: Any, topics: set[str]) -> bool:
+        if topics and (node := client.get_random_node()) is not None:
+            with suppress(KafkaError):  # of that node; the library tries them all
+                metadata = await client.send(node, MetadataRequest(list(topics), False))
+                cluster.update_metadata(metadata)
+                return True
+        return bool(await everything(cluster, ()))
+
+    client._metadata_update = update
+    return client
 
 
 async def put_away(*steps: Callable[[], Awaitable[None]]) -> None:

@@ -103,7 +103,6 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
     def assign(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
         """By ourselves: begin here."""
         self._consumer.assign(list(starts))
-        self._consumer._client.set_topics(())  # or the client looks the topics up by name, which may make them
         self._take_over(starts)
 
     async def joined(self, timeout: float) -> None:
