@@ -22,6 +22,12 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+EAGER = """
+if type(app).__name__ == "Celery":
+    app.conf.update(broker_url="memory://", result_backend="cache+memory://")
+    app.conf.update(task_always_eager=True, task_store_eager_result=True)
+"""
+
 
 def sections(text: str) -> Iterator[tuple[str, list[str]]]:
     """Heading and old snippets; the first are those that all begin with."""
@@ -61,13 +67,15 @@ async def on_the_test_broker(names: dict[str, Any], awaiting: list[CodeType]) ->
 
 
 def run(path: Path) -> None:
+    eager = compile(EAGER, "eager", "exec")
     (_, prelude), *rest = sections(path.read_text(encoding="utf-8"))
     for title, sources in rest:
         if not sources:
             continue
         names: dict[str, Any] = {"__name__": "old"}
-        defining, awaiting = compiled([*prelude, *sources], f"{path.name}: {title}")
-        for code in defining:
+        before, _ = compiled(prelude, f"{path.name}: all")
+        defining, awaiting = compiled(sources, f"{path.name}: {title}")
+        for code in [*before, eager, *defining]:
             exec(code, names)  # noqa: S102  # that is the job
         if "broker" in names:
             asyncio.run(on_the_test_broker(names, awaiting))

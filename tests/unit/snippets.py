@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from unibus import Bus
+from unibus import Bus, Message, Queue
+from unibus.adapter import Outgoing
 from unibus.testing import Lab, in_memory
+from unibus_rabbitmq import wire as rabbitmq_wire
+from unibus_rabbitmq.wire import Received
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +39,20 @@ def sections(text: str) -> dict[str, str]:
 
 def compiled(source: str, name: str) -> CodeType:
     """May await at the top."""
-    return compile(source, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    code: CodeType = compile(source, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    return code
+
+
+def captured(sender: str, broker: str) -> Any:
+    """Messages that this library sent to a real server, as they came from it."""
+    return json.loads((ROOT / "tests/unit/captured/foreign.json").read_text(encoding="utf-8"))[sender][broker]
+
+
+def from_rabbitmq(frame: dict[str, str]) -> Message:
+    """As the RabbitMQ adapter reads it."""
+    received = Received(1, False, b"", 0, bytes.fromhex(frame["header"]))
+    received.body = frame["body"].encode()
+    return rabbitmq_wire.decode(received, inbox=False, fallback="none")
 
 
 @dataclass
@@ -61,6 +78,10 @@ class Play:
         for id in ids:
             await self.bus.send(self.names["orders"], self.order(id, **more))
         await self.lab.idle()
+
+    async def arrives(self, queue: Queue[Any], message: Message) -> None:
+        """As a foreign producer puts it there, past all that `bus.send` looks at."""
+        assert await self.bus.adapter.send([Outgoing(queue, message)], 5) == [None]
 
 
 Check = Callable[[Play], Awaitable[None]]

@@ -17,9 +17,9 @@ from types import CodeType
 from typing import Any
 
 import pytest
+from tests.unit.snippets import ROOT, blocks, compiled, read, sections
 
 import unibus
-from tests.unit.snippets import ROOT, blocks, compiled, read, sections
 from unibus import Bus, Queue, Topic
 from unibus.config import load
 
