@@ -128,6 +128,7 @@ PRINTED = {
     "Retries and dead letters": ["o-1 non_retryable negative total", "o-2 non_retryable no such card"],
     "Topics and groups": ["bill o-1", "ship o-1", "each process drops o-1"],
     "Receive by hand": ["o-1"],
+    "Other formats and other programs": ["line o-1 7"],
 }
 
 
