@@ -75,9 +75,9 @@ async def _call(play: Play) -> None:
 
 @PAGE.check("Call from synchronous code")
 async def _call_blocking(play: Play) -> None:
-    message_id = await asyncio.to_thread(play.view, "o-1")
-    [message] = play.lab.broker.waiting(play.orders)
-    assert message.id == message_id
+    await asyncio.to_thread(play.start)
+    ids = [await asyncio.to_thread(play.view, id) for id in ("o-1", "o-2")]
+    assert [message.id for message in play.lab.broker.waiting(play.orders)] == ids
 
 
 @PAGE.check("Results")
