@@ -137,13 +137,12 @@ class Link:
                 raise errors.translate(native, f"create topic {name!r}") from native
 
         async def led() -> None:
+            leader = self._client.cluster.leader_for_partition
+            if gone := await self.missing(wanted, fresh=True):
+                raise ConnectionLost(f"topics {gone} are not there yet")
             await self._client.force_metadata_update()
-            cluster = self._client.cluster
-            for name in wanted:
-                if not self.partitions(name) or any(
-                    cluster.leader_for_partition(tp) in {None, -1} for tp in self.partitions(name)
-                ):
-                    raise ConnectionLost(f"topic {name!r} has no leader yet")
+            if any(leader(tp) in {None, -1} for name in wanted for tp in self.partitions(name)):
+                raise ConnectionLost("not all new topics have a leader yet")
 
         await self.patiently(led, "wait for new topics")
 

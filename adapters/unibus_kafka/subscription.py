@@ -147,7 +147,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         self._held = [entry for entry in self._held if entry[3].token not in parts]
         heapq.heapify(self._held)
         try:
-            if out := [delivery for delivery in self._handed if delivery.token in parts]:
+            if out := [one for part in parts for one in part.open.values() if one in self._handed]:
                 losing = asyncio.ensure_future(self.source.losing(out, grace))
                 closing = asyncio.ensure_future(self._closing.wait())
                 await asyncio.wait((losing, closing), return_when=asyncio.FIRST_COMPLETED)

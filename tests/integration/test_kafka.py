@@ -259,6 +259,7 @@ async def test_nothing_is_committed_for_a_partition_that_is_no_longer_ours(lab: 
 # The crash guard
 
 
+@pytest.mark.timeout(240)
 async def test_a_message_that_kills_its_process_dies_alone(lab: Bench) -> None:
     """Each life of the service is a process that has no time to say anything; the last one stops in order."""
     queue: Queue[bytes] = Queue("q")
@@ -496,6 +497,7 @@ async def test_a_user_without_rights_is_refused(lab: Bench) -> None:
     assert await lab.topics() == set()
 
 
+@pytest.mark.timeout(180)
 async def test_a_broker_that_was_killed_is_found_again() -> None:
     broker = supply.start("kafka", instance="faults")
     lab = Bench(broker)
