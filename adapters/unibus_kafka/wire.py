@@ -97,7 +97,10 @@ def decode(record: Any) -> tuple[Message, float | None]:
     at = at / 1000 if at >= 0 else None
     many = len(headers)
     if 0 < many <= 2 and headers[0][0] == ID and (many == 1 or headers[1][0] == CONTENT_TYPE):  # as nearly all of ours
-        id, content_type = _text(headers[0][1]), JSON if many == 1 else _text(headers[1][1])
+        try:
+            id, content_type = headers[0][1].decode(), JSON if many == 1 else headers[1][1].decode()
+        except (UnicodeDecodeError, AttributeError):  # not one of ours after all
+            id = content_type = ""
         if id and content_type:
             return Message(value, id, None, content_type, NO_HEADERS, key, None, None, None, at), None
     texts = {name: text for name, raw in headers if (text := _text(raw)) is not None}  # the others stay on the record
