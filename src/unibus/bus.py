@@ -141,15 +141,20 @@ class Bus(Handlers):
         await self.close()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[Bus]:
-        """Open, with the handlers at work in the background; at the end they are drained. Nests in an open bus."""
+    async def running(self, *, only: Iterable[str] | None = None) -> AsyncIterator[Bus]:
+        """Open, with the handlers at work in the background; at the end they are drained. Nests in an open bus.
+
+        `only`: the handlers of these channels, or of single groups as `topic.group`; UnknownChannel for one without any.
+        """
         opened = self._session is None
         if opened:
-            await self._open()
+            await self._open(only)
         try:
             session = self._opened()
             if session.running:
                 raise ConfigError("this bus runs already")
+            if not opened:
+                session.choose(only)
             session.start()
             try:
                 await session.started(session.intakes)
@@ -160,10 +165,10 @@ class Bus(Handlers):
             if opened:
                 await self.close()
 
-    async def run(self) -> None:
+    async def run(self, *, only: Iterable[str] | None = None) -> None:
         """Run the handlers until SIGTERM or SIGINT, or `stop()`; then drain. A second signal ends the process at once.
 
-        Raises what ended the link for good, such as AuthenticationFailed.
+        `only`: as for `running`. Raises what ended the link for good, such as AuthenticationFailed.
         """
         self._stopping = stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -177,8 +182,13 @@ class Bus(Handlers):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop, number)
         try:
-            async with self.running():
-                link = self._opened().kit.link
+            async with self.running(only=only):
+                session = self._opened()
+                link = session.kit.link
+                log.info(
+                    "at work: %s",
+                    ", ".join(str(consumer.intake.address) for consumer in session.consumers) or "no handlers",
+                )
                 waits = [asyncio.ensure_future(stopping.wait()), asyncio.ensure_future(link.failed.wait())]
                 try:
                     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -196,12 +206,13 @@ class Bus(Handlers):
         if self._stopping is not None:
             self._stopping.set()
 
-    async def _open(self) -> None:
+    async def _open(self, only: Iterable[str] | None = None) -> None:
         if self._session is not None or self._opening:
             raise ConfigError("this bus is open already")
         self._opening = True
         try:
             session = self._prepare()
+            session.choose(only)
             await session.open()
         finally:
             self._opening = False
