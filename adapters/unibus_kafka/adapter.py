@@ -105,12 +105,14 @@ class KafkaAdapter:
         owners = {topic: address for address, place in reversed(made.places.items()) for topic in place.topics}
         owners |= {place.name: address for address, place in made.places.items() if not isinstance(address, Group)}
         found = [
-            Inspected("topic", name, name not in gone, "Create", owners.get(name), risk=risks.get(name, ""))
+            Inspected(
+                "topic", name, name not in gone, f"Create on topic {name}", owners.get(name), risk=risks.get(name, "")
+            )
             for name in made.topics
         ]
         for group, (place, _, _) in made.groups.items():
             exists = place.topic not in gone and bool(await link.committed(group))
-            found.append(Inspected("group", group, exists, "Read on the group and its topics", place.address))
+            found.append(Inspected("group", group, exists, f"Read on group {group} and its topics", place.address))
         return found
 
     async def _begin(self, link: Link, group: str, place: Place, start: Any, *, known_before: bool) -> None:

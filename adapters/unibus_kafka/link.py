@@ -125,7 +125,7 @@ class Link:
                 words.append("unclean.leader.election.enable: a leader that has missed messages drops them")
             if "compact" in values.get("cleanup.policy", ""):
                 words.append("cleanup.policy = compact: only the last message of each key is kept")
-            if 0 <= int(values.get("retention.bytes") or -1):
+            if int(values.get("retention.bytes") or -1) >= 0:
                 words.append(f"retention.bytes = {values['retention.bytes']}: what is beyond goes, read or not")
             if 0 <= (ms := int(values.get("retention.ms") or -1)) < _WEEK:
                 words.append(f"retention.ms = {ms}: after {ms / 86_400_000:g} days a message goes, read or not")

@@ -57,7 +57,7 @@ async def inspect(link: Link, made: Plan, timeout: float) -> list[Inspected]:
         count, owner = there[f"{type(item)} {item.name}"], made.owners.get(item.name)
         kind, risk = ("exchange", "") if isinstance(item, Exchange) else ("queue", _risk(item))
         shared = owner is None and isinstance(item, QueueSpec)
-        rights = f"configure {item.name}" if not isinstance(item, Exchange) or item.ours else "none: it is not made"
+        rights = f"configure {item.name}" if not isinstance(item, Exchange) or item.ours else ""
         found.append(Inspected(kind, item.name, count is not None, rights, owner, count if shared else None, risk))
     for binding in made.bindings:
         name = f"{binding.source} -> {binding.destination}" + (f" ({binding.key})" if binding.key else "")

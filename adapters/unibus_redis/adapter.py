@@ -158,7 +158,7 @@ class RedisAdapter:
         for key, count in zip(sets, counts, strict=True):
             if isinstance(count, Exception):
                 raise errors.translate(count, f"look at {key!r}") from count
-            found.append(Inspected("delayed set", key, True, "none: the first delay makes it", messages=count))
+            found.append(Inspected("delayed set", key, True, messages=count))
         return found
 
     async def _risk(self, link: Link) -> str:

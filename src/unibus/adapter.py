@@ -141,7 +141,7 @@ class Topology:
 class Inspected:
     """One object on the broker that a topology needs. `exists` None: the broker can't tell.
 
-    `rights`: what its user needs to make it, in the broker's own words. `address`: whose it is, None where many share
+    `rights`: what its user needs to make it, in the broker's own words; "" where `declare` doesn't make it. `address`: whose it is, None where many share
     it. `messages`: how many wait in what is shared. `risk`: a setting found on it that can lose messages.
     """
 

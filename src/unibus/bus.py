@@ -9,7 +9,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -111,6 +111,9 @@ class Bus(Handlers):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stack = AsyncExitStack()
         self._stopping: asyncio.Event | None = None
+        self._tool: tuple[Group, ...] | None = (
+            None  # of a tool's copy (`tooling`): groups it asks for beside the handlers'
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._session is None else "running" if self._session.running else "open"
@@ -233,7 +236,13 @@ class Bus(Handlers):
             Endpoint(settings.url, settings.service, instance, self._clock, settings.prefix, settings.driver)
         )
         places = stations(self.registrations, channels, settings, instance)
-        return Session(adapter, settings, channels, places, clock=self._clock, layers=self._layers, instance=instance)
+        return Session(
+            *(adapter, settings, channels, places),
+            clock=self._clock,
+            layers=self._layers,
+            instance=instance,
+            groups=self._tool or (),
+        )
 
     def _load(self) -> tuple[Settings, Channels]:
         from unibus.config import load  # costs more than all the rest: paid at start, not at import
@@ -246,9 +255,12 @@ class Bus(Handlers):
             for r in self.registrations
             if r.group is not None and (topic := topics.get(getattr(r.channel, "name", str(r.channel)))) is not None
         ]
+        groups += self._tool or ()
         settings = load(
             self._code, bus=self.name, channels=channels, groups=groups, environ=self._environ, file=self._config
         )
+        if self._tool is not None:
+            settings = replace(settings, declare="assume")
         for channel in settings.declared_channels():
             channels.add(channel)
         return settings, channels

@@ -64,11 +64,12 @@ class Session:
         clock: Clock,
         layers: Sequence[Layer],
         instance: str,
+        groups: Sequence[Group] = (),
     ) -> None:
         counts = Counts()
         self.settings = settings
         self.channels = channels
-        self.topology = build(channels, stations, settings)
+        self.topology = build(channels, stations, settings, groups)
         link = Link(adapter, self.topology, clock, counts)
         self.kit = Kit(link, Publisher(link, clock, counts, settings.send_timeout), clock, counts)
         self.consumers: list[Consumer] = []
