@@ -200,6 +200,7 @@ class Bus(Handlers):
                         wait.cancel()
                 if link.failure is not None:
                     raise link.failure
+            log.info("drained")
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
@@ -255,7 +256,6 @@ class Bus(Handlers):
             for r in self.registrations
             if r.group is not None and (topic := topics.get(getattr(r.channel, "name", str(r.channel)))) is not None
         ]
-        groups += self._tool or ()
         settings = load(
             self._code, bus=self.name, channels=channels, groups=groups, environ=self._environ, file=self._config
         )

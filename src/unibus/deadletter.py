@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from math import ceil
 from pathlib import PurePath
@@ -223,7 +223,7 @@ MOST_HELD = 10_000  # dead letters that one redrive holds back because `where` d
 
 def browse(
     bus: Bus, channel: Queue[Any] | Topic[Any] | str, *, group: str | None = None, invalid: bool = False
-) -> AsyncIterator[Delivery[Any]]:
+) -> AsyncGenerator[Delivery[Any], None]:
     """Look at the dead letters of a queue, or of one group of a topic, without taking them.
 
     `invalid`: look at its invalid-message channel instead. The bodies are decoded where that is possible, else bytes. Where the

@@ -88,3 +88,8 @@ def short(value: Any, limit: int = 60) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def show(kind: str, body: Any) -> None:
+    """A body in full: JSON indented, text as it is."""
+    print(body if kind != "body" else json.dumps(body, ensure_ascii=False, indent=2))

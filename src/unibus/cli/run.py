@@ -114,9 +114,11 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _log_plainly() -> None:
-    """What the library has to say, on stderr; `run` sets up its own."""
+    """What unibus has to say, on stderr, and not what its clients say of the same; `run` sets up its own."""
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="unibus: %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.addFilter(logging.Filter("unibus"))
+        logging.basicConfig(level=logging.WARNING, format="unibus: %(message)s", handlers=[handler])
 
 
 def _unexpected(error: Exception) -> NoReturn:

@@ -50,14 +50,17 @@ class Target:
         if app is not None:
             environ["UNIBUS_APP"] = app
         if url is not None:
-            scope = () if bus.name is None else ("bus", bus.name)
             if parse(url).username is not None:  # those of the environment are for another URL
                 for name in ("username", "password", "password_file"):
-                    environ.pop(variable_of((*scope, name)), None)
-            environ[variable_of((*scope, "url"))] = url
+                    environ.pop(variable_of(self.key(name)), None)
+            environ[variable_of(self.key("url"))] = url
         if config is not None:
             bus._config = config
         bus._environ = environ
+
+    def key(self, name: str) -> tuple[str, ...]:
+        """Where a setting of the bus stands in unibus.toml."""
+        return (name,) if self.bus.name is None else ("bus", self.bus.name, name)
 
     def tool(self, name: str | None = None, *, kind: Kind | None = None, group: str | None = None) -> Bus:
         """A bus for tools, closed. See `tooling.attached`."""

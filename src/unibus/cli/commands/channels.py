@@ -54,7 +54,7 @@ async def channels(
 
 
 class Row:
-    """One queue or group. `backlog` None: it is not there."""
+    """One queue or group, or a topic without groups. `backlog` None: it is not there."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Row:
     def cells(self) -> tuple[Any, ...]:
         name, group = self._names()
         if isinstance(self.address, Topic):
-            return name, "(none: what is published is lost)", *[""] * 6
+            return name, "(none known here)", *[""] * 6
         if self.backlog is None:
             return name, group, "missing", *[""] * 5
         found = self.backlog
@@ -89,7 +89,7 @@ class Row:
             "channel": name,
             "group": group,
             "kind": "queue" if isinstance(self.address, Queue) else "topic",
-            "exists": found is not None,
+            "exists": None if isinstance(self.address, Topic) else found is not None,
             "ready": found and found.ready,
             "in_flight": found and found.in_flight,
             "delayed": found and found.delayed,
