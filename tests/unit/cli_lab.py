@@ -1,17 +1,13 @@
 """What the tests of the command line share: it runs in this process, on a memory broker that lasts as long as the test."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-import pytest
 from typer.testing import CliRunner
 
-from unibus import memory
 from unibus.cli.app import make
 
 URL = "memory://cli"
@@ -95,25 +91,3 @@ class Cli:
 
     def toml(self, text: str) -> None:
         (self.folder / "unibus.toml").write_text(dedent(text), encoding="utf-8")
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_settings: None) -> Iterator[Cli]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(memory, "_shared", {})
-    yield Cli(tmp_path)
-
-
-@pytest.fixture
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    for name in [name for name in os.environ if name.startswith("UNIBUS_")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Called, stdout counts as a terminal."""
-    return lambda: monkeypatch.setattr("unibus.cli.output.piped", lambda: False)

@@ -73,7 +73,7 @@ class Row:
     def cells(self) -> tuple[Any, ...]:
         name, group = self._names()
         if isinstance(self.address, Topic):
-            return name, "(none known here)", *[""] * 6
+            return name, "none", *[""] * 6
         if self.backlog is None:
             return name, group, "missing", *[""] * 5
         found = self.backlog

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -152,6 +153,10 @@ async def purge(
         await work.run(deadletter.purge, "deleted", dry_run=dry_run, as_json=as_json)
 
 
+def answerable() -> bool:
+    return sys.stdin.isatty()
+
+
 class _Work:
     """A redrive or a purge."""
 
@@ -173,7 +178,7 @@ class _Work:
         count = await self._count()
         if not count:
             return
-        if not typer.get_text_stream("stdin").isatty():
+        if not answerable():
             raise ConfigError("purge asks before it deletes, and nobody is there to answer: say --yes")
         question = f"Delete {output.plural(count, 'dead letter')} of {self._channel} for good?"
         if not await asyncio.to_thread(typer.confirm, question, err=True):
