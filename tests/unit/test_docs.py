@@ -17,7 +17,7 @@ from types import CodeType
 from typing import Any
 
 import pytest
-from tests.unit.snippets import ROOT, blocks, compiled, read, sections
+from tests.unit.snippets import ROOT, blocks, compiled, in_an_empty_folder, read, sections
 
 import unibus
 from unibus import Bus, Queue, Topic
@@ -115,10 +115,7 @@ class Section:
 
 @pytest.fixture(autouse=True)
 def _in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # no unibus.toml
-    for name in [name for name in os.environ if name.startswith("UNIBUS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("UNIBUS_URL", "memory://")
+    in_an_empty_folder(monkeypatch, tmp_path)
 
 
 # What has to be printed in a section.
