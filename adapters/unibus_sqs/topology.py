@@ -219,4 +219,7 @@ async def verify(link: Link, made: Plan) -> None:
     await _each(made.topics.values(), topic)
     await _each(made.places.values(), queue)
     if missing:
-        raise NotFound(f"missing on SQS: {', '.join(sorted(missing))}; run `unibus declare`, or set declare = create")
+        raise NotFound(
+            f"missing on SQS: {', '.join(sorted(missing))}; check the region ({link.region}), run `unibus declare`, "
+            "or set declare = create"
+        )

@@ -8,6 +8,7 @@ SQS carries ten attributes at most, so all headers, ours and the user's, travel 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from base64 import b64decode, b64encode
@@ -37,6 +38,8 @@ from unibus.message import (
     TYPE,
     Message,
 )
+
+log = logging.getLogger("unibus.sqs")
 
 HEADERS = "unibus"
 ENCODING = "unibus-encoding"
@@ -120,8 +123,14 @@ def encode(outgoing: Outgoing, not_before: float | None, promoted: Collection[st
             attributes[name] = _text(value)
     if outgoing.origin is not None and isinstance(outgoing.origin.native, Mapping):
         for name, attribute in (outgoing.origin.native.get("MessageAttributes") or {}).items():
-            if "BinaryValue" in attribute and len(attributes) < MOST_ATTRIBUTES:
-                attributes[name] = {"DataType": attribute["DataType"], "BinaryValue": attribute["BinaryValue"]}
+            if "BinaryValue" not in attribute:
+                continue
+            if len(attributes) == MOST_ATTRIBUTES:  # a foreign message may have ten of them, and one place is ours
+                log.warning(
+                    "the copy of message %s leaves out its binary attribute %r: SQS takes ten", message.id, name
+                )
+                continue
+            attributes[name] = {"DataType": attribute["DataType"], "BinaryValue": attribute["BinaryValue"]}
     return body, attributes, len(message.body if encoding is None else body) + size(attributes)
 
 

@@ -150,14 +150,20 @@ def test_a_hundred_headers_are_one_attribute_and_promoted_ones_are_their_own() -
     assert wire.decode(native)[0].headers == headers
 
 
-def test_the_most_binary_attributes_are_kept() -> None:
-    binary = {f"b{n}": {"DataType": "Binary", "BinaryValue": bytes([n])} for n in range(9)}
+@pytest.mark.parametrize("count", [9, 10])
+def test_nine_binary_attributes_are_kept_and_a_tenth_is_left_out_aloud(
+    count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    binary = {f"b{n}": {"DataType": "Binary", "BinaryValue": bytes([n])} for n in range(count)}
     native: Any = {"MessageId": "m", "Body": "x", "MessageAttributes": binary}
     message, _ = wire.decode(native)
     origin: Delivery[Any] = Delivery(message, Source(QUEUE), "handle", native=native)
     again = sent(message, origin=origin)
-    assert again["MessageAttributes"].keys() == {"unibus", *binary}
+    assert again["MessageAttributes"].keys() == {"unibus", *list(binary)[:9]}
     assert again["MessageAttributes"]["b8"] == binary["b8"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the copy of message m leaves out its binary attribute 'b9': SQS takes ten"
+    ] * (count - 9)
 
 
 def test_a_foreign_message_has_what_its_attributes_say() -> None:
