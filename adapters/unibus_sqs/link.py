@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import cache
 from typing import Any
@@ -13,9 +14,11 @@ from botocore.exceptions import UnknownRegionError
 from botocore.loaders import Loader, create_loader
 
 from unibus.adapter import Url
-from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, UnibusError
+from unibus.driver import as_result
+from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, TransportError, UnibusError
 from unibus_sqs import config, errors
 
+BATCH = 10  # entries that a request takes
 _ANSWER = 10.0  # seconds that a request may take beyond its long poll
 
 
@@ -96,16 +99,31 @@ class Link:
         self.trouble = None
         return answer
 
+    async def batch(
+        self, operation: Any, doing: str, name: str, entries: Sequence[dict[str, Any]], **where: Any
+    ) -> list[TransportError | None]:
+        """One request with up to ten entries, by the `name` of its parameter; one result for each."""
+        numbered = [{"Id": str(i), **entry} for i, entry in enumerate(entries)]
+        try:
+            answer = await self.call(operation, doing, **{name: numbered}, **where)
+        except UnibusError as error:
+            return [as_result(error) for _ in entries]
+        results: list[TransportError | None] = [None] * len(entries)
+        for failed in answer.get("Failed") or ():
+            results[int(failed["Id"])] = errors.of_entry(failed, doing)
+        return results
+
     async def queue_url(self, name: str) -> str:
         """Raises NotFound."""
         answer = await self.call(self.sqs.get_queue_url, f"look for queue {name!r}", QueueName=name)
         return str(answer["QueueUrl"])
 
-    async def queue_arn(self, url: str) -> str:
+    async def attributes(self, url: str, *names: str) -> dict[str, str]:
+        """Of a queue."""
         answer = await self.call(
-            self.sqs.get_queue_attributes, f"look at {url}", QueueUrl=url, AttributeNames=["QueueArn"]
+            self.sqs.get_queue_attributes, f"look at {url}", QueueUrl=url, AttributeNames=list(names)
         )
-        return str(answer["Attributes"]["QueueArn"])
+        return dict(answer["Attributes"])
 
     async def topic_arn(self, name: str) -> str:
         """Of a topic that may not be there: SNS has no way to ask by name."""
@@ -132,12 +150,12 @@ class Link:
                 return found
             token = {"NextToken": answer["NextToken"]}
 
-    async def exists(self, name: str) -> str | None:
-        """The URL of a queue, or None."""
+    async def exists(self, name: str) -> str:
+        """The URL of a queue; empty where there is none."""
         try:
             return await self.queue_url(name)
         except NotFound:
-            return None
+            return ""
 
     async def close(self) -> None:
         self.trouble = "closed"

@@ -110,10 +110,10 @@ def test_a_plan_has_fifo_queues_where_order_is_asked_for() -> None:
         Declared(group, "p.t.g"),
     )
     made = topology.plan(Topology(channels=declared))
-    names = [place.name for place in made.places.values()]
-    assert names == ["p_-q.fifo", "p_-q_-dlq.fifo", "p_-q_-invalid", "p_-t_-g.fifo"]
-    assert made.topics[topic].name == "p_-t.fifo"
-    assert made.places[queue].letters is made.places[dead_letter_queue(queue)]
+    names = [place.name for place in made.values()]
+    assert names == ["p_-q.fifo", "p_-q_-dlq.fifo", "p_-q_-invalid", "p_-t.fifo", "p_-t_-g.fifo"]
+    assert made[queue].letters is made[dead_letter_queue(queue)]
+    assert made[dead_letter_queue(queue)].dead is made[queue]
     with pytest.raises(Unsupported):
         topology.plan(Topology(channels=(Declared(queue, "q", start="all"),)))
 
