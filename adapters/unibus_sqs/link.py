@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession, get_session
+from aiobotocore.session import get_session
 from botocore.exceptions import UnknownRegionError
 from botocore.loaders import Loader, create_loader
 
@@ -39,7 +39,8 @@ class Link:
         self._url = url
         self._settings = settings
         self._stack = AsyncExitStack()
-        self._session: AioSession | None = None
+        self._session = get_session()
+        self._session.register_component("data_loader", _loader())
         self._account = settings.account_id
         self._partition = "aws"
 
@@ -49,8 +50,7 @@ class Link:
             logger = logging.getLogger(name)
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.INFO)
-        session = self._session = get_session()
-        session.register_component("data_loader", _loader())
+        session = self._session
         self.region = config.region(self._url) or session.get_config_variable("region") or ""
         if not self.region:
             raise ConfigError("url: there is no region; write it as the host, as in sqs://eu-west-1")
@@ -61,15 +61,14 @@ class Link:
                 raise ConfigError(
                     f"url: {self.region!r} is no region of AWS; write one as the host: sqs://eu-west-1"
                 ) from exc
-        self.sqs = await self._client("sqs", self._stack)
-        self.sns = await self._client("sns", self._stack)
+        self.sqs = await self._client("sqs")
+        self.sns = await self._client("sns")
         try:  # any answer shows that the service is there and knows us; a right to list is not needed
             await self.call(self.sqs.list_queues, "connect", MaxResults=1)
         except PermissionDenied:
             self.trouble = None
 
-    async def _client(self, service: str, stack: AsyncExitStack) -> Any:
-        assert self._session is not None  # noqa: S101  # for mypy: open has made it
+    async def _client(self, service: str) -> Any:
         url, settings = self._url, self._settings
         client = self._session.create_client(
             service,
@@ -85,7 +84,7 @@ class Link:
                 parameter_validation=False,  # a fifth of the time of a request; the service checks as well
             ),
         )
-        return await stack.enter_async_context(client)
+        return await self._stack.enter_async_context(client)
 
     async def call(self, operation: Any, doing: str, **parameters: Any) -> dict[str, Any]:
         """One request. Raises what it came to, as unibus' errors."""
@@ -129,9 +128,8 @@ class Link:
         """Of a topic that may not be there: SNS has no way to ask by name."""
         if self._account is None:
             try:
-                async with AsyncExitStack() as stack:
-                    sts = await self._client("sts", stack)
-                    answer = await self.call(sts.get_caller_identity, "look for the account of the topics")
+                sts = await self._client("sts")
+                answer = await self.call(sts.get_caller_identity, "look for the account of the topics")
             except UnibusError as error:
                 raise ConfigError(f"{error}; set sqs.account_id") from error
             self._account = str(answer["Account"])

@@ -51,6 +51,7 @@ class SqsSubscription(NoMove):
         self._seen: set[str] = set()  # of a browser
         self._polls = Tasks(lambda exc: log.debug("receive from %s: %s", self.address, exc))  # who waits is told
         self._hops = Tasks(self._failed_to_hop)
+        self._asked = 0  # messages that polls under way may bring
         self._busy = False  # the last poll was worth it, so more may run
         self._failing: float | None = None  # since when polls fail, monotonic seconds
         self._stopped = self._ended = False
@@ -69,10 +70,14 @@ class SqsSubscription(NoMove):
             left = deadline - self._clock.monotonic()
             if self._stopped or left <= 0:
                 return []
-            if tuple(self._polls) and not self._busy:
+            room = min(limit, BATCH)
+            if not self.source.browse:
+                room = min(room, self.source.prefetch - len(self._held) - self._asked)
+            if room <= 0 or (self._asked and not self._busy):
                 await self._waiter.wait(left)
                 continue
-            poll = self._polls.start(self._poll(min(limit, BATCH), left))
+            self._asked += room
+            poll = self._polls.start(self._poll(room, left))
             await asyncio.wait([poll])  # a receive that is cancelled leaves it alone: it may have messages
             self._waiter.wake()
             if not poll.cancelled():
@@ -100,6 +105,8 @@ class SqsSubscription(NoMove):
             if isinstance(error, ConnectionLost) and now - self._failing < self._lease * 2 / 3:
                 raise Timeout(str(error)) from error
             raise
+        finally:
+            self._asked -= room
         found = answer.get("Messages") or []
         self._failing = None
         self._busy = 2 * len(found) >= room
@@ -137,16 +144,19 @@ class SqsSubscription(NoMove):
     async def _hop(self, delivery: Delivery[Any], due: float) -> None:
         """A message that is not due yet waits on, as long as SQS can: again with the rest of its delay, or invisible."""
         rest = max(1, math.ceil(due - self._clock.time()))
-        if self.place.fifo:  # SQS delays no single message here, and a copy would lose its place
-            await self.settle(Outcome.RELEASED, [delivery], delays=[min(rest, LONGEST_HOLD - 60)])
-            return
         native: Any = delivery.native
-        copy: dict[str, Any] = {"MessageBody": native["Body"], "DelaySeconds": min(rest, LONGEST_DELAY)}
-        if attributes := native.get("MessageAttributes"):
-            copy["MessageAttributes"] = attributes
-        doing = f"delay a message of {self.address}"
-        await self._link.call(self._link.sqs.send_message, doing, QueueUrl=self.place.target, **copy)
-        await self.settle(Outcome.ACCEPTED, [delivery])
+        try:
+            if self.place.fifo:  # SQS delays no single message here, and a copy would lose its place
+                await self._ours([delivery], [min(rest, int(LONGEST_HOLD) - 60)])
+                return
+            copy: dict[str, Any] = {"MessageBody": native["Body"], "DelaySeconds": min(rest, LONGEST_DELAY)}
+            if attributes := native.get("MessageAttributes"):
+                copy["MessageAttributes"] = attributes
+            doing = f"delay a message of {self.address}"
+            await self._link.call(self._link.sqs.send_message, doing, QueueUrl=self.place.target, **copy)
+            await self._ours([delivery], None)
+        finally:
+            del self._held[delivery]
 
     def _failed_to_hop(self, exc: BaseException) -> None:
         log.warning("a delayed message of %s comes again when its lease ends: %s", self.address, exc)
@@ -165,6 +175,7 @@ class SqsSubscription(NoMove):
         for delivery, error in zip(deliveries, results, strict=True):
             if error is None or not error.retryable:
                 self._held.pop(delivery, None)
+        self._waiter.wake()  # there is room
         return results
 
     async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
