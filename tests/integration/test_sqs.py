@@ -344,6 +344,23 @@ async def test_a_long_delay_goes_in_hops(lab: Bench, ordered: bool, monkeypatch:
     assert (backlog.ready, backlog.in_flight) == (0, 0)
 
 
+async def test_a_hop_that_fails_comes_again_with_the_end_of_its_lease(
+    lab: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(unibus_sqs.adapter, "LONGEST_DELAY", 1)
+    adapter = await lab.adapter(queue := lab.queue(delayed=True), lease=3)
+
+    async def throttled(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "RequestThrottled", "Message": "slow down"}}, "SendMessage")
+
+    monkeypatch.setattr(adapter.native, "send_message", throttled)
+    await send(adapter, out(queue, b"later", time.time() + 2.5))
+    subscription = await subscribe(adapter, queue, prefetch=1)  # of which it must not keep a part
+    [delivery] = await take(subscription)
+    assert delivery.message.body == b"later"
+    assert "comes again when its lease ends" in caplog.text
+
+
 # Ends
 
 
@@ -408,6 +425,10 @@ async def test_queues_of_a_process_end_with_it_and_those_of_dead_ones_are_cleane
 
     old = str(int(time.time() - private.DEAD - 60))
     await lab.sqs.create_queue(QueueName=stem + "reply_" + "0" * 16, tags={private.ALIVE: old})
+    arn = await lab.topic_arn("t")
+    bound = await lab.sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=arn.replace(":sns:", ":sqs:"))
+    tags = {private.ALIVE: old, private.SUBSCRIPTION: bound["SubscriptionArn"]}
+    await lab.sqs.create_queue(QueueName=stem + "all_" + "0" * 16, tags=tags)
     await lab.sqs.create_queue(QueueName=stem + "reply_" + "1" * 16, tags={private.ALIVE: str(int(time.time()))})
     adapter = await lab.adapter(topic)
     assert isinstance(topic.address, Topic)
@@ -422,7 +443,6 @@ async def test_queues_of_a_process_end_with_it_and_those_of_dead_ones_are_cleane
     await take(everywhere)
     await adapter.close()
     assert [url[-16:] for url in await there()] == ["1" * 16]
-    arn = await lab.topic_arn("t")
     assert (await lab.sns.list_subscriptions_by_topic(TopicArn=arn))["Subscriptions"] == []
 
 
