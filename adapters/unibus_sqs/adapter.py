@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.driver import as_result, by, linked, no_history, place_of
@@ -21,6 +21,8 @@ from unibus_sqs.subscription import LONGEST_DELAY, SqsSubscription
 from unibus_sqs.topology import Place
 
 _REACHED = 60.0  # seconds for which a topic that had a group is taken to have one
+_READY, _IN_FLIGHT = "ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"
+_DELAYED = "ApproximateNumberOfMessagesDelayed"
 _MOST_INBOXES = 1000  # whose URLs are kept
 _UNDECIDED = TransportError("its request is under way")
 
@@ -73,6 +75,9 @@ class SqsAdapter:
         elif topology_.mode == "verify":
             await topology.verify(link, made)
         self._places = made
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        return await topology.inspect(linked(self._link, "SQS"), topology.plan(topology_))
 
     async def _place(self, link: Link, address: Address) -> Place:
         """With its URL or ARN."""
@@ -209,9 +214,9 @@ class SqsAdapter:
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link = linked(self._link, "SQS")
         place = await self._place(link, address)
-        ready, in_flight = "ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"
-        found = await link.attributes(place.target, ready, in_flight)
-        return Backlog(int(found[ready]), int(found[in_flight]), exact=False)
+        found = await link.attributes(place.target, _READY, _IN_FLIGHT, _DELAYED)
+        delayed = int(found.get(_DELAYED, 0))
+        return Backlog(int(found[_READY]), int(found[_IN_FLIGHT]), exact=False, delayed=delayed)
 
     async def check(self) -> Health:
         return Health(self._link is not None and self._link.trouble is None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from unibus.adapter import Topology
+from unibus.adapter import Inspected, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Topic
 from unibus.driver import missing as not_there
 from unibus.driver import no_history
@@ -145,31 +146,53 @@ async def subscribe(link: Link, topic: Place, queue: Place) -> str:
     return str(answer["SubscriptionArn"])
 
 
+async def inspect(link: Link, made: Places) -> list[Inspected]:
+    """What is there of it, and what may lose data."""
+    found = await _look(link, made)
+    risks: dict[str, str] = {}
+
+    async def risk(place: Place) -> None:
+        answer = await link.attributes(place.target, "MessageRetentionPeriod")
+        if (seconds := int(answer.get("MessageRetentionPeriod", config.RETENTION))) < config.RETENTION:
+            risks[place.name] = f"retention {seconds / 86400:g} days of 14: after it a message goes, handled or not"
+
+    await side_by_side([p for p in made.values() if p.target and not isinstance(p.address, Topic)], risk)
+    return [replace(one, risk=risks[one.name]) if one.name in risks else one for one in found]
+
+
 async def verify(link: Link, made: Places) -> None:
     """One NotFound that lists all that is missing."""
-    missing: list[str] = []
+    missing = [f"{one.address} ({one.kind} {one.name})" for one in await _look(link, made) if not one.exists]
+    if missing:
+        raise not_there(f"SQS in {link.region}", sorted(missing))
+
+
+async def _look(link: Link, made: Places) -> list[Inspected]:
+    """Topics, queues, and the subscription of each group; notes the ARNs and URLs of what is there."""
+    topics = [place for place in made.values() if isinstance(place.address, Topic)]
+    queues = [place for place in made.values() if not isinstance(place.address, Topic)]
+    bound: list[Inspected] = []
 
     async def topic(place: Place) -> None:
         arn = await link.topic_arn(place.name)
-        try:
+        with suppress(NotFound):
             await link.call(link.sns.get_topic_attributes, f"look at {place.address}", TopicArn=arn)
-        except NotFound:
-            missing.append(f"{place.address} (SNS topic {place.name})")
-        else:
             place.target = arn
 
     async def queue(place: Place) -> None:
         place.target = await link.exists(place.name)
-        if not place.target:
-            missing.append(f"{place.address} (SQS queue {place.name})")
-        elif (
-            isinstance(place.address, Group)
-            and (of := made[place.address.topic]).target
-            and not await link.subscriptions(of.target, _queue_arn(of, place))
-        ):
-            missing.append(f"{place.address} (its SNS subscription)")
+        if isinstance(place.address, Group):
+            of = made[place.address.topic]
+            there = bool(place.target and of.target and await link.subscriptions(of.target, _queue_arn(of, place)))
+            name, rights = f"{of.name} -> {place.name}", "sns:Subscribe sns:ListSubscriptionsByTopic"
+            bound.append(Inspected("SNS subscription", name, there, rights, place.address))
 
-    await side_by_side([place for place in made.values() if isinstance(place.address, Topic)], topic)
-    await side_by_side([place for place in made.values() if not isinstance(place.address, Topic)], queue)
-    if missing:
-        raise not_there(f"SQS in {link.region}", sorted(missing))
+    await side_by_side(topics, topic)
+    await side_by_side(queues, queue)
+    found = [
+        Inspected("SNS topic", place.name, bool(place.target), "sns:CreateTopic", place.address) for place in topics
+    ]
+    for place in queues:
+        rights = "sqs:CreateQueue" + (" sqs:GetQueueAttributes" if place.letters is not None else "")
+        found.append(Inspected("SQS queue", place.name, bool(place.target), rights, place.address))
+    return [*found, *sorted(bound, key=lambda one: one.name)]

@@ -128,6 +128,23 @@ async def test_what_is_made_on_aws(lab: Bench) -> None:
     assert found["Attributes"]["RawMessageDelivery"] == "true"
 
 
+async def test_inspecting_tells_what_is_missing_and_what_may_lose_data(lab: Bench) -> None:
+    queue, topic = lab.queue(options={"retention": 3600}), lab.topic()
+    wanted = Topology("verify", (queue, topic, lab.group(topic)))
+    adapter = await lab.adapter()
+    found = await adapter.inspect(wanted)
+    assert [(one.kind, one.exists) for one in found] == [
+        ("SNS topic", False),
+        ("SQS queue", False),
+        ("SQS queue", False),
+        ("SNS subscription", False),
+    ]
+    await adapter.declare(replace(wanted, mode="create"))
+    found = await adapter.inspect(wanted)
+    assert all(one.exists for one in found)
+    assert [bool(one.risk) for one in found] == [False, True, False, False]
+
+
 FILTERED = """
 [topics.t]
 sqs = { attributes = ["tenant"] }
