@@ -36,7 +36,6 @@ from unibus.errors import (
     ConfigError,
     ConnectionLost,
     LeaseLost,
-    MessageTooLarge,
     NotFound,
     Refused,
     Throttled,
@@ -274,17 +273,23 @@ async def test_what_is_too_large_is_not_sent(lab: Bench) -> None:
     adapter = await lab.adapter(q)
     assert adapter.capabilities.max_body is not None
     adapter._publisher._max_body = 1000  # type: ignore[union-attr] # 128 MB take long
-    batch = [out(q, b"x" * 1001), out(q, headers={"h": "v" * 140_000}), out(q)]
-    results = await adapter.send(batch, SOON)
-    assert [type(error) for error in results] == [MessageTooLarge, MessageTooLarge, type(None)]
+    many = {f"h{n}": "v" * 100 for n in range(1300)}
+    batch = [out(q, b"x" * 1001), out(q, headers={"h": "v" * 140_000}), out(q, headers=many), out(q, key="k" * 140_000)]
+    results = await adapter.send(
+        [*batch, out(q, b"fits", headers=dict(list(many.items())[:1000]), key="k" * 5000)], SOON
+    )
+    assert errors_of(results) == ["MessageTooLarge"] * 4 + ["NoneType"]
+    (got,) = await drink(await adapter.subscribe(source(q)))
+    assert (got.body, len(got.headers), got.key) == (b"fits", 1000, "k" * 5000)
 
 
 async def test_a_message_without_a_wire_form_fails_alone(lab: Bench) -> None:
     """The confirms of the others must still meet their messages."""
     q, gone = lab.queue(), lab.topic()
     adapter = await lab.adapter(q, gone)
-    batch = [out(q), out(q, body="text"), out(q, priority=300), out(gone), out(q)]  # type: ignore[arg-type] # wrong on purpose
-    names = ["NoneType", "Refused", "Refused", "Unroutable", "NoneType"]
+    long = out(q, headers={"n" * 256: "name"})
+    batch = [out(q), out(q, body="text"), long, out(q, priority=300), out(gone), out(q)]  # type: ignore[arg-type] # wrong on purpose
+    names = ["NoneType", "Refused", "Refused", "Refused", "Unroutable", "NoneType"]
     assert errors_of(await adapter.send(batch, SOON)) == names
     with pytest.raises(UnknownChannel):
         await adapter.send([out(q), Outgoing(Queue("never"), Message(b"", "1"))], SOON)
