@@ -19,6 +19,7 @@ from unibus.errors import (
     UnknownChannel,
     Unsupported,
 )
+from unibus.inboxes import inbox_name
 from unibus_rabbitmq import config, declare, errors, topology, wire
 from unibus_rabbitmq.browse import Browser
 from unibus_rabbitmq.capabilities import known
@@ -156,7 +157,7 @@ class RabbitMQAdapter:
     async def _private_place(self, channel: Any, address: Queue[Any] | Group | Inbox) -> topology.Place:
         """An exclusive queue that ends with the connection: of an inbox or an ephemeral group."""
         if isinstance(address, Inbox):
-            name = wire.inbox_name(self._endpoint.prefix, self._endpoint.service, secrets.token_hex(8))
+            name = inbox_name(self._endpoint.prefix, self._endpoint.service, secrets.token_hex(8))
         elif isinstance(address, Group) and address.ephemeral:
             name = f"{self._endpoint.prefix}{stem(address)}.{secrets.token_hex(8)}"
         else:

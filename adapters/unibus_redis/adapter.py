@@ -23,6 +23,7 @@ from unibus.errors import (
     Unroutable,
     Unsupported,
 )
+from unibus.inboxes import inbox_name
 from unibus_redis import config, errors, scripts, topology, wire
 from unibus_redis.capabilities import known
 from unibus_redis.link import Link
@@ -238,7 +239,7 @@ class RedisAdapter:
         consumer = f"{self._endpoint.service}.{self._endpoint.instance}.{token}"
         life = 0
         if isinstance(address, Inbox):
-            place = topology.inbox(wire.inbox_name(self._endpoint.prefix, self._endpoint.service, token))
+            place = topology.inbox(inbox_name(self._endpoint.prefix, self._endpoint.service, token, wire.SEPARATOR))
             life = round(INBOX_LIFE * 1000)
         elif isinstance(address, Group) and address.ephemeral:
             topic = self._place(address.topic)
