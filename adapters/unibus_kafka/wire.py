@@ -63,7 +63,7 @@ def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
     if message.headers is not NO_HEADERS:
         ours |= message.headers
     headers: list[tuple[str, bytes | None]] = [(name, text.encode()) for name, text in ours.items()]
-    key = None if message.key is None else message.key.encode(errors="surrogateescape")
+    key = None if message.key is None else message.key.encode("utf-8", "surrogateescape")
     value: bytes | None = message.body
     native: Any = None if origin is None else origin.native
     if type(outgoing.to) is Inbox:
@@ -99,7 +99,7 @@ def decode(record: Any) -> Message:
             continue
     message = Message(b"" if value is None else value)
     if key:
-        message.key = key.decode(errors="surrogateescape")
+        message.key = key.decode("utf-8", "surrogateescape")
     if at >= 0:
         message.timestamp = at / 1000
     if headers:

@@ -156,13 +156,14 @@ def _copy_native(origin: Received, p: frames.Properties, more: dict[str, Any]) -
 def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
     """The envelope of a delivery. `fallback`: its id if the producer gave none."""
     p = received.properties
-    native = p.headers
+    native = p.headers or NO_HEADERS
     correlation_id, causation_id, message_id = p.correlation_id, None, p.message_id
     if inbox:
         correlation_id, causation_id = None, correlation_id
-    elif p.reply_to is not None or (native and REPLY_TO in native):
+    elif p.reply_to is not None or REPLY_TO in native:
         # A foreign requester matches on its correlation id, whatever message id it gave.
-        correlation_id, message_id = None, correlation_id or message_id
+        message_id = correlation_id or message_id
+        correlation_id = None
     message = Message(
         received.body,
         message_id or fallback,

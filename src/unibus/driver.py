@@ -84,11 +84,11 @@ def held(
     return results, list(mine.values())
 
 
-def by(keys: Iterable[K]) -> dict[K, list[int]]:
-    """The indices of each key, keys in the order in which they come first: what a batch holds for each destination."""
+def by(indices: Iterable[int], key: Callable[[int], K]) -> dict[K, list[int]]:
+    """The indices of a batch by where they go, in the order in which each comes first."""
     found: dict[K, list[int]] = {}
-    for i, key in enumerate(keys):
-        found.setdefault(key, []).append(i)
+    for i in indices:
+        found.setdefault(key(i), []).append(i)
     return found
 
 

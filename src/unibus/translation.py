@@ -39,7 +39,7 @@ def untrusted(exc: BaseException) -> str | None:
     """Why TLS refused the certificate, if that is what the error, or its cause, says."""
     for error in (exc, exc.__cause__, exc.__context__):
         if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message or str(error)
+            return getattr(error, "verify_message", "") or str(error)  # not set where it was made by hand
     return None
 
 
