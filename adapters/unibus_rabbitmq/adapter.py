@@ -16,12 +16,11 @@ from unibus.channel import Address, Group, Inbox, Queue, stem
 from unibus.driver import linked, no_history, place_of, send_all
 from unibus.inboxes import inbox_name
 from unibus.translation import first_that_answers
-from unibus_rabbitmq import config, declare, errors, topology, wire
-from unibus_rabbitmq.browse import Browser
+from unibus_rabbitmq import config, errors, topology, wire
 from unibus_rabbitmq.capabilities import known
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.publisher import Publisher
-from unibus_rabbitmq.subscription import Hooks, RabbitMQSubscription
+from unibus_rabbitmq.subscription import Browser, RabbitMQSubscription
 
 log = logging.getLogger("unibus.rabbitmq")
 
@@ -68,11 +67,13 @@ class RabbitMQAdapter:
         url, timeout = self._endpoint.url, self._settings.connect_timeout
 
         async def open_(target: URL) -> Link:
+            link = Link(target, context)
             try:
-                return await Link.open(target, context, timeout)
+                await link.open(timeout)
             except Exception as exc:
                 where = f"{target.host}:{target.port}"
                 raise errors.connecting(exc, where, url.path or "/", timeout) from exc
+            return link
 
         return await first_that_answers(config.urls(url, self._settings, self._endpoint.service, role), open_)
 
@@ -89,9 +90,9 @@ class RabbitMQAdapter:
         link = self._link(self._consuming)
         made = topology.plan(topology_, self._endpoint.prefix, link.version)
         if topology_.mode == "create":
-            await declare.create(link, made, _TIMEOUT)
+            await topology.declare(link, made, _TIMEOUT)
         elif topology_.mode == "verify":
-            await declare.verify(link, made, _TIMEOUT)
+            await topology.verify(link, made, _TIMEOUT)
         self._plan = made
         self._topology = topology_
 
@@ -125,12 +126,10 @@ class RabbitMQAdapter:
             raise errors.translate(exc, f"subscribe to {source.address}") from exc
         made = Browser if source.browse else RabbitMQSubscription
         subscription = made(
-            source, place, link, channel, self._clock, self._plan, Hooks(self._send_back, self._subscriptions.discard)
+            source, place, link, channel, self._clock, self._plan, self._send_back, self._subscriptions.discard
         )
-        if isinstance(source.address, Inbox):
-            subscription.address = Inbox(place.queue)
         try:
-            await subscription.consume(_TIMEOUT)
+            await subscription.consume()
         except BaseException:
             await subscription.close()
             raise
@@ -175,8 +174,8 @@ class RabbitMQAdapter:
 
     async def check(self) -> Health:
         links = (self._publishing, self._consuming)
-        up = all(link is not None and link.up for link in links)
-        blocked = self._publishing.wire.blocked if self._publishing is not None else None
+        up = all(link is not None and link.lost is None for link in links)
+        blocked = self._publishing.blocked if self._publishing is not None else None
         return Health(up, f"RabbitMQ blocks publishing: {blocked}" if up and blocked is not None else None)
 
     def reply_to(self, text: str) -> Address:

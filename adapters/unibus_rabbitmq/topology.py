@@ -1,22 +1,33 @@
-"""What stands on the broker for a topology: exchanges, queues, bindings. A pure plan; `declare` carries it out.
+"""What stands on the broker for a topology: exchanges, queues, bindings. First a pure plan, then its carrying out.
 
 Arguments are constants: they never depend on a policy, since a changed one would be PRECONDITION_FAILED for ever.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
+
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelNotFoundEntity
 
 from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
+from unibus.driver import missing as not_there
 from unibus.driver import no_history
 from unibus.errors import ConfigError
-from unibus_rabbitmq import config
+from unibus.waiting import side_by_side
+from unibus_rabbitmq import config, errors
 from unibus_rabbitmq.capabilities import number
+from unibus_rabbitmq.link import Link
+
+T = TypeVar("T")
+log = logging.getLogger("unibus.rabbitmq")
 
 DELIVERY_LIMIT = 100  # a backstop far above what the crash guard allows: neighbours of a poison message get counted too
 LADDER = tuple(1000 << n for n in range(13))  # 1 s to 4096 s, in ms
@@ -43,17 +54,13 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class Object:
+    """An exchange or a queue."""
+
+    kind: str  # "exchange" or "queue"
     name: str
     type: str
-    arguments: Mapping[str, Any] | None = None
-    ours: bool = True  # False: named in the settings, taken as it is
-
-
-@dataclass(frozen=True, slots=True)
-class QueueSpec:
-    name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = True  # False: taken as it is where it exists
 
 
@@ -84,8 +91,8 @@ class Plan:
     routes: dict[Address, Route] = field(default_factory=dict)
     places: dict[Address, Place] = field(default_factory=dict)
     logical: dict[str, Address] = field(default_factory=dict)  # by name of its queue
-    exchanges: dict[str, Exchange] = field(default_factory=dict)
-    queues: dict[str, QueueSpec] = field(default_factory=dict)
+    exchanges: dict[str, Object] = field(default_factory=dict)
+    queues: dict[str, Object] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
     steps: tuple[int, ...] = ()  # delays that have a hold queue, ms, ascending
 
@@ -128,14 +135,14 @@ class _Planner:
         exchange = config.check_exchange(options.exchange or declared.name, topic)
         key = declared.name if options.routing_key is None else options.routing_key
         made, names = self.made, self.names
-        made.exchanges[exchange] = Exchange(exchange, options.exchange_type, ours=options.exchange is None)
+        self._exchange(exchange, options.exchange_type, strict=options.exchange is None)
         made.routes[topic] = Route(exchange, key, key)
         self.topics[topic] = options.model_copy(update={"exchange": exchange, "routing_key": key})
         if topic.delayed:
             made.bindings.append(Binding(names.returns, exchange, key, to_exchange=True))
             # A topic may have no group when a message falls due. Without any route the server would keep the message at
             # the head of the hold queue and, after a few of them, release no other; so there is always one, to nowhere.
-            made.queues[names.void] = QueueSpec(names.void, {"x-queue-type": "classic", "x-max-length": 0})
+            self._make(names.void, {"x-queue-type": "classic", "x-max-length": 0})
             made.bindings.append(Binding(names.returns, names.void, key))
 
     def _group(self, declared: Declared, group: Group) -> None:
@@ -158,7 +165,7 @@ class _Planner:
             self.made.routes[queue] = Route("", declared.name, declared.name)
             return
         exchange = config.check_exchange(options.exchange, queue)
-        self.made.exchanges[exchange] = Exchange(exchange, options.exchange_type, ours=False)
+        self._exchange(exchange, options.exchange_type, strict=False)
         self.made.bindings.append(Binding(exchange, declared.name, key, options.arguments or None))
         self.made.routes[queue] = Route(exchange, key, declared.name)
 
@@ -176,23 +183,16 @@ class _Planner:
         ):  # over the delivery limit a queue without dead letters drops messages, so there are always some
             sink = declared.name + DEAD_LETTER
             self._sink(letters, sink, letters=True)
-        arguments: dict[str, Any] = {
-            "x-queue-type": kind,
-            "x-dead-letter-exchange": "",
-            "x-dead-letter-routing-key": sink,
-        }
-        if kind == "quorum":  # at-least-once needs reject-publish; without a length limit nothing is ever rejected
-            arguments |= {
-                "x-delivery-limit": DELIVERY_LIMIT,
-                "x-dead-letter-strategy": "at-least-once",
-                "x-overflow": "reject-publish",
-            }
+        arguments: dict[str, Any] = {"x-queue-type": kind, "x-dead-letter-exchange": ""}
+        arguments["x-dead-letter-routing-key"] = sink
+        if kind == "quorum":
+            arguments |= {"x-delivery-limit": DELIVERY_LIMIT} | _safely_to("")
         if features.priorities:
             arguments["x-max-priority"] = features.priorities - 1
         if features.ordered:
             arguments["x-single-active-consumer"] = True
         made = self.made
-        made.queues[declared.name] = QueueSpec(declared.name, arguments)
+        self._make(declared.name, arguments)
         copies = not features.ordered and not (kind == "quorum" and self.version >= (4, 3))
         made.places[address] = Place(declared.name, counted=kind == "quorum", copies=copies, single=features.ordered)
         made.logical[declared.name] = address
@@ -201,31 +201,30 @@ class _Planner:
     def _sink(self, address: Address, name: str, *, letters: bool) -> None:
         """Dead letters and invalid messages: kept until someone takes them."""
         made = self.made
-        made.queues[name] = QueueSpec(name, self.unlimited, strict=False)
+        self._make(name, self.unlimited, strict=False)
         made.places[address] = Place(name, letters=letters)
         made.routes[address] = Route("", name, name)
 
     def _holds(self) -> None:
         made, names = self.made, self.names
-        made.exchanges[names.lost] = Exchange(names.lost, "fanout")
-        made.exchanges[names.returns] = Exchange(names.returns, "direct", {"alternate-exchange": names.lost})
-        made.queues[names.lost] = QueueSpec(names.lost, self.unlimited, strict=False)
+        self._exchange(names.lost, "fanout")
+        self._exchange(names.returns, "direct", {"alternate-exchange": names.lost})
+        self._make(names.lost, self.unlimited, strict=False)
         made.bindings.append(Binding(names.lost, names.lost, ""))
         made.steps = tuple(sorted({max(1, ceil(delay * 1000)) for delay in self.topology.delays} | set(LADDER)))
         for ms in made.steps:
             name = names.hold(ms)
-            made.exchanges[name] = Exchange(name, "fanout")  # keeps the routing key, the way home
-            made.queues[name] = QueueSpec(
-                name,
-                {
-                    "x-queue-type": "quorum",
-                    "x-message-ttl": ms,
-                    "x-dead-letter-exchange": names.returns,
-                    "x-dead-letter-strategy": "at-least-once",
-                    "x-overflow": "reject-publish",
-                },
-            )
+            self._exchange(name, "fanout")  # keeps the routing key, the way home
+            self._make(name, {"x-queue-type": "quorum", "x-message-ttl": ms} | _safely_to(names.returns))
             made.bindings.append(Binding(name, name, ""))
+
+    def _exchange(
+        self, name: str, kind: str, arguments: Mapping[str, Any] | None = None, *, strict: bool = True
+    ) -> None:
+        self.made.exchanges[name] = Object("exchange", name, kind, arguments or {}, strict)
+
+    def _make(self, name: str, arguments: Mapping[str, Any], *, strict: bool = True) -> None:
+        self.made.queues[name] = Object("queue", name, arguments["x-queue-type"], arguments, strict)
 
     def _check_return_keys(self) -> None:
         """One key at the return exchange is one destination, or a retry would reach another channel too."""
@@ -239,6 +238,15 @@ class _Planner:
                     f"rabbitmq: {seen[binding.key][1]!r} and {binding.destination!r} would both get what is delayed for "
                     f"{binding.key!r}; give the delayed topic another name or routing_key"
                 )
+
+
+def _safely_to(exchange: str) -> dict[str, Any]:
+    """Dead-letter at least once. That needs reject-publish; without a length limit nothing is ever rejected."""
+    return {
+        "x-dead-letter-exchange": exchange,
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
 
 
 def group_key(topic: config.TopicOptions, given: str | None) -> str:
@@ -258,3 +266,99 @@ def step(steps: tuple[int, ...], wait: float) -> tuple[int, bool]:
     if at < len(steps) and (at == 0 or steps[at] - ms < 1000):
         return steps[at], True
     return steps[at - 1], False
+
+
+# Carrying it out
+
+
+async def declare(link: Link, made: Plan, timeout: float) -> None:
+    """Make what is missing, log each; an object that is there and different is a ConfigError."""
+    await _each(link, made.exchanges.values(), _make, timeout)
+    await _each(link, made.queues.values(), _make, timeout)
+    await _each(link, made.bindings, _bind, timeout)
+
+
+async def verify(link: Link, made: Plan, timeout: float) -> None:
+    """One NotFound that lists all exchanges and queues that are missing. AMQP has no way to look at bindings."""
+    missing: list[str] = []
+
+    async def look(channels: _Channels, item: Object) -> None:
+        if not await _exists(channels, item):
+            missing.append(f"{item.kind} {item.name!r}")
+
+    await _each(link, [*made.exchanges.values(), *made.queues.values()], look, timeout)
+    if missing:
+        raise not_there("RabbitMQ", sorted(missing))
+
+
+class _Channels:
+    """Throw-away channels: one that a refused declaration has closed is replaced."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._free: list[AbstractChannel] = []
+
+    async def __call__(self, act: Callable[[AbstractChannel], Awaitable[T]]) -> T:
+        channel = self._free.pop() if self._free else await self._link.channel()
+        try:
+            return await act(channel)
+        finally:
+            if not channel.is_closed:
+                self._free.append(channel)
+
+    async def close(self) -> None:
+        for channel in self._free:
+            await channel.close()
+
+
+async def _each(link: Link, items: Any, act: Callable[[_Channels, Any], Awaitable[None]], timeout: float) -> None:
+    """`act` on all items, some side by side; the first failure ends it."""
+    channels = _Channels(link)
+    try:
+        async with asyncio.timeout(timeout):
+            await side_by_side(items, lambda item: act(channels, item))
+            await channels.close()
+    except Exception as exc:
+        raise errors.translate(exc, "declare") from exc
+
+
+def _declared(item: Object, *, passive: bool) -> Callable[[AbstractChannel], Awaitable[Any]]:
+    arguments = None if passive else dict(item.arguments)
+    if item.kind == "queue":
+        return lambda c: c.queue_declare(item.name, passive=passive, durable=True, arguments=arguments)
+    return lambda c: c.exchange_declare(
+        item.name, exchange_type=item.type, passive=passive, durable=True, arguments=arguments
+    )
+
+
+async def _exists(channels: _Channels, item: Object) -> bool:
+    try:
+        await channels(_declared(item, passive=True))
+    except ChannelNotFoundEntity:
+        return False
+    except Exception as exc:
+        raise errors.translate(exc, f"look at {item.kind} {item.name!r}") from exc
+    return True
+
+
+async def _make(channels: _Channels, item: Object) -> None:
+    there = await _exists(channels, item)
+    if there and not item.strict:
+        return
+    try:
+        await channels(_declared(item, passive=False))
+    except Exception as exc:
+        raise errors.mismatch(exc, f"declare {item.kind} {item.name!r}") from exc
+    if not there:
+        log.info("declared %s %s (%s)", item.kind, item.name, item.type)
+
+
+async def _bind(channels: _Channels, item: Binding) -> None:
+    def bind(channel: AbstractChannel) -> Awaitable[Any]:
+        act = channel.exchange_bind if item.to_exchange else channel.queue_bind
+        return act(item.destination, item.source, item.key, arguments=dict(item.arguments or {}))
+
+    try:
+        await channels(bind)
+    except Exception as exc:
+        raise errors.translate(exc, f"bind {item.destination!r} to {item.source!r}") from exc

@@ -162,8 +162,8 @@ async def test_a_foreign_message_is_an_ordinary_message(lab: Bench) -> None:
     kept = {k: again.native.headers[k] for k in ("n", "nested")}
     assert kept == {"n": 7, "nested": {"a": [1, "two"]}}
     assert bytes(again.native.headers["bytes"]) == b"\xff\x00"
-    assert (again.native.properties.content_encoding, again.native.properties.app_id) == ("gzip", "legacy")
-    assert again.native.properties.priority == 3
+    assert (again.native.properties["content_encoding"], again.native.properties["app_id"]) == ("gzip", "legacy")
+    assert again.native.properties["priority"] == 3
 
 
 async def test_a_raw_rpc_client_gets_its_answer(lab: Bench) -> None:
@@ -759,7 +759,7 @@ async def test_a_blocked_broker_throttles_and_is_seen(lab: Bench) -> None:
         reason = b"\x0dlow on memory"
         size = (4 + len(reason)).to_bytes(4, "big")
         proxy.say(b"\x01\x00\x00" + size + b"\x00\x0a\x00\x3c" + reason + b"\xce")
-        await until(lambda: adapter._publishing is not None and adapter._publishing.wire.blocked, "blocked")
+        await until(lambda: adapter._publishing is not None and adapter._publishing.blocked, "blocked")
         health = await adapter.check()
         assert health.up
         assert "low on memory" in (health.blocked or "")
