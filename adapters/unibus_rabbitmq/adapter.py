@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from yarl import URL
@@ -13,7 +14,8 @@ from yarl import URL
 from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, stem
-from unibus.driver import linked, no_history, place_of, send_all
+from unibus.config_tables import check_table
+from unibus.driver import linked, no_history, place_of, send_all, topic_of
 from unibus.inboxes import inbox_name
 from unibus.translation import first_that_answers
 from unibus_rabbitmq import config, errors, topology, wire
@@ -35,14 +37,14 @@ class RabbitMQAdapter:
         self.capabilities: Capabilities = known()
         self._endpoint = endpoint
         self._clock = endpoint.clock
-        self._settings = config.settings(endpoint.settings)
+        self._settings = check_table(config.Settings, endpoint.settings, "rabbitmq")
         self._names = topology.Names(endpoint.prefix)
         self._publishing: Link | None = None
         self._consuming: Link | None = None
         self._publisher: Publisher | None = None
         self._plan = topology.Plan()
-        self._topology = Topology(mode="assume")
         self._subscriptions: set[RabbitMQSubscription] = set()
+        self._send_back = partial(send_all, self.send, timeout=_TIMEOUT)
 
     @property
     def native(self) -> object:
@@ -72,7 +74,7 @@ class RabbitMQAdapter:
                 await link.open(timeout)
             except Exception as exc:
                 where = f"{target.host}:{target.port}"
-                raise errors.connecting(exc, where, url.path or "/", timeout) from exc
+                raise errors.connecting(exc, where, url.path or "/", timeout, link.said) from exc
             return link
 
         return await first_that_answers(config.urls(url, self._settings, self._endpoint.service, role), open_)
@@ -94,7 +96,6 @@ class RabbitMQAdapter:
         elif topology_.mode == "verify":
             await topology.verify(link, made, _TIMEOUT)
         self._plan = made
-        self._topology = topology_
 
     def _link(self, link: Link | None) -> Link:
         return linked(link, "RabbitMQ")
@@ -108,10 +109,6 @@ class RabbitMQAdapter:
         self._link(self._publishing)
         assert self._publisher is not None  # noqa: S101  # for mypy: made with the link
         return await self._publisher.send(batch, self._route, self._plan.steps, timeout)
-
-    async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
-        """For subscriptions: what goes on to another hold queue, or back to its own queue as a copy."""
-        return await send_all(self.send, batch, _TIMEOUT)
 
     async def subscribe(self, source: Source) -> RabbitMQSubscription:
         link = self._link(self._consuming)
@@ -149,12 +146,8 @@ class RabbitMQAdapter:
             name, durable=False, exclusive=True, auto_delete=True, arguments={"x-queue-type": "classic"}
         )
         if isinstance(address, Group):
-            declared = self._topology.find(address.topic)
-            options = config.topic_options(declared)
-            exchange = options.exchange or declared.name
-            route = self._plan.routes[address.topic]
-            key = "#" if options.exchange_type == "topic" else route.routing_key
-            await channel.queue_bind(name, exchange, key)
+            exchange, kind, key = topic_of(self._plan.topics, address)
+            await channel.queue_bind(name, exchange, topology.group_key(kind, key))
             if address.topic.delayed:  # what comes for its next hop goes back to this queue alone
                 await channel.queue_bind(name, self._names.returns, name)
             self._plan.routes[address] = topology.Route("", name, name)

@@ -113,19 +113,17 @@ class Link(TransportFactory):
         self.frame_max = 131072
         self.version = ""
         self._context = context
-        self._closed_by: tuple[int, str] | None = None  # connection.close: reply code and text
+        self.said = (0, "")  # connection.close: reply code and text
         self._writer: asyncio.StreamWriter
         self._amqp: Any
 
     async def open(self, timeout: float) -> None:
-        """Connect to one host. Raises what aiormq raises, or ServerClosed where the server said why."""
+        """Connect to one host. Raises what aiormq raises; `said` is what the server gave as its reason, if it did."""
         try:
             async with asyncio.timeout(timeout):
                 await self.connection.connect()
-        except BaseException as exc:
+        except BaseException:
             await self.connection.close()
-            if self._closed_by is not None and isinstance(exc, Exception):
-                raise ServerClosed(*self._closed_by) from exc
             raise
         assert self.connection.transport is not None  # noqa: S101  # for mypy: it is connected
         self._amqp = self.connection.transport.connection
@@ -156,15 +154,16 @@ class Link(TransportFactory):
             self.blocked = None
             self.unblocked.set()
         elif method == _CLOSE:
-            self._closed_by = int.from_bytes(payload[4:6]), wire.text(payload, 6)[0]
+            self.said = int.from_bytes(payload[4:6]), wire.text(payload, 6)[0]
         return False
 
     def _closed(self, closing: asyncio.Future[Any]) -> None:
         cause = None if closing.cancelled() else closing.exception()
-        if self._closed_by is not None:
-            self.lost = ConnectionLost("RabbitMQ closed the connection: {} {}".format(*self._closed_by))
-        else:
-            self.lost = ConnectionLost(f"the connection to RabbitMQ is gone: {cause or 'closed'}")
+        code, text = self.said
+        what = (
+            f"RabbitMQ closed the connection: {code} {text}" if code else f"the connection to RabbitMQ is gone: {cause}"
+        )
+        self.lost = ConnectionLost(what)
         self.lost.__cause__ = cause
         self.sinks.clear()
         self.unblocked.set()  # nobody waits for a link that is gone
@@ -197,12 +196,3 @@ class Link(TransportFactory):
         except TimeoutError:
             log.warning("RabbitMQ did not answer the end of the connection within %g s; cut", timeout)
             self._writer.transport.abort()
-
-
-class ServerClosed(AMQPConnectionError):
-    """The server ended the connection during the handshake, and said why."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(f"{code} {text}")
-        self.code = code
-        self.text = text

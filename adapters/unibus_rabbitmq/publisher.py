@@ -77,10 +77,8 @@ class Publisher:
         try:
             async with asyncio.timeout(timeout):
                 await self._link.unblocked.wait()
-                for way in ways:
-                    lane = None if way is None else self._lanes.get(way[0])
-                    if way is not None and (lane is None or lane.dead):
-                        await self._open(way[0])
+                for exchange in dict.fromkeys(way[0] for way in ways if way is not None):
+                    await self._open(exchange)
                 self._write(state, batch, ways, now)
                 await self._link.drain()
                 if state.left:
@@ -105,7 +103,7 @@ class Publisher:
             state.done(index, NotFound(f"{outgoing.to}: no hold queue is declared for a delay"))
             return None
         ms, last = step(steps, outgoing.not_before - now)
-        return self._names.hold(ms), route.hold_key, None if last else outgoing.not_before
+        return f"{self._names.hold}{ms}", route.hold_key, None if last else outgoing.not_before
 
     def _write(self, state: _Batch, batch: Sequence[Outgoing], ways: Sequence[Any], now: float) -> None:
         """Without a pause: the server numbers what comes on a channel, and the lane has to count the same way."""
@@ -120,12 +118,14 @@ class Publisher:
                 continue
             amqp_id = lane.id_for(outgoing.message.id)
             try:
-                out += (lane.head(key), *self._content(outgoing, lane.number, wire.encode(outgoing, amqp_id, hop, now)))
+                properties = wire.encode(outgoing, amqp_id, hop, now)
+                frames = (lane.head(key), *self._content(outgoing, lane.number, properties))
             except TransportError as error:
                 state.done(index, error)
             except (TypeError, ValueError) as exc:
-                state.done(index, _refused(outgoing, exc))
+                state.done(index, Refused(f"{outgoing.to}: the message has no AMQP form: {exc}"))
             else:
+                out += frames
                 lane.add(state, index, outgoing, amqp_id)
         if out:
             self._link.write(b"".join(out))
@@ -141,9 +141,11 @@ class Publisher:
         return content_frames(number, properties, body, frame_max)
 
     async def _open(self, exchange: str) -> None:
+        """See to it that there is a lane."""
+        if exchange in self._lanes and not self._lanes[exchange].dead:
+            return
         async with self._opening:
-            lane = self._lanes.get(exchange)
-            if lane is not None and not lane.dead:
+            if exchange in self._lanes and not self._lanes[exchange].dead:
                 return
             try:
                 channel = await self._link.channel()
@@ -173,8 +175,7 @@ class _Lane:
         self._pending: dict[int, tuple[_Batch, int, str, Outgoing]] = {}  # tag -> place of the result, AMQP message id
         self._flying: dict[str, int] = {}  # AMQP message id -> tag
         self._returned: dict[int, str] = {}  # tag -> the server's words; its ack follows
-        self._return_text: str | None = None  # a return whose content is still coming
-        self._return_left = 0
+        self._return_text = ""  # of the return whose content is coming
         self._heads: dict[str, bytes] = {}  # routing key -> basic.publish frame
         link.sinks[channel.number] = self._frame
         channel.closing.add_done_callback(self._closed)
@@ -217,17 +218,10 @@ class _Lane:
             if method == CHANNEL_CLOSE:
                 self._leave()  # aiormq answers; after the answer the server takes a frame of this channel for a fault
             return False
-        if self._return_text is None:
-            return False
-        if kind == HEADER:
-            self._return_left = wire.body_size(payload)
+        if kind == HEADER:  # all content on this channel is of returns
             tag_of = self._flying.get(wire.decode_properties(payload).get("message_id", ""))
             if tag_of is not None:
                 self._returned[tag_of] = self._return_text
-        else:
-            self._return_left -= len(payload)
-        if self._return_left <= 0:
-            self._return_text = None
         return True
 
     def _confirm(self, tag: int, multiple: int, *, refused: bool) -> None:
@@ -284,9 +278,3 @@ def _unrouted(outgoing: Outgoing, words: str) -> TransportError:
         return Unroutable(f"{outgoing.to}: no group would get the message ({words})")
     what = "the inbox is gone" if isinstance(outgoing.to, Inbox) else "there is no queue for it; declare it first"
     return NotFound(f"{outgoing.to}: {what} ({words})")
-
-
-def _refused(outgoing: Outgoing, exc: Exception) -> TransportError:
-    error = Refused(f"{outgoing.to}: the message has no AMQP form: {exc}")
-    error.__cause__ = exc
-    return error

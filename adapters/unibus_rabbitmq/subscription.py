@@ -60,7 +60,7 @@ class RabbitMQSubscription(NoMove, NoLease):
         self._when_closed = closed
         self._fallback = f"{secrets.token_hex(8)}-"  # of the ids of messages that have none
         self._method = b""  # of a delivery whose header is still coming
-        self._coming: wire.Received | None = None  # one whose body is still coming
+        self._coming: wire.Received  # one whose body is still coming
         self._parts: list[bytes] = []
         self._left = 0
         self._buffer: deque[wire.Received] = deque()
@@ -99,18 +99,13 @@ class RabbitMQSubscription(NoMove, NoLease):
                 self._leave()  # aiormq answers
             return False
         if kind == HEADER:
-            if not self._method:
-                return False
             self._coming = wire.Received(self._method, payload)
-            self._method = b""
             self._left = wire.body_size(payload)
-        elif self._coming is None:
-            return False
         else:
             self._parts.append(payload)
             self._left -= len(payload)
         if self._left <= 0:
-            received, self._coming = self._coming, None
+            received = self._coming
             if self._parts:
                 received.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
                 self._parts.clear()

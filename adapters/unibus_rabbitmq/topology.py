@@ -11,22 +11,23 @@ from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any, TypeVar
+from typing import Any
 
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
 
 from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
+from unibus.config_tables import check_options
 from unibus.driver import missing as not_there
-from unibus.driver import no_history
+from unibus.driver import no_history, topic_of
 from unibus.errors import ConfigError
 from unibus.waiting import side_by_side
 from unibus_rabbitmq import config, errors
 from unibus_rabbitmq.capabilities import number
 from unibus_rabbitmq.link import Link
 
-T = TypeVar("T")
+_Call = Callable[[Callable[[AbstractChannel], Awaitable[Any]]], Awaitable[None]]  # do this on some channel
 log = logging.getLogger("unibus.rabbitmq")
 
 DELIVERY_LIMIT = 100  # a backstop far above what the crash guard allows: neighbours of a poison message get counted too
@@ -69,21 +70,17 @@ class Binding:
     source: str
     destination: str
     key: str
-    arguments: Mapping[str, Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     to_exchange: bool = False
 
 
 class Names:
-    """The objects that all buses with one prefix share."""
+    """The objects that all buses with one prefix share. `hold` is the beginning of the names of hold queues, in ms."""
 
     def __init__(self, prefix: str) -> None:
-        self.returns = f"{prefix}unibus.return"
-        self.lost = f"{prefix}unibus.lost"
-        self.void = f"{prefix}unibus.void"
-        self.holds = f"{prefix}unibus.hold."
-
-    def hold(self, ms: int) -> str:
-        return f"{self.holds}{ms}"
+        self.returns, self.lost, self.void, self.hold = (
+            f"{prefix}unibus.{end}" for end in ("return", "lost", "void", "hold.")
+        )
 
 
 @dataclass(slots=True)
@@ -94,6 +91,7 @@ class Plan:
     exchanges: dict[str, Object] = field(default_factory=dict)
     queues: dict[str, Object] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
+    topics: dict[Topic[Any], tuple[str, str, str]] = field(default_factory=dict)  # exchange, its type, routing key
     steps: tuple[int, ...] = ()  # delays that have a hold queue, ms, ascending
 
 
@@ -107,7 +105,6 @@ class _Planner:
         self.made = Plan()
         self.topology = topology
         self.names = names
-        self.topics: dict[Topic[Any], config.TopicOptions] = {}
         # From 4.0 on a quorum queue has a limit of 20 unless told otherwise. What only waits must not run into it.
         self.version = number(version)
         self.unlimited = {"x-queue-type": "quorum"} | ({"x-delivery-limit": -1} if self.version >= (4, 0) else {})
@@ -131,13 +128,13 @@ class _Planner:
         return self.made
 
     def _topic(self, declared: Declared, topic: Topic[Any]) -> None:
-        options = config.topic_options(declared)
+        options = check_options(config.TopicOptions, declared, "rabbitmq")
         exchange = config.check_exchange(options.exchange or declared.name, topic)
         key = declared.name if options.routing_key is None else options.routing_key
         made, names = self.made, self.names
         self._exchange(exchange, options.exchange_type, strict=options.exchange is None)
         made.routes[topic] = Route(exchange, key, key)
-        self.topics[topic] = options.model_copy(update={"exchange": exchange, "routing_key": key})
+        made.topics[topic] = (exchange, options.exchange_type, key)
         if topic.delayed:
             made.bindings.append(Binding(names.returns, exchange, key, to_exchange=True))
             # A topic may have no group when a message falls due. Without any route the server would keep the message at
@@ -146,17 +143,15 @@ class _Planner:
             made.bindings.append(Binding(names.returns, names.void, key))
 
     def _group(self, declared: Declared, group: Group) -> None:
-        options = config.group_options(declared)
-        topic = self.topics.get(group.topic)
-        if topic is None or topic.exchange is None:
-            raise ConfigError(f"{group}: its topic is not declared before it")
+        options = check_options(config.GroupOptions, declared, "rabbitmq")
+        exchange, kind, key = topic_of(self.made.topics, group)
         self._work(declared, group, options.queue_type, group.topic)
-        key = group_key(topic, options.routing_key)
-        self.made.bindings.append(Binding(topic.exchange, declared.name, key, options.arguments or None))
+        key = group_key(kind, key) if options.routing_key is None else options.routing_key
+        self.made.bindings.append(Binding(exchange, declared.name, key, options.arguments))
         self.made.routes[group] = Route("", declared.name, declared.name)
 
     def _queue(self, declared: Declared, queue: Queue[Any]) -> None:
-        options = config.queue_options(declared)
+        options = check_options(config.QueueOptions, declared, "rabbitmq")
         key = declared.name if options.routing_key is None else options.routing_key
         self._work(declared, queue, options.queue_type, queue)
         if options.exchange is None:
@@ -166,7 +161,7 @@ class _Planner:
             return
         exchange = config.check_exchange(options.exchange, queue)
         self._exchange(exchange, options.exchange_type, strict=False)
-        self.made.bindings.append(Binding(exchange, declared.name, key, options.arguments or None))
+        self.made.bindings.append(Binding(exchange, declared.name, key, options.arguments))
         self.made.routes[queue] = Route(exchange, key, declared.name)
 
     def _work(
@@ -213,7 +208,7 @@ class _Planner:
         made.bindings.append(Binding(names.lost, names.lost, ""))
         made.steps = tuple(sorted({max(1, ceil(delay * 1000)) for delay in self.topology.delays} | set(LADDER)))
         for ms in made.steps:
-            name = names.hold(ms)
+            name = f"{names.hold}{ms}"
             self._exchange(name, "fanout")  # keeps the routing key, the way home
             self._make(name, {"x-queue-type": "quorum", "x-message-ttl": ms} | _safely_to(names.returns))
             made.bindings.append(Binding(name, name, ""))
@@ -249,11 +244,9 @@ def _safely_to(exchange: str) -> dict[str, Any]:
     }
 
 
-def group_key(topic: config.TopicOptions, given: str | None) -> str:
+def group_key(exchange_type: str, routing_key: str) -> str:
     """The binding key with which a group gets all that is published to its topic."""
-    if given is not None:
-        return given
-    return "#" if topic.exchange_type == "topic" else topic.routing_key or ""
+    return "#" if exchange_type == "topic" else routing_key
 
 
 def step(steps: tuple[int, ...], wait: float) -> tuple[int, bool]:
@@ -282,8 +275,8 @@ async def verify(link: Link, made: Plan, timeout: float) -> None:
     """One NotFound that lists all exchanges and queues that are missing. AMQP has no way to look at bindings."""
     missing: list[str] = []
 
-    async def look(channels: _Channels, item: Object) -> None:
-        if not await _exists(channels, item):
+    async def look(call: _Call, item: Object) -> None:
+        if not await _exists(call, item):
             missing.append(f"{item.kind} {item.name!r}")
 
     await _each(link, [*made.exchanges.values(), *made.queues.values()], look, timeout)
@@ -291,33 +284,23 @@ async def verify(link: Link, made: Plan, timeout: float) -> None:
         raise not_there("RabbitMQ", sorted(missing))
 
 
-class _Channels:
-    """Throw-away channels: one that a refused declaration has closed is replaced."""
+async def _each(link: Link, items: Any, act: Callable[[_Call, Any], Awaitable[None]], timeout: float) -> None:
+    """`act` on all items, some side by side; the first failure ends it. A channel that a refusal has closed is replaced."""
+    free: list[AbstractChannel] = []
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._free: list[AbstractChannel] = []
-
-    async def __call__(self, act: Callable[[AbstractChannel], Awaitable[T]]) -> T:
-        channel = self._free.pop() if self._free else await self._link.channel()
+    async def call(what: Callable[[AbstractChannel], Awaitable[Any]]) -> None:
+        channel = free.pop() if free else await link.channel()
         try:
-            return await act(channel)
+            await what(channel)
         finally:
             if not channel.is_closed:
-                self._free.append(channel)
+                free.append(channel)
 
-    async def close(self) -> None:
-        for channel in self._free:
-            await channel.close()
-
-
-async def _each(link: Link, items: Any, act: Callable[[_Channels, Any], Awaitable[None]], timeout: float) -> None:
-    """`act` on all items, some side by side; the first failure ends it."""
-    channels = _Channels(link)
     try:
         async with asyncio.timeout(timeout):
-            await side_by_side(items, lambda item: act(channels, item))
-            await channels.close()
+            await side_by_side(items, lambda item: act(call, item))
+            for channel in free:
+                await channel.close()
     except Exception as exc:
         raise errors.translate(exc, "declare") from exc
 
@@ -331,9 +314,9 @@ def _declared(item: Object, *, passive: bool) -> Callable[[AbstractChannel], Awa
     )
 
 
-async def _exists(channels: _Channels, item: Object) -> bool:
+async def _exists(call: _Call, item: Object) -> bool:
     try:
-        await channels(_declared(item, passive=True))
+        await call(_declared(item, passive=True))
     except ChannelNotFoundEntity:
         return False
     except Exception as exc:
@@ -341,24 +324,24 @@ async def _exists(channels: _Channels, item: Object) -> bool:
     return True
 
 
-async def _make(channels: _Channels, item: Object) -> None:
-    there = await _exists(channels, item)
+async def _make(call: _Call, item: Object) -> None:
+    there = await _exists(call, item)
     if there and not item.strict:
         return
     try:
-        await channels(_declared(item, passive=False))
+        await call(_declared(item, passive=False))
     except Exception as exc:
         raise errors.mismatch(exc, f"declare {item.kind} {item.name!r}") from exc
     if not there:
         log.info("declared %s %s (%s)", item.kind, item.name, item.type)
 
 
-async def _bind(channels: _Channels, item: Binding) -> None:
+async def _bind(call: _Call, item: Binding) -> None:
     def bind(channel: AbstractChannel) -> Awaitable[Any]:
         act = channel.exchange_bind if item.to_exchange else channel.queue_bind
-        return act(item.destination, item.source, item.key, arguments=dict(item.arguments or {}))
+        return act(item.destination, item.source, item.key, arguments=dict(item.arguments))
 
     try:
-        await channels(bind)
+        await call(bind)
     except Exception as exc:
         raise errors.translate(exc, f"bind {item.destination!r} to {item.source!r}") from exc

@@ -21,31 +21,16 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from pamqp.commands import Basic
 from pamqp.decode import embedded_value
 
+from unibus import message as names
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
 from unibus.deadletter import stamp
 from unibus.envelope import read, read_time, time_text
 from unibus.inboxes import inbox, inbox_shape
-from unibus.message import (
-    BROKER_HEADERS,
-    CAUSATION_ID,
-    CONTENT_TYPE,
-    CORRELATION_ID,
-    DLQ_REASON,
-    ENVELOPE_HEADERS,
-    EXPIRES_AT,
-    ID,
-    KEY,
-    MOVED_TO_DLQ_AT,
-    NO_HEADERS,
-    NOT_BEFORE,
-    ORIGINAL_DESTINATION,
-    REPLY_TO,
-    TYPE,
-    Message,
-)
+from unibus.message import BROKER_HEADERS, ENVELOPE_HEADERS, NO_HEADERS, Message
 from unibus.retry import BROKER_LIMIT, EXPIRED
 
 DEATH = "x-death"
@@ -62,23 +47,8 @@ _u64 = struct.Struct(">Q").unpack_from
 _tag = struct.Struct(">QB").unpack_from
 _short, _long, _quad = (struct.Struct(form).pack for form in (">H", ">I", ">Q"))
 
-# The properties in their order on the wire: flag, name, and how they are written.
-_PROPERTIES: tuple[tuple[int, str, str], ...] = (
-    (1 << 15, "content_type", "text"),
-    (1 << 14, "content_encoding", "text"),
-    (1 << 13, "headers", "table"),
-    (1 << 12, "delivery_mode", "byte"),
-    (1 << 11, "priority", "byte"),
-    (1 << 10, "correlation_id", "text"),
-    (1 << 9, "reply_to", "text"),
-    (1 << 8, "expiration", "text"),
-    (1 << 7, "message_id", "text"),
-    (1 << 6, "timestamp", "quad"),
-    (1 << 5, "type", "text"),
-    (1 << 4, "user_id", "text"),
-    (1 << 3, "app_id", "text"),
-    (1 << 2, "cluster_id", "text"),
-)
+# The properties in their order on the wire: flag, name, type.
+_PROPERTIES = tuple((flag, name, Basic.Properties.amqp_type(name)) for name, flag in Basic.Properties.flags.items())
 _layouts: dict[int, list[tuple[str, str]]] = {}  # flags -> names and kinds; few differ
 
 
@@ -91,7 +61,7 @@ class Raw(bytes):
 class Received:
     """A delivery as it came: what `Delivery.native` is. `headers` holds the AMQP table with all its types.
 
-    `properties` are those that are set, by their AMQP names; `timestamp` a number.
+    `properties` are those that are set, by their names in pamqp; `timestamp` a number.
     """
 
     __slots__ = ("_header", "_method", "_properties", "body", "redelivered", "tag")
@@ -148,17 +118,17 @@ def encode_properties(properties: Mapping[str, Any]) -> bytes:
     flags, parts = 0, list[bytes]()
     for flag, name, kind in _PROPERTIES:
         value = properties.get(name)
-        if value is None or (not value and kind != "quad"):
+        if value is None or (not value and kind != "timestamp"):
             continue
         flags |= flag
-        if kind == "text":
+        if kind == "shortstr":
             data = value.encode(errors="surrogateescape")
             parts += (bytes((len(data),)), data)
         elif kind == "table":
             table = encode_table(value)
             parts += (_long(len(table)), table)
         else:
-            parts.append(bytes((value,)) if kind == "byte" else _quad(value))
+            parts.append(bytes((value,)) if kind == "octet" else _quad(value))
     return _short(flags) + b"".join(parts)
 
 
@@ -171,13 +141,13 @@ def decode_properties(header: bytes, raw: dict[str, Raw] | None = None) -> dict[
     found: dict[str, Any] = {}
     at = 14
     for name, kind in layout:
-        if kind == "text":
+        if kind == "shortstr":
             found[name], at = text(header, at)
         elif kind == "table":
             start = at + 4
             at = start + _u32(header, at)[0]
             found[name] = decode_table(header, start, at, raw)
-        elif kind == "byte":
+        elif kind == "octet":
             found[name] = header[at]
             at += 1
         else:
@@ -238,28 +208,28 @@ def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: f
     p: dict[str, Any] = {"delivery_mode": 2, "message_id": message_id, "priority": message.priority}
     if message.timestamp is not None:
         p["timestamp"] = int(message.timestamp)
-    _put(p, more, "content_type", CONTENT_TYPE, message.content_type)
-    _put(p, more, "type", TYPE, message.type)
-    _put(p, more, "reply_to", REPLY_TO, message.reply_to)
+    _put(p, more, "content_type", names.CONTENT_TYPE, message.content_type)
+    _put(p, more, "message_type", names.TYPE, message.type)
+    _put(p, more, "reply_to", names.REPLY_TO, message.reply_to)
     if reply or message.reply_to is not None:
-        match = (CAUSATION_ID, message.causation_id) if reply else (ID, message.id)
+        match = (names.CAUSATION_ID, message.causation_id) if reply else (names.ID, message.id)
         _put(p, more, "correlation_id", *match)
         if message.correlation_id is not None:
-            more[CORRELATION_ID] = message.correlation_id
+            more[names.CORRELATION_ID] = message.correlation_id
     else:
-        _put(p, more, "correlation_id", CORRELATION_ID, message.correlation_id)
+        _put(p, more, "correlation_id", names.CORRELATION_ID, message.correlation_id)
     if not reply and message.causation_id is not None:
-        more[CAUSATION_ID] = message.causation_id
+        more[names.CAUSATION_ID] = message.causation_id
     if message_id != message.id:
-        more[ID] = message.id
+        more[names.ID] = message.id
     if message.key is not None:
-        more[KEY] = message.key
+        more[names.KEY] = message.key
     if message.expires_at is not None:
-        more[EXPIRES_AT] = time_text(message.expires_at)
+        more[names.EXPIRES_AT] = time_text(message.expires_at)
         if reply:
             p["expiration"] = str(max(0, round((message.expires_at - now) * 1000)))
     if not_before is not None:
-        more[NOT_BEFORE] = time_text(not_before)
+        more[names.NOT_BEFORE] = time_text(not_before)
     if outgoing.origin is not None and isinstance(outgoing.origin.native, Received):
         native = outgoing.origin.native
         p["content_encoding"] = native.properties.get("content_encoding")
@@ -284,14 +254,14 @@ def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
     causation_id: str | None = None
     if inbox:
         correlation_id, causation_id = None, correlation_id
-    elif reply_to is not None or (native and REPLY_TO in native):
+    elif reply_to is not None or (native and names.REPLY_TO in native):
         # A foreign requester matches on its correlation id, whatever message id it gave.
         message_id = correlation_id or message_id
         correlation_id = None
     message = Message(
         received.body,
         message_id or fallback,
-        get("type"),
+        get("message_type"),
         get("content_type"),
         NO_HEADERS,
         None,
@@ -311,7 +281,7 @@ def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
 
 def not_before(headers: Mapping[str, Any]) -> float | None:
     """When the message is due, if it came back from a hold queue for another hop."""
-    return read_time(headers.get(NOT_BEFORE))
+    return read_time(headers.get(names.NOT_BEFORE))
 
 
 def deliveries(received: Received, *, counted: bool) -> int:
@@ -325,13 +295,13 @@ def deliveries(received: Received, *, counted: bool) -> int:
 def broker_death(received: Received) -> dict[str, str]:
     """For a message in a dead-letter queue: the headers that are missing because the server itself put it there."""
     deaths = received.headers.get(DEATH)
-    if not isinstance(deaths, list) or DLQ_REASON in received.headers:
+    if not isinstance(deaths, list) or names.DLQ_REASON in received.headers:
         return {}
     last = deaths[0] if deaths and isinstance(deaths[0], dict) else {}
     found = {
-        DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT,
-        ORIGINAL_DESTINATION: str(last.get("queue", "")),
+        names.DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT,
+        names.ORIGINAL_DESTINATION: str(last.get("queue", "")),
     }
     if isinstance(moved := last.get("time"), datetime):
-        found[MOVED_TO_DLQ_AT] = stamp(moved.timestamp())
+        found[names.MOVED_TO_DLQ_AT] = stamp(moved.timestamp())
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import struct
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -21,6 +22,7 @@ from yarl import URL
 from unibus.adapter import Adapter, Declared, Endpoint, Outgoing, Secret, Source, Topology, Url
 from unibus.channel import Group, Inbox, Queue, Topic, dead_letter_queue
 from unibus.clock import SystemClock
+from unibus.config_tables import check_table
 from unibus.delivery import Delivery
 from unibus.errors import ConfigError, Refused, Unsupported
 from unibus.inboxes import inbox_name
@@ -173,7 +175,7 @@ async def test_the_tap_hears_blocked_and_close_and_keeps_nothing_back() -> None:
     assert made.unblocked.is_set()
     closed = pamqp.frame.marshal(commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0), 0)
     tap.feed_data(closed)
-    assert made._closed_by == (320, "CONNECTION_FORCED")
+    assert made.said == (320, "CONNECTION_FORCED")
     assert (await tap.readexactly(len(blocked))) == blocked
     other = _Tap({})
     other.feed_data(b"AMQP\x00\x01\x00\x00")
@@ -342,7 +344,7 @@ def test_features_of_a_channel_shape_its_queues() -> None:
 
 def test_what_can_not_be_is_refused() -> None:
     t: Topic[bytes] = Topic("t", delayed=True)
-    with pytest.raises(ConfigError, match="not declared before"):
+    with pytest.raises(ConfigError, match="before its groups"):
         _plan(Declared(Group(t, "g"), "p.t.g"))
     with pytest.raises(ConfigError, match="routing_key"):
         _plan(Declared(t, "p.x"), Declared(Q, "p.x"))
@@ -374,8 +376,9 @@ def test_tls_settings_need_tls() -> None:
     with pytest.raises(ConfigError, match="amqps"):
         config.tls(Url("amqp"), config.Settings(verify=False))
     with pytest.raises(ConfigError, match=r"rabbitmq\.ca_file"):
-        config.tls(Url("amqps"), config.settings({"ca_file": "/does/not/exist"}))
-    assert config.settings({"heartbeat": "7", "verify": "false"}) == config.Settings(heartbeat=7, verify=False)
+        config.tls(Url("amqps"), check_table(config.Settings, {"ca_file": "/does/not/exist"}, "rabbitmq"))
+    given = check_table(config.Settings, {"heartbeat": "7", "verify": "false"}, "rabbitmq")
+    assert given == config.Settings(heartbeat=7, verify=False)
 
 
 def test_a_mismatch_names_the_argument_and_what_to_do() -> None:
@@ -383,9 +386,12 @@ def test_a_mismatch_names_the_argument_and_what_to_do() -> None:
         "PRECONDITION_FAILED - inequivalent arg 'x-max-priority' for queue 'orders' in vhost '/': "
         "received the value '4' of type 'signedint' but current is none"
     )
-    error = errors.mismatch(Exception(text), "declare")
+    error = errors.mismatch(Exception(text), "declare queue 'orders'")
     assert isinstance(error, ConfigError)
-    assert "queue 'orders' exists with x-max-priority = none, and would be declared with '4'" in str(error)
+    assert re.search(
+        r"declare queue 'orders': it exists, .*x-max-priority.* '4' .* current is none.*another name", str(error)
+    )
+    assert isinstance(errors.mismatch(Exception("else"), "declare"), Refused)
 
 
 def test_capabilities_by_version() -> None:
