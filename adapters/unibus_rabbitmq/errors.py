@@ -28,6 +28,13 @@ _TABLE: dict[object, type[errors.TransportError]] = {
     amqp.ConnectionNotAllowed: PermissionDenied,
     541: ConnectionLost,
 }
+_MISMATCH = re.compile(
+    r"inequivalent arg '(?P<argument>[^']+)' for (?P<object>\w+) '(?P<name>[^']+)'.*"
+    r"received (?P<wanted>.+?) but current is (?P<found>.+)$",
+    re.DOTALL,
+)
+# What a setting or a feature of the channel decides: queue_type, priorities, ordered, exchange_type.
+_SETTABLE = frozenset(("x-queue-type", "x-max-priority", "x-single-active-consumer", "type"))
 
 
 def largest(exc: BaseException | None) -> int | None:
@@ -69,11 +76,18 @@ def connecting(exc: BaseException, where: str, vhost: str, timeout: float, said:
 
 def mismatch(exc: BaseException, doing: str) -> UnibusError:
     """Of a declaration: an object that is there already, and different, is a ConfigError that says what to do."""
-    if "inequivalent arg" not in (text := _text(exc)):
+    found = _MISMATCH.search(_text(exc))
+    if found is None:
         return translate(exc, doing)
+    current, wanted = (re.sub(r"^the value (.*) of type '\w+'$", r"\1", found[part]) for part in ("found", "wanted"))
+    what = f"{found['object']} {found['name']!r}"
+    advice = f"use another name, or delete the {found['object']} once it is empty"
+    if found["argument"] in _SETTABLE:
+        advice = f"change the channel's settings to match, or {advice}"
+    else:
+        advice = f"something else has declared it, and RabbitMQ can't change it: {advice}"
     return ConfigError(
-        f"{doing}: it exists, and is different ({text}); change the channel's settings to match, or use another name, or "
-        "delete it once it is empty"
+        f"{what} exists with {found['argument']} = {current}, and would be declared with {wanted}; {advice}"
     )
 
 
