@@ -179,7 +179,10 @@ class Link(TransportFactory):
         """Whole frames only: aiormq writes to the same transport, a whole frame at a time."""
         if self.lost is not None:
             raise self.lost
-        self._writer.write(data)
+        try:
+            self._writer.write(data)
+        except RuntimeError as exc:  # its end is on its way
+            raise ConnectionLost(f"the connection to RabbitMQ is being closed: {exc}") from exc
 
     async def drain(self) -> None:
         """Wait while the transport is full."""

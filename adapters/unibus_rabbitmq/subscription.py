@@ -73,6 +73,7 @@ class RabbitMQSubscription(NoMove, NoLease):
         self._over: UnibusError | None = None  # why nothing comes any more
         self._dead = False  # the channel is gone, and with it all tags
         self._stopped = self._handed_back = self._closing = False
+        self._stopping: asyncio.Task[None] | None = None
         self._losing: asyncio.Task[None] | None = None
         link.sinks[channel.number] = self._frame
         channel.on_consumer_cancel_callbacks.add(self._cancelled)
@@ -240,23 +241,30 @@ class RabbitMQSubscription(NoMove, NoLease):
         return "gone" if self._over is not None or self._stopped else "consuming"
 
     async def stop(self) -> None:
-        stopped, self._stopped = self._stopped, True
-        self._waiter.wake()
+        """Shielded: aiormq closes a channel whose call is cancelled, and what is in hand is still to be settled on it."""
+        if self._stopping is None:
+            self._stopped = True
+            self._waiter.wake()
+            self._stopping = self._tasks.start(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
         # With a single active consumer the next one would be active at once and overtake what is still in hand here. The end of
         # the channel gives back the rest and makes it active in one step.
-        if stopped or self._dead or self._place.single:
-            return
-        await self._cancel()
-        self._handed_back = True
-        await self._hand_back()
+        if not self._dead and not self._place.single and await self._cancel():
+            self._handed_back = True
+            await self._hand_back()
 
-    async def _cancel(self) -> None:
+    async def _cancel(self) -> bool:
         try:
             async with asyncio.timeout(_TIMEOUT):
                 for consumer in self._consumers:
                     await self._channel.basic_cancel(consumer)
         except Exception as exc:
             log.warning("stop receiving from %s: %s", self.address, errors.translate(exc, "basic.cancel"))
+            self._lose()  # aiormq closes the channel; whatever is written to it after that costs the connection
+            return False
+        return True
 
     async def _hand_back(self) -> None:
         """What was not given out."""

@@ -736,6 +736,27 @@ async def test_a_deleted_queue_ends_its_consumer_with_not_found(lab: Bench) -> N
     await adapter.subscribe(source(q))
 
 
+async def test_a_cancelled_stop_leaves_what_is_in_hand(lab: Bench) -> None:
+    """The client library closes a channel whose call is cancelled; a settle after that would cost the connection."""
+    q = lab.queue()
+    async with Proxy(lab.url) as proxy:
+        adapter = await lab.adapter(q, endpoint=lab.endpoint(proxy.url()))
+        await adapter.send([out(q)], SOON)
+        subscription = await adapter.subscribe(source(q))
+        held = await take(subscription)
+        proxy.freeze()
+        stopping = asyncio.ensure_future(subscription.stop())
+        await until(lambda: list(subscription._tasks), "basic.cancel is under way")
+        stopping.cancel()
+        await asyncio.wait([stopping])
+        assert stopping.cancelled()
+        proxy.thaw()
+        assert await subscription.settle(Outcome.ACCEPTED, held) == [None]
+        await subscription.close()
+        assert (await adapter.check()).up
+        assert (await adapter.backlog(q.address)).ready == 0  # type: ignore[arg-type] # a queue
+
+
 async def test_a_cancelled_receive_loses_nothing(lab: Bench) -> None:
     q = lab.queue()
     adapter = await lab.adapter(q)
