@@ -11,7 +11,7 @@ from typing import Any
 
 from yarl import URL
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, stem
 from unibus.config_tables import check_table
@@ -96,6 +96,10 @@ class RabbitMQAdapter:
         elif topology_.mode == "verify":
             await topology.verify(link, made, _TIMEOUT)
         self._plan = made
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        link = self._link(self._consuming)
+        return await topology.inspect(link, topology.plan(topology_, self._endpoint.prefix, link.version), _TIMEOUT)
 
     def _link(self, link: Link | None) -> Link:
         return linked(link, "RabbitMQ")

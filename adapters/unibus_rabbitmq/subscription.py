@@ -168,7 +168,7 @@ class RabbitMQSubscription(NoMove, NoLease):
     def _explain(self, delivery: Delivery[Any], received: wire.Received) -> None:
         """Give what the server dead-lettered the headers that the core would have given it."""
         if added := wire.broker_death(received):
-            origin = self._plan.logical.get(added[ORIGINAL_DESTINATION])
+            origin = self._plan.owners.get(added[ORIGINAL_DESTINATION])
             if origin is not None:
                 added |= deadletter.origin(origin)
             delivery.message.headers = {**delivery.message.headers, **added}

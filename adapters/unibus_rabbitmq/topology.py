@@ -16,7 +16,7 @@ from typing import Any
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from unibus.adapter import Declared, Topology
+from unibus.adapter import Declared, Inspected, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
 from unibus.config_tables import check_options
 from unibus.driver import missing as not_there
@@ -27,7 +27,7 @@ from unibus_rabbitmq import config, errors
 from unibus_rabbitmq.capabilities import number
 from unibus_rabbitmq.link import Link
 
-_Call = Callable[[Callable[[AbstractChannel], Awaitable[Any]]], Awaitable[None]]  # do this on some channel
+_Call = Callable[[Callable[[AbstractChannel], Awaitable[Any]]], Awaitable[Any]]  # do this on some channel
 log = logging.getLogger("unibus.rabbitmq")
 
 DELIVERY_LIMIT = 100  # a backstop far above what the crash guard allows: neighbours of a poison message get counted too
@@ -87,11 +87,11 @@ class Names:
 class Plan:
     routes: dict[Address, Route] = field(default_factory=dict)
     places: dict[Address, Place] = field(default_factory=dict)
-    logical: dict[str, Address] = field(default_factory=dict)  # by name of its queue
     exchanges: dict[str, Object] = field(default_factory=dict)
     queues: dict[str, Object] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
     topics: dict[Topic[Any], tuple[str, str, str]] = field(default_factory=dict)  # exchange, its type, routing key
+    owners: dict[str, Address] = field(default_factory=dict)  # by name of a queue or exchange that isn't shared
     steps: tuple[int, ...] = ()  # delays that have a hold queue, ms, ascending
 
 
@@ -135,6 +135,7 @@ class _Planner:
         self._exchange(exchange, options.exchange_type, strict=options.exchange is None)
         made.routes[topic] = Route(exchange, key, key)
         made.topics[topic] = (exchange, options.exchange_type, key)
+        made.owners[exchange] = topic
         if topic.delayed:
             made.bindings.append(Binding(names.returns, exchange, key, to_exchange=True))
             # A topic may have no group when a message falls due. Without any route the server would keep the message at
@@ -190,13 +191,14 @@ class _Planner:
         self._make(declared.name, arguments)
         copies = not features.ordered and not (kind == "quorum" and self.version >= (4, 3))
         made.places[address] = Place(declared.name, counted=kind == "quorum", copies=copies, single=features.ordered)
-        made.logical[declared.name] = address
+        made.owners[declared.name] = address
         made.bindings.append(Binding(self.names.returns, declared.name, declared.name))
 
     def _sink(self, address: Address, name: str, *, letters: bool) -> None:
         """Dead letters and invalid messages: kept until someone takes them."""
         made = self.made
         self._make(name, self.unlimited, strict=False)
+        made.owners[name] = address
         made.places[address] = Place(name, letters=letters)
         made.routes[address] = Route("", name, name)
 
@@ -273,25 +275,50 @@ async def declare(link: Link, made: Plan, timeout: float) -> None:
 
 async def verify(link: Link, made: Plan, timeout: float) -> None:
     """One NotFound that lists all exchanges and queues that are missing. AMQP has no way to look at bindings."""
-    missing: list[str] = []
+    found = await inspect(link, made, timeout)
+    if missing := sorted(f"{item.kind} {item.name!r}" for item in found if item.exists is False):
+        raise not_there("RabbitMQ", missing)
+
+
+async def inspect(link: Link, made: Plan, timeout: float) -> list[Inspected]:
+    """Exchanges, queues and bindings; of the last nobody can say whether they are there."""
+    items = [*made.exchanges.values(), *made.queues.values()]
+    counts: dict[int, int | None] = {}
 
     async def look(call: _Call, item: Object) -> None:
-        if not await _exists(call, item):
-            missing.append(f"{item.kind} {item.name!r}")
+        counts[id(item)] = await _look(call, item)
 
-    await _each(link, [*made.exchanges.values(), *made.queues.values()], look, timeout)
-    if missing:
-        raise not_there("RabbitMQ", sorted(missing))
+    await _each(link, items, look, timeout)
+    found = []
+    for item in items:
+        count, owner = counts[id(item)], made.owners.get(item.name)
+        taken = item.kind == "exchange" and not item.strict and count is not None
+        shared = owner is None and item.kind == "queue"
+        rights = "" if taken else f"configure {item.name}"
+        found.append(
+            Inspected(item.kind, item.name, count is not None, rights, owner, count if shared else None, _risk(item))
+        )
+    for binding in made.bindings:
+        name = f"{binding.source} -> {binding.destination}" + (f" ({binding.key})" if binding.key else "")
+        rights = f"write {binding.destination}, read {binding.source}"
+        found.append(Inspected("binding", name, None, rights, made.owners.get(binding.destination)))
+    return found
+
+
+def _risk(item: Object) -> str:
+    if item.type == "classic" and "x-max-length" not in item.arguments:
+        return "a classic queue is on one node only: its messages are lost with that disk"
+    return ""
 
 
 async def _each(link: Link, items: Any, act: Callable[[_Call, Any], Awaitable[None]], timeout: float) -> None:
     """`act` on all items, some side by side; the first failure ends it. A channel that a refusal has closed is replaced."""
     free: list[AbstractChannel] = []
 
-    async def call(what: Callable[[AbstractChannel], Awaitable[Any]]) -> None:
+    async def call(what: Callable[[AbstractChannel], Awaitable[Any]]) -> Any:
         channel = free.pop() if free else await link.channel()
         try:
-            await what(channel)
+            return await what(channel)
         finally:
             if not channel.is_closed:
                 free.append(channel)
@@ -314,18 +341,19 @@ def _declared(item: Object, *, passive: bool) -> Callable[[AbstractChannel], Awa
     )
 
 
-async def _exists(call: _Call, item: Object) -> bool:
+async def _look(call: _Call, item: Object) -> int | None:
+    """How many messages wait there, 0 in an exchange; None where it is missing."""
     try:
-        await call(_declared(item, passive=True))
+        found = await call(_declared(item, passive=True))
     except ChannelNotFoundEntity:
-        return False
+        return None
     except Exception as exc:
         raise errors.translate(exc, f"look at {item.kind} {item.name!r}") from exc
-    return True
+    return getattr(found, "message_count", None) or 0
 
 
 async def _make(call: _Call, item: Object) -> None:
-    there = await _exists(call, item)
+    there = await _look(call, item) is not None
     if there and not item.strict:
         return
     try:
