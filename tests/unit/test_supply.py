@@ -30,7 +30,7 @@ from unibus_contracts.supply.sqs import SQS
 
 ROOT = Path(__file__).parents[2]
 KINDS = tuple(supply.KINDS.values())
-SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4}, "u", "p")
+SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4, "api": 5}, "u", "p")
 
 
 class FakeKind:
@@ -297,6 +297,7 @@ def test_rabbitmq_listens_on_loopback_only_and_knows_no_guest() -> None:
     kind: Kind = RabbitMQ()
     config = kind.files(SITE)["rabbitmq.conf"].decode()
     assert set(re.findall(r"^listeners.*= (\S+):\d+$", config, re.MULTILINE)) == {"127.0.0.1"}
+    assert "management.tcp.ip = 127.0.0.1\n" in config
     assert "default_user = u\n" in config
     assert "guest" not in config
     environment = kind.native(SITE).environment
