@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.asyncio import ConnectionPool, Redis
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Subscription, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Subscription, Topology
 from unibus.channel import Address, Group, Inbox, Queue
 from unibus.driver import linked, place_of
 from unibus.driver import missing as not_there
@@ -132,6 +132,37 @@ class RedisAdapter:
                 if await link.script(scripts.MAKE, [stream], (group, start or "$", "", 0), f"declare {address}"):
                     log.info("created %s: stream %r%s", address, stream, f", group {group!r}" if group else "")
         self._places = places
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        link = self._linked()
+        places = topology.plan(topology_, self._clock.time(), self._settings.retention)
+        missing = {made[:3] for made in await self._missing(link, places)}
+        found = [
+            Inspected("server", f"Redis {self.capabilities.version or ''}".rstrip(), True, risk=await self._risk(link))
+        ]
+        sets = {place.delayed[0]: address for address, place in places.items() if place.tag == place.streams[0]}
+        for address, place in places.items():
+            for stream, group, _ in place.made():
+                name = f"{stream}, group {group}" if group else stream
+                exists = (address, stream, group) not in missing
+                found.append(Inspected("stream", name, exists, f"+xgroup|create on {stream}", address))
+        # What is delayed waits in one set for a channel and all of its groups. It is made by the first delay.
+        counts = await link.run(*(("ZCARD", key) for key in sets)) if sets else []
+        for key, count in zip(sets, counts, strict=True):
+            if isinstance(count, Exception):
+                raise errors.translate(count, f"look at {key!r}") from count
+            found.append(Inspected("delayed set", key, True, messages=count))
+        return found
+
+    async def _risk(self, link: Link) -> str:
+        text = (await link.call("INFO", "persistence", "memory")).decode(errors="replace")
+        info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        risks = []
+        if info.get("aof_enabled") == "0":
+            risks.append("appendonly is off: what came since the last snapshot is lost with the server")
+        if (policy := info.get("maxmemory_policy", "noeviction")) != "noeviction":
+            risks.append(f"maxmemory-policy {policy}: when memory is short it deletes messages that nobody has read")
+        return "; ".join(risks)
 
     async def _missing(self, link: Link, places: dict[Address, topology.Place]) -> list[tuple[Address, str, str, str]]:
         """What is not there. Raises ConfigError for what is there and of another kind."""
