@@ -59,7 +59,9 @@ def captured(sender: str, broker: str) -> Any:
 
 def from_rabbitmq(frame: dict[str, str]) -> Message:
     """As the RabbitMQ adapter reads it."""
-    received = Received(1, False, b"", 0, bytes.fromhex(frame["header"]))
+    received = Received(
+        b"\x00\x3c\x00\x3c\x00" + bytes(11), bytes.fromhex(frame["header"])
+    )  # basic.deliver without a name
     received.body = frame["body"].encode()
     return rabbitmq_wire.decode(received, inbox=False, fallback="none")
 

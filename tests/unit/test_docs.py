@@ -263,8 +263,7 @@ def test_the_modules_of_the_core_are_all_in_the_architecture() -> None:
 def test_the_files_of_an_adapter_are_those_that_the_architecture_lists() -> None:
     rows = re.findall(r"^\| `(\w+\.py)`", read("docs/architecture.md"), re.MULTILINE)
     there = {path.name for path in (ROOT / "adapters/unibus_rabbitmq").glob("*.py")}
-    assert len(rows) == 9
-    assert set(rows) <= there
+    assert {*rows, "__init__.py"} == there
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -315,7 +314,7 @@ def test_an_adapter_imports_nothing_that_drives_it() -> None:
 def test_the_service_of_the_demo_imports_nothing_of_a_broker() -> None:
     for path in (ROOT / "examples").rglob("*.py"):
         outside = {name.partition(".")[0] for name in _imports(path)} - sys.stdlib_module_names
-        assert outside <= {"unibus", "pydantic", "examples"}, path
+        assert outside <= {"unibus", "pydantic", "examples", "rich"}, path  # rich: the table of `everywhere`
 
 
 @pytest.mark.parametrize("page", ["docs/from-faststream.md", "docs/from-celery.md"])

@@ -341,7 +341,8 @@ async def _wire(play: Play) -> None:
     # To FastStream: AMQP properties that it reads, and on Redis the two fields that the old snippet takes.
     out = Outgoing(play.orders, Message(b"{}", id="m-1", content_type="application/json", correlation_id="c-1"))
     properties = Basic.Properties()  # of the client library beneath FastStream
-    properties.unmarshal(*rabbitmq_wire.encode(out, "m-1", None, 0.0))
+    written = rabbitmq_wire.encode(out, "m-1", None, 0.0)
+    properties.unmarshal(int.from_bytes(written[:2]), written[2:])
     assert (properties.content_type, properties.message_id) == ("application/json", "m-1")
     assert properties.correlation_id == "c-1"
     assert redis_wire.encode(out, 0.0)[::2] == [b"body", b"headers"]
