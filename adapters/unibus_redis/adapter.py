@@ -11,18 +11,19 @@ from typing import Any
 from redis.asyncio import ConnectionPool, Redis
 
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Subscription, Topology
-from unibus.channel import Address, Group, Inbox, Queue, stem
+from unibus.channel import Address, Group, Inbox, Queue
+from unibus.driver import linked, place_of
+from unibus.driver import missing as not_there
 from unibus.errors import (
-    AuthenticationFailed,
     ConfigError,
     ConnectionLost,
     NotFound,
-    PermissionDenied,
     TransportError,
-    UnknownChannel,
     Unroutable,
     Unsupported,
 )
+from unibus.inboxes import inbox_name
+from unibus.translation import first_that_answers
 from unibus_redis import config, errors, scripts, topology, wire
 from unibus_redis.capabilities import known
 from unibus_redis.link import Link
@@ -31,6 +32,8 @@ from unibus_redis.subscription import INBOX_LIFE, Browser, Hooks, RedisSubscript
 log = logging.getLogger("unibus.redis")
 
 _OLDEST = (7, 0)
+
+Host = tuple[str, Any, dict[str, Any]]  # its name for people, the client's class and arguments
 
 
 class RedisAdapter:
@@ -64,25 +67,20 @@ class RedisAdapter:
     async def connect(self) -> None:
         """To the first host that answers and may be written to."""
         await self.close()
-        problems = []
-        for host in self._hosts:
-            try:
-                self._link = await self._open(host)
-                self._host = host
-                self._set_capabilities(await self._check_server(self._link))
-                await self._link.load()
-                break
-            except (AuthenticationFailed, PermissionDenied, ConfigError):
-                await self.close()
-                raise
-            except TransportError as error:
-                await self.close()
-                problems.append(error)
-        else:
-            raise ConnectionLost("; ".join(map(str, problems))) from problems[-1]
+        await first_that_answers(self._hosts, self._use)
         self._client = Redis(connection_pool=ConnectionPool(connection_class=self._host[1], **self._host[2]))
 
-    async def _open(self, host: tuple[str, Any, dict[str, Any]]) -> Link:
+    async def _use(self, host: Host) -> None:
+        try:
+            self._link = await self._open(host)
+            self._host = host
+            self._set_capabilities(await self._check_server(self._link))
+            await self._link.load()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open(self, host: Host) -> Link:
         where, kind, arguments = host
         return await Link.open(kind, arguments, where, self._settings.connect_timeout)
 
@@ -119,11 +117,7 @@ class RedisAdapter:
             await link.close()
 
     def _linked(self) -> Link:
-        if self._link is None:
-            raise ConnectionLost("not connected to Redis")
-        if self._link.lost is not None:
-            raise self._link.lost
-        return self._link
+        return linked(self._link, "Redis")
 
     # -- channels ---------------------------------------------------------------------------------------------
 
@@ -133,8 +127,7 @@ class RedisAdapter:
         if topology_.mode != "assume":
             missing = await self._missing(link, places)
             if topology_.mode == "verify" and missing:
-                names = ", ".join(dict.fromkeys(f"{address} ({stream})" for address, stream, _, _ in missing))
-                raise NotFound(f"missing on Redis: {names}; create them with `unibus declare`")
+                raise not_there("Redis", dict.fromkeys(f"{address} ({stream})" for address, stream, _, _ in missing))
             for address, stream, group, start in missing:
                 if await link.script(scripts.MAKE, [stream], (group, start or "$", "", 0), f"declare {address}"):
                     log.info("created %s: stream %r%s", address, stream, f", group {group!r}" if group else "")
@@ -206,10 +199,7 @@ class RedisAdapter:
     def _place(self, address: Address) -> topology.Place:
         if isinstance(address, Inbox):
             return topology.inbox(address.name)
-        place = self._places.get(address)
-        if place is None:
-            raise UnknownChannel(stem(address), tuple(a.name for a in self._places))
-        return place
+        return place_of(self._places, address)
 
     # -- sending ----------------------------------------------------------------------------------------------
 
@@ -269,7 +259,7 @@ class RedisAdapter:
         consumer = f"{self._endpoint.service}.{self._endpoint.instance}.{token}"
         life = 0
         if isinstance(address, Inbox):
-            place = topology.inbox(wire.inbox_name(self._endpoint.prefix, self._endpoint.service, token))
+            place = topology.inbox(inbox_name(self._endpoint.prefix, self._endpoint.service, token, wire.SEPARATOR))
             life = round(INBOX_LIFE * 1000)
         elif isinstance(address, Group) and address.ephemeral:
             topic = self._place(address.topic)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the command line."""
+"""How hypothesis runs here, and the fixtures of the tests of the command line."""
 
 import os
 import sys
@@ -6,9 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tests.unit.cli_lab import Cli
 
 from unibus import memory
+
+# Time decides nothing, since a machine may be busy; a failure can be had again with its seed.
+settings.register_profile("unibus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unibus")
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.cli_lab import APP, Cli
+
+from unibus import deadletter
 
 
 def fail(cli: Cli) -> str:
@@ -236,22 +238,17 @@ def test_doctor_with_settings_that_are_wrong(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "says"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_signal_winds_up(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, code: int, says: str
-) -> None:
+def test_a_signal_winds_up(cli: Cli, monkeypatch: pytest.MonkeyPatch, number: int, code: int, says: str) -> None:
     """What is received and not yet taken goes back, whatever ends the command."""
     fail(cli)
-    from unibus.cli.commands import dlq
+    real = deadletter.redrive
 
-    real = dlq.deadletter.redrive
-
-    async def interrupted(*args: object, **more: object) -> int:
+    async def interrupted(*args: Any, **more: Any) -> int:
         os.kill(os.getpid(), number)
-        return await real(*args, **{**more, "rate": 0.001, "where": lambda d: d.message.id == "m-0"})  # type: ignore[arg-type]
+        return await real(*args, **{**more, "rate": 0.001, "where": lambda d: d.message.id == "m-0"})
 
-    monkeypatch.setattr(dlq.deadletter, "redrive", interrupted)
+    monkeypatch.setattr(deadletter, "redrive", interrupted)
     done = cli("dlq", "redrive", "orders")
     assert done.code == code
     assert done.err.splitlines()[-1] == f"unibus: {says}"
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    assert len(cli.ok("dlq", "list", "orders").lines) + len(cli.ok("peek", "orders").lines) == 3

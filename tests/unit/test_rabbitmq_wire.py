@@ -22,6 +22,7 @@ from unibus.channel import Group, Inbox, Queue, Topic, dead_letter_queue
 from unibus.clock import SystemClock
 from unibus.delivery import Delivery
 from unibus.errors import ConfigError, Refused, Unsupported
+from unibus.inboxes import inbox_name
 from unibus.message import Message
 from unibus_rabbitmq import RabbitMQAdapter, config, errors, frames, tables, topology, wire
 from unibus_rabbitmq.capabilities import known
@@ -268,7 +269,7 @@ def test_deaths_of_the_broker(reason: str, expected: str) -> None:
 
 
 def test_reply_addresses() -> None:
-    mine = wire.inbox_name("stage.", "billing/eu", "0123456789abcdef")
+    mine = inbox_name("stage.", "billing/eu", "0123456789abcdef")
     for text in (mine, "amq.gen-JzTY20BRgKO-HjmUJj0wLg"):
         assert wire.reply_address(text) == Inbox(text)
     for text in ("amq.rabbitmq.reply-to", "amq.rabbitmq.reply-to.g1.x", "orders", f"{mine}\n", "amq.gen-x/../y"):
@@ -394,6 +395,13 @@ def test_a_mismatch_names_the_argument_and_what_to_do() -> None:
     error = errors.mismatch(Exception(text), "declare")
     assert isinstance(error, ConfigError)
     assert "queue 'orders' exists with x-max-priority = none, and would be declared with '4'" in str(error)
+    assert "change the channel's settings to match" in str(error)
+    # What another library has declared: no setting of ours makes it fit.
+    text = text.replace("x-max-priority", "x-dead-letter-exchange").replace("'4'", "''")
+    error = errors.mismatch(Exception(text), "declare")
+    assert "settings" not in str(error)
+    assert "something else has declared it" in str(error)
+    assert "use another name, or delete the queue once it is empty" in str(error)
 
 
 def test_capabilities_by_version() -> None:
