@@ -53,6 +53,8 @@ def refusal(text: str, doing: str) -> TransportError:
     code, _, rest = text.partition(" ")
     if "ACL failure" in text or "can't run this command" in text or "permissions" in text:  # inside a script
         code = "NOPERM"
+    if text.removeprefix("ERR ").startswith("no such key"):  # what XINFO says of a stream that is not there
+        code, text, rest = "NOTFOUND", "", ""
     kind = _BY_CODE.get(code, Refused)
     detail = rest.partition(" script: ")[0] if code in _BY_CODE else text
     words = _WORDS.get(code, "")
