@@ -79,7 +79,10 @@ def _numbers(demo: Demo) -> dict[str, dict[str, float]]:
     """What `everywhere` compares."""
     rows = demo.rows()
     actual = {name: got for name, _, got in rows} | {"delivered more than once": demo.again()}
-    return {"expected": {name: want for name, want, _ in rows}, "actual": {**actual, "seconds": demo.result.seconds}}
+    return {
+        "expected": {name: want for name, want, _ in rows},
+        "actual": {**actual, "seconds": round(demo.result.seconds, 1)},
+    }
 
 
 def _options() -> argparse.Namespace:

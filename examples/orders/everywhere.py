@@ -90,7 +90,7 @@ def table(found: Mapping[str, Numbers]) -> Table:
 
 
 def _text(number: float | None, *, wrong: bool = False) -> str:
-    text = "" if number is None else f"{number:.1f}" if isinstance(number, float) else str(number)
+    text = "" if number is None else f"{number:g}"
     return f"[bold red]{text or '?'} <-[/]" if wrong else text
 
 

@@ -24,7 +24,7 @@ from unibus.url import parse
 from unibus_contracts import supply
 from unibus_kafka import config as kafka_config
 
-SOON = 30.0
+SOON = 50.0
 BODY = b'{"a": 1}'
 HEADERS = {"tenant": "a\u00e7me"}
 
@@ -157,6 +157,9 @@ class Aws:
             url = (await sqs.create_queue(QueueName=f"{name}-theirs"))["QueueUrl"]
             arn = (await sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"]))["Attributes"]["QueueArn"]
             topic_arn = (await sns.create_topic(Name=name))["TopicArn"]
+            allow = {"Effect": "Allow", "Principal": "*", "Action": "sqs:SendMessage", "Resource": arn}
+            policy = json.dumps({"Version": "2012-10-17", "Statement": [allow]})
+            await sqs.set_queue_attributes(QueueUrl=url, Attributes={"Policy": policy})
             raw = {"RawMessageDelivery": "true"}
             await sns.subscribe(TopicArn=topic_arn, Protocol="sqs", Endpoint=arn, Attributes=raw)
         else:

@@ -119,7 +119,7 @@ class Run:
             }
 
     def _ran_all(self) -> bool:
-        runs = sum(map(len, (*self.attempts.values(), *self.order.values())))
+        runs = sum(map(len, self.attempts.values())) + sum(map(len, self.order.values()))
         counts = self.bus.counts
         return runs >= RUNS and counts.get("dead_lettered", 0) + counts.get("invalid", 0) >= LETTERS
 
