@@ -21,6 +21,7 @@ from unibus_contracts import supply
 from unibus_contracts.supply import __main__ as command_line
 from unibus_contracts.supply import apt
 from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyError, free_ports, wait_until
+from unibus_contracts.supply.elasticmq import ElasticMQ
 from unibus_contracts.supply.kafka import Kafka
 from unibus_contracts.supply.native import Native, processes
 from unibus_contracts.supply.rabbitmq import RabbitMQ
@@ -364,6 +365,15 @@ def test_the_emulator_of_sqs_listens_on_loopback_only_and_knows_no_default_key()
     assert (environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]) == ("u", "p")
     assert not {environment["IOT_MTLS_ENABLED"], environment["SFTP_ENABLED"]} - {"0"}
     assert SQS().variables(site, Path("/f"))["URL"] == "sqs://u:p@eu-west-1?endpoint_url=http://127.0.0.1:1&wait=1"
+
+
+def test_the_strict_emulator_of_sqs_listens_on_loopback_only() -> None:
+    site = Site("elasticmq", "unibus1", "127.0.0.1", "/f", {"http": 1}, "u", "p")
+    argv = ElasticMQ().native(site).argv
+    assert {"-Drest-sqs.bind-hostname=127.0.0.1", "-Drest-sqs.sqs-limits=strict", "-Drest-stats.enabled=false"} <= {
+        *argv
+    }
+    assert "elasticmq" not in supply.KINDS  # so that nobody starts it who has not asked for it
 
 
 def test_a_kill_waits_until_rabbitmq_has_registered_its_quorum_queues(tmp_path: Path) -> None:
