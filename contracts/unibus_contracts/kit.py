@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -195,6 +196,11 @@ class Kit:
     def nowhere(self, password: str) -> str | None:
         """The tested URL with a port where nobody listens, and this password. None: it names no host."""
         return nowhere(self.harness.url, password)
+
+    def password(self) -> str | None:
+        """The password in the tested URL, if there is one that could be recognised."""
+        password = urlsplit(self.harness.url).password
+        return unquote(password) if password and len(password) > 5 else None
 
     async def alone(self, queue: Queue[Any]) -> str:
         """Make a queue without the channels that belong to it, as far as the adapter does; the text that tells what is missing."""

@@ -6,8 +6,6 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import pytest
-
 from unibus import Delivery, Retry, RetryPolicy
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import AT_ONCE, LATER, NEVER, SOON, Kit, Seen, bodies, leftover, letters, until
@@ -299,13 +297,6 @@ async def test_by_hand(kit: Kit) -> None:
         default = RetryPolicy()
     assert attempts == list(range(1, default.max_retries + 2))
     assert letter.message.headers["x-retry-count"] == str(default.max_retries + 1)
-
-
-@contract("retry.negative_delay_is_refused", "A delay that is no time is refused where it is written.")
-async def test_negative(kit: Kit) -> None:
-    for delay in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="delay"):
-            Retry("x", delay=delay)
 
 
 @contract(
