@@ -19,7 +19,6 @@ from .base import Adapter, changed, saboteur
     "retry.message_is_unchanged",
     "invalid.undecodable_no_retry",
     "invalid.per_group",
-    "size.at_max",
 )
 class DecodesBodies(Adapter):
     def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
@@ -306,9 +305,7 @@ class ForgetsTheStory(Adapter):
         return (outgoing,) if outgoing.origin is None else (changed(outgoing, headers=own),)
 
 
-@saboteur(
-    "The headers of a policy are cut off at ten characters.", "dlq.headers", "dlq.at_once", "dlq.headers_of_a_group"
-)
+@saboteur("The headers of a policy are cut off at ten characters.", "dlq.headers", "dlq.at_once")
 class CutsTheStory(Adapter):
     def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
         headers = {n: v[:10] if n.startswith("x-") else v for n, v in outgoing.message.headers.items()}

@@ -25,7 +25,7 @@ def _running() -> float:
     return _monotonic() + _ahead
 
 
-class LeapingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]  # which one depends on the platform
+class LeapingSelector(selectors.DefaultSelector):
     """What an event loop waits with."""
 
     def select(self, timeout: float | None = None) -> Any:

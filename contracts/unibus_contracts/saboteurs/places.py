@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 from unibus.adapter import Declared, Endpoint, Move, Outcome, Outgoing, Results, Source, Topology
 from unibus.channel import Group, Inbox, Queue, Topic
 from unibus.errors import NotFound, Refused, Unsupported
-from unibus.memory_places import Place
 from unibus.message import Message
 
 from .base import Adapter, Subscription, changed, saboteur
@@ -83,11 +83,7 @@ class RetriesToTheTopic(Adapter):
         return (replace(outgoing, to=outgoing.to.topic) if isinstance(outgoing.to, Group) else outgoing,)
 
 
-@saboteur(
-    "What one group acks is gone for all.",
-    "fanout.groups_get_all",
-    "fanout.default_group_is_the_service",
-)
+@saboteur("What one group acks is gone for all.", "fanout.offline_group_keeps_backlog")
 class AcksForAllGroups(Subscription):
     async def settle(self, outcome: Outcome, deliveries: Any, *, delays: Sequence[float] = ()) -> Results:
         ids = {delivery.message.id for delivery in deliveries}
@@ -117,18 +113,16 @@ class BuriesAllTogether(Renaming):
 
 @saboteur(
     "A group is known by its name alone: two topics with a group of one name share it.",
-    "fanout.new_group_starts_now",
-    "consume.no_crosstalk",
-    "fanout.groups_get_all",
+    "fanout.groups_are_per_topic",
 )
 class SharesGroupsBetweenTopics(Adapter):
     async def subscribe(self, source: Source) -> Subscription:
         subscription = await super().subscribe(source)
-        if isinstance(source.address, Group):
-            for key, place in self.inner.broker._places.items():
-                if key[0] == "group" and place is not subscription.inner.place:
-                    for entry in place.take(10_000):
-                        subscription.inner.place.put(entry)
+        place = subscription.inner.place
+        for other in self.inner.broker._places.values():
+            if other is not place and isinstance(other.address, Group) and isinstance(source.address, Group):
+                for entry in other.take(10_000 if other.address.name == source.address.name else 0):
+                    place.put(entry)
         return subscription
 
 
@@ -204,10 +198,13 @@ class WantsAGroup(Adapter):
 )
 class ForgetsOrder(Adapter):
     async def declare(self, topology: Topology) -> None:
-        await self.inner.declare(topology)
-        for place in self.inner.broker._places.values():
-            if place.done is not None and not len(place):
-                place.put, place.take = Place.put.__get__(place), Place.take.__get__(place)
+        await self.inner.declare(replace(topology, channels=tuple(map(self.unordered, topology.channels))))
+
+    def unordered(self, declared: Declared) -> Declared:
+        address = copy(declared.address)
+        if isinstance(address, Queue):
+            address.ordered = False
+        return replace(declared, address=address)
 
 
 @saboteur("All keys are one lane: a busy key holds up the others.", "order.keys_run_at_once", "order.kept_over_retries")
@@ -480,7 +477,7 @@ class PolicyIsPartOfTheQueue(Adapter):
     async def declare(self, topology: Topology) -> None:
         known = self.inner.broker.__dict__.setdefault("delays", {})
         for declared in topology.channels:
-            if topology.delays and known.setdefault(declared.name, topology.delays) != topology.delays:
+            if known.setdefault(declared.name, topology.delays) != topology.delays:
                 raise Refused(f"{declared.address} is there with other delays")
         await self.inner.declare(topology)
 

@@ -19,13 +19,15 @@ from pathlib import Path
 
 from unibus_contracts.report import FAILED, PASSED, REFUSED
 
-from .base import HEALTHY, HOST, SCHEME
+from .base import HOST, SCHEME
 
 SECONDS = 300  # a process: far above what any needs, and a hang is an end
 SUITE = Path(__file__).parent.parent / "suite"
 
 ENTRY_POINT = f"[unibus.adapters]\n{SCHEME} = unibus_contracts.saboteurs.factory:make\n"
 METADATA = "Metadata-Version: 2.1\nName: unibus-saboteurs\nVersion: 0\n"
+# These and no others: what else is installed has no say, and costs nothing.
+PLUGINS = ("unibus_contracts.saboteurs.leap", "pytest_asyncio.plugin", "pytest_timeout", "unibus_contracts.plugin")
 INI = "[pytest]\nasyncio_default_fixture_loop_scope = function\n"
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -81,17 +83,8 @@ def trial(folder: Path, name: str, nodes: Sequence[str], *, part: int = 0) -> Tr
     """The contracts at `nodes` against one saboteur; `HEALTHY`: against none. `part`: of a run in several."""
     report, output = folder / f"{name}-{part}.json", folder / f"{name}-{part}.txt"
     begun = time.monotonic()
-    arguments = [
-        "-p",
-        "unibus_contracts.saboteurs.leap",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-q",
-        "--tb=line",
-        "--show-capture=no",
-    ]
+    arguments = ["-q", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider"]
+    arguments += [word for plugin in PLUGINS for word in ("-p", plugin)]
     arguments += ["-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "--pyargs", *nodes]
     arguments += [f"--unibus-url={SCHEME}://{HOST}?saboteur={name}", f"--unibus-report={report}"]
     process = _FORKS.Process(target=_pytest, args=(folder, output, arguments))
@@ -117,5 +110,6 @@ def _pytest(folder: Path, output: Path, arguments: list[str]) -> None:
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(folder / "cache")  # what pytest compiles, for the next one
     os.chdir(folder)
     sys.path.insert(0, str(folder))
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     sys.exit(pytest.main(arguments))

@@ -81,7 +81,7 @@ class StoresEveryTenthTwice(Adapter):
 class SendsTwice(Adapter):
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         await self.inner.send(batch, timeout)
-        return await self.inner.send(batch, timeout)  # type: ignore[no-any-return]  # inner is any adapter
+        return await self.inner.send(batch, timeout)
 
 
 @saboteur(
@@ -229,10 +229,7 @@ class SharesCorrelationInABatch(Adapter):
 
 @saboteur(
     "The messages of one call are stored in reverse.",
-    "order.sends_not_awaited",
-    "order.of_send_many",
     "order.of_one_call",
-    "order.per_key_competing",
 )
 class StoresBatchesInReverse(Adapter):
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
@@ -244,19 +241,22 @@ class StoresBatchesInReverse(Adapter):
     "order.one_key",
     "order.per_publisher",
     "order.of_a_group",
+    "order.sends_not_awaited",
+    "order.of_send_many",
+    "order.per_key_competing",
 )
 class LetsCallsOvertake(Adapter):
-    calls = 0
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self.calls: list[asyncio.Task[Results]] = []
 
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
-        self.calls += 1
-        if self.calls % 3:
-            return await super().send(batch, timeout)
-        self.task = asyncio.get_running_loop().create_task(super().send(batch, timeout))
-        for _ in range(3):
-            await asyncio.sleep(0)
-        self.late = asyncio.get_running_loop().call_later(0, lambda: None)
-        return [None] * len(batch)
+        self.calls.append(asyncio.create_task(self.later(batch, timeout, 0.0 if len(self.calls) % 3 else 0.02)))
+        return [None] * len(batch) if len(self.calls) % 3 == 1 else await self.calls[-1]
+
+    async def later(self, batch: Sequence[Outgoing], timeout: float, wait: float) -> Results:
+        await asyncio.sleep(wait)
+        return await super().send(batch, timeout)
 
 
 @saboteur(
@@ -286,10 +286,6 @@ class DeduplicatesByCorrelation(Adapter):
     "fanout.offline_group_keeps_backlog",
 )
 class KeepsToItself(Adapter):
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
-        self.sent: set[str] = set()
-
     def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
         local = any(s.source.address == outgoing.to for s in self.inner._subscriptions)
         return (outgoing,) if local or outgoing.origin is not None else ()

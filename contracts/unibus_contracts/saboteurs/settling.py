@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from unibus.adapter import Move, Outcome, Results, Source
+from unibus.adapter import Move, Outcome, Results
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost
 
@@ -69,7 +69,6 @@ class AcksBeforeTheHandler(Subscription):
     "settle.out_of_order_is_safe",
     "settle.individually",
     "consume.batch_fails_by_message",
-    "dlq.redrive_some",
 )
 class AcksUpTo(Subscription):
     async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
@@ -124,7 +123,7 @@ class SettlesLater(Subscription):
 
     def now(self, outcome: Outcome, deliveries: Deliveries) -> None:
         if self.inner.over is None:
-            self.adapter.task = asyncio.create_task(self.inner.settle(outcome, deliveries))
+            self.task = asyncio.create_task(self.inner.settle(outcome, deliveries))
 
 
 @saboteur(
@@ -136,7 +135,6 @@ class SettlesLater(Subscription):
     "shutdown.restarts_kill_no_message",
     "shutdown.sigterm",
     "competing.leaver_hands_over",
-    "cap.refusal_leaves_messages",
 )
 class DropsWhatIsGivenBack(Subscription):
     async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
@@ -177,7 +175,6 @@ class LeavesItToTheLeases(Subscription):
     "shutdown.prefetched_returned_at_once",
     "settle.out_of_order_is_safe",
     "settle.individually",
-    "prefetch.of_the_spi",
 )
 class LosesWhatItHolds(Subscription):
     async def close(self) -> None:
@@ -192,7 +189,6 @@ class LosesWhatItHolds(Subscription):
 @saboteur(
     "A subscription that stops gives back what its handlers are still at.",
     "shutdown.in_flight_completes",
-    "shutdown.concurrent_closes",
     "shutdown.sigterm",
     "order.kept_over_takeover",
 )
@@ -202,14 +198,13 @@ class GivesBackWhatIsRunning(Subscription):
         await self.inner.settle(Outcome.RELEASED, list(self.inner.held))
 
 
-@saboteur(
-    "A subscription that stops goes on receiving.",
-    "shutdown.in_flight_completes",
-    "shutdown.rest_is_free_at_once",
-)
-class DoesNotStop(Subscription):
-    async def stop(self) -> None:
-        await asyncio.sleep(0)
+@saboteur("What a subscription gives back it takes again at once.", "shutdown.rest_is_free_at_once")
+class TakesAgainWhatItGaveBack(Subscription):
+    async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
+        results = await self.inner.settle(outcome, deliveries, delays=delays)
+        if outcome is Outcome.RELEASED:
+            self.inner._take(len(deliveries))
+        return results
 
 
 @saboteur(
@@ -218,12 +213,17 @@ class DoesNotStop(Subscription):
     "shutdown.restartable",
 )
 class ReceivesForEver(Subscription):
+    cancelled = False
+
     async def receive(self, limit: int, timeout: float) -> Deliveries:
-        while True:
-            try:
-                return await super().receive(limit, timeout)
-            except (asyncio.CancelledError, ConnectionLost):
-                await asyncio.sleep(0.5)
+        try:
+            return await super().receive(limit, timeout)
+        except asyncio.CancelledError:
+            if self.cancelled:
+                raise
+            self.cancelled = True
+            await asyncio.sleep(15)
+            return ()
 
 
 @saboteur("Each connection starts a task that nobody ends.", "shutdown.leaves_nothing_behind")
@@ -233,25 +233,14 @@ class LeaksATask(Adapter):
         self.task = asyncio.create_task(asyncio.sleep(3600))
 
 
-@saboteur("An adapter that was closed can't be connected again, nor can a second one.", "shutdown.restartable")
-class ConnectsOnce(Adapter):
-    async def connect(self) -> None:
-        if self.inner.broker.on_send is not None:
-            raise ConnectionLost("already used")
-        await super().connect()
-
+@saboteur("Closing takes a dozen seconds.", "shutdown.deadline_then_return")
+class ClosesSlowly(Adapter):
     async def close(self) -> None:
+        await asyncio.sleep(12)
         await self.inner.close()
-        self.inner.broker.on_send = id
 
 
-@saboteur("Closing waits for an answer that never comes.", "shutdown.error_inside_closes", "shutdown.concurrent_closes")
-class HangsAtClose(Adapter):
-    async def close(self) -> None:
-        await asyncio.sleep(3600)
-
-
-@saboteur("Closing a second time is an error.", "shutdown.restartable", "shutdown.concurrent_closes")
+@saboteur("Closing a second time is an error.", "shutdown.concurrent_closes")
 class ClosesOnce(Adapter):
     closed = False
 
@@ -340,14 +329,3 @@ class BuriesNoExpired(Subscription):
         now = self.inner._broker.clock.time()
         late = [Move(m.delivery, []) if (m.delivery.message.expires_at or now) < now else m for m in moves]
         return await super().move(late, timeout)
-
-
-@saboteur("The second subscription of a process is the first one again.", "competing.leaver_hands_over")
-class SharesSubscriptions(Adapter):
-    async def subscribe(self, source: Source) -> Subscription:
-        known = self.__dict__.setdefault("known", {})
-        key = source.address, source.browse
-        if key not in known or known[key].inner.over is not None:
-            known[key] = await super().subscribe(source)
-        shared: Subscription = known[key]
-        return shared

@@ -19,7 +19,8 @@ def verdicts(
 ) -> tuple[list[str], list[str]]:
     """The table, a saboteur a paragraph, and what is wrong, a line each. `complete`: all saboteurs were tried."""
     table, wrong, killed = [], [], set[str]()
-    sick = [id for id in known if id not in control.kept]
+    tried = {id for saboteur in saboteurs for id in (*saboteur.kills, *results[saboteur.name].outcomes)}
+    sick = [id for id in known if id in tried and id not in control.kept]
     if sick:
         wrong.append(f"without a saboteur these are broken, so that no catch proves anything: {', '.join(sick)}")
         wrong.append(control.output)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from unibus.adapter import Health, Move, Outcome, Outgoing, Results, Source, Topology
 from unibus.capabilities import Support, emulated, native, refused
-from unibus.channel import Inbox, Queue
+from unibus.channel import Inbox
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, Unsupported
-from unibus.memory_subscription import MemorySubscription
 
 from .base import Adapter, Subscription, saboteur
 
@@ -20,12 +20,12 @@ log = logging.getLogger("unibus.sabotaged")
 
 @saboteur("Deduplication is declared, and there is none.", "dedup.id_sent_twice_arrives_once")
 class ClaimsDedup(Adapter):
-    claims = {"dedup": native(limit=300)}
+    claims: ClassVar[dict[str, Any]] = {"dedup": native(limit=300)}
 
 
 @saboteur("Replay is declared, and a group begins now all the same.", "fanout.new_group_may_start_at_all")
 class ClaimsReplay(Adapter):
-    claims = {"replay": native()}
+    claims: ClassVar[dict[str, Any]] = {"replay": native()}
 
     async def subscribe(self, source: Source) -> Subscription:
         source.start = "new"
@@ -39,7 +39,7 @@ class ClaimsReplay(Adapter):
 
 @saboteur("Replay is refused, and a group that asks for it begins now without a word.", "cap.undeclared_is_refused")
 class TakesReplayInSilence(ClaimsReplay):
-    claims = {}
+    claims: ClassVar[dict[str, Any]] = {}
 
 
 @saboteur("Messages are deduplicated by id, though that is declared refused.", "cap.undeclared_is_refused")
@@ -58,7 +58,7 @@ class DeduplicatesInSilence(Adapter):
     "cap.undeclared_is_refused",
 )
 class RefusesAfterActing(Adapter):
-    claims = {"release": refused("this broker can't")}
+    claims: ClassVar[dict[str, Any]] = {"release": refused("this broker can't")}
 
     async def subscribe(self, source: Source) -> Subscription:
         return Acting(self, await self.inner.subscribe(source))
@@ -80,7 +80,7 @@ class Acting(Subscription):
     "cap.undeclared_is_refused",
 )
 class SendsBeforeItRefuses(Adapter):
-    claims = {"atomic_move": refused("this broker can't")}
+    claims: ClassVar[dict[str, Any]] = {"atomic_move": refused("this broker can't")}
 
     async def subscribe(self, source: Source) -> Subscription:
         return Sending(self, await self.inner.subscribe(source))
@@ -94,27 +94,27 @@ class Sending(Subscription):
 
 @saboteur("No count is declared, and one is made up.", "consume.delivery_count", "cap.undeclared_is_refused")
 class MakesUpACount(Adapter):
-    claims = {"delivery_count": refused("this broker does not count")}
+    claims: ClassVar[dict[str, Any]] = {"delivery_count": refused("this broker does not count")}
 
 
 @saboteur("No lease is declared, and deliveries have an end.", "settle.extend_prolongs", "cap.undeclared_is_refused")
 class HidesItsLeases(Adapter):
-    claims = {"lease": refused("deliveries don't expire")}
+    claims: ClassVar[dict[str, Any]] = {"lease": refused("deliveries don't expire")}
 
 
 @saboteur("A feature is emulated, and nothing says how.", "cap.every_level_is_explained")
 class ExplainsNothing(Adapter):
-    claims = {"order": emulated("")}
+    claims: ClassVar[dict[str, Any]] = {"order": emulated("")}
 
 
 @saboteur("A level is a word that nobody knows.", "cap.every_level_is_explained")
 class UnknownLevel(Adapter):
-    claims = {"browse": Support("somehow")}  # type: ignore[arg-type]  # that is the bug
+    claims: ClassVar[dict[str, Any]] = {"browse": Support("somehow")}  # type: ignore[arg-type]  # that is the bug
 
 
 @saboteur("A largest body is declared that is too large by a byte.", "size.at_max")
 class ClaimsAByteTooMany(Adapter):
-    claims = {"max_body": 1001}
+    claims: ClassVar[dict[str, Any]] = {"max_body": 1001}
 
     def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
         return (outgoing,) if len(outgoing.message.body) <= 1000 else ()
@@ -191,11 +191,7 @@ class TellsThePassword(Adapter):
 @saboteur("A host that can't be reached is tried for ever.", "publish.connect_failure_is_bounded")
 class ConnectsForEver(Adapter):
     async def connect(self) -> None:
-        import asyncio
-
-        while not self.reachable:
-            await asyncio.sleep(1)
-        await super().connect()
+        await (super().connect() if self.reachable else asyncio.Event().wait())
 
 
 @saboteur("Any text is a return address.", "reply.address_is_untrusted")

@@ -104,7 +104,7 @@ async def test_payload(kit: Kit) -> None:
 
 @contract("sec.credentials_not_logged", "A password is in no log, error, repr or health, also where nobody answers.")
 async def test_credentials(kit: Kit) -> None:
-    password = "pa@ss/5f1d%"
+    password = "pa@ss/5f1d%"  # noqa: S105  # of nobody
     url = kit.nowhere(password)
     own = kit.password()
     secrets = {password, quote(password, safe=""), *((own, quote(own, safe="")) if own else ())}
