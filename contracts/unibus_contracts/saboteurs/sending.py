@@ -292,13 +292,13 @@ class KeepsToItself(Adapter):
 
 
 @saboteur(
-    "Replies go to the first inbox that was ever opened.",
+    "Replies go to the inbox that was opened first.",
     "reply.private",
     "reply.roundtrip",
 )
 class AnswersTheWrongRequester(Adapter):
     def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
-        inboxes = sorted(key[1] for key in self.inner.broker._places if key[0] == "inbox")
+        inboxes = [key[1] for key in self.inner.broker._places if key[0] == "inbox"]
         if isinstance(outgoing.to, Inbox) and inboxes:
             outgoing.to = Inbox(inboxes[0])
         return (outgoing,)

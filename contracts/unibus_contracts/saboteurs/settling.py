@@ -207,23 +207,14 @@ class TakesAgainWhatItGaveBack(Subscription):
         return results
 
 
-@saboteur(
-    "Receiving can't be cancelled, so that closing waits for the next message.",
-    "shutdown.receiver_ends",
-    "shutdown.restartable",
-)
-class ReceivesForEver(Subscription):
-    cancelled = False
-
+@saboteur("To cancel a receive takes a quarter of a minute.", "shutdown.receiver_ends")
+class IsSlowToCancel(Subscription):
     async def receive(self, limit: int, timeout: float) -> Deliveries:
         try:
             return await super().receive(limit, timeout)
         except asyncio.CancelledError:
-            if self.cancelled:
-                raise
-            self.cancelled = True
             await asyncio.sleep(15)
-            return ()
+            raise
 
 
 @saboteur("Each connection starts a task that nobody ends.", "shutdown.leaves_nothing_behind")
