@@ -87,6 +87,7 @@ class TestVerdicts:
 
 
 class TestForReal:
+    @pytest.mark.timeout(300)  # processes of pytest, on a machine that may be busy
     def test_a_sample_is_caught(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ids = {id for name in SAMPLE for id in SABOTEURS[name].kills}
         path = tmp_path / "found.json"
