@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities
-from unibus.channel import Address, Group, Inbox, Queue, Topic, stem
+from unibus.channel import Address, Group, Inbox, Queue, Topic
+from unibus.driver import linked, place_of, send_all
+from unibus.driver import missing as not_there
 from unibus.errors import (
-    ConnectionLost,
+    ConfigError,
     MessageTooLarge,
     NotFound,
     Timeout,
     TransportError,
     UnibusError,
-    UnknownChannel,
     Unroutable,
 )
 from unibus_kafka import config, errors, topology, wire
 from unibus_kafka.capabilities import known
-from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link
+from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link, by_name
 from unibus_kafka.offsets import decode
 from unibus_kafka.subscription import KafkaSubscription, Kit
 from unibus_kafka.topology import Place
@@ -70,15 +70,10 @@ class KafkaAdapter:
             await link.close()
 
     def _linked(self) -> Link:
-        if self._link is None:
-            raise ConnectionLost("not connected to Kafka")
-        return self._link
+        return linked(self._link, "Kafka")
 
     def _place(self, address: Address) -> Place:
-        place = self._plan.places.get(address)
-        if place is None:
-            raise UnknownChannel(stem(address), tuple(known.name for known in self._plan.places))
-        return place
+        return place_of(self._plan.places, address)
 
     # Declaring
 
@@ -98,7 +93,24 @@ class KafkaAdapter:
         self._plan.topics |= made.topics
         self._plan.groups |= made.groups
 
-    async def _begin(self, link: Link, group: str, place: Place, start: Any, *, known_before: bool) -> None:
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        link, made = self._linked(), topology.plan(topology_, self._settings)
+        gone = await link.missing(made.topics, fresh=True)
+        risks = await link.risks([name for name in made.topics if name not in gone])
+        owners = {topic: address for address, place in reversed(made.places.items()) for topic in place.topics}
+        owners |= {place.name: address for address, place in made.places.items() if not isinstance(address, Group)}
+        found = [
+            Inspected(
+                "topic", name, name not in gone, f"Create on topic {name}", owners.get(name), risk=risks.get(name, "")
+            )
+            for name in made.topics
+        ]
+        for group, (place, _, _) in made.groups.items():
+            exists = place.topic not in gone and bool(await link.committed(group))
+            found.append(Inspected("group", group, exists, f"Read on group {group} and its topics", place.address))
+        return found
+
+    async def _begin(self, link: Link, group: str, place: Place, start: Start, *, known_before: bool) -> None:
         """Where a new group begins, committed now: what is sent from now on is its. One that is known is left alone.
 
         Kafka forgets the offsets of a group without members after a week. Its dead-letter topic is the witness that it is
@@ -107,15 +119,28 @@ class KafkaAdapter:
         if known_before or await link.committed(group):
             return
         tps = [tp for topic in place.topics if topic not in _own(place) for tp in link.partitions(topic)]
-        if start == "all":
-            at = EARLIEST
-        else:
-            at = LATEST if start == "new" else round(float(start) * 1000)
+        at = int(start * 1000) if isinstance(start, float) else EARLIEST if start == "all" else LATEST
         offsets = await link.offsets(tps, at)
         if late := [tp for tp, offset in offsets.items() if offset < 0]:  # nothing since that time
             offsets |= await link.offsets(late, LATEST)
+        if isinstance(start, tuple):
+            offsets |= await self._positions(link, place, start, offsets)
         await link.commit(group, offsets)
         log.info("created group %s", group)
+
+    @staticmethod
+    async def _positions(
+        link: Link, place: Place, start: tuple[str, ...], ends: dict[TopicPartition, int]
+    ) -> dict[TopicPartition, int]:
+        begins, found = await link.offsets(ends, EARLIEST), {}
+        for text in start:
+            topic, number, offset = wire.parsed_position(text) or ("", 0, 0)
+            tp = TopicPartition(topic, number)
+            if topic != place.topic or tp not in ends or not begins[tp] <= offset <= ends[tp]:
+                has = ", ".join(f"{t.topic}/{t.partition}@{begins[t]} to {e}" for t, e in ends.items())
+                raise ConfigError(f"{place.address}: start={text!r} is no position of its topic, which has {has}")
+            found[tp] = offset
+        return found
 
     async def _verify(self, link: Link, made: topology.Plan, gone: set[str]) -> None:
         missing = [f"topic {name!r}" for name in made.topics if name in gone]
@@ -123,7 +148,7 @@ class KafkaAdapter:
             if place.topic not in gone and not await link.committed(group):
                 missing.append(f"group {group!r}")
         if missing:
-            raise NotFound(f"missing on Kafka: {', '.join(missing)}; create them with `unibus declare`")
+            raise not_there("Kafka", missing)
 
     # Sending
 
@@ -182,10 +207,15 @@ class KafkaAdapter:
     async def _deliver(
         self, link: Link, tp: TopicPartition, made: list[tuple[Any, list[int]]], timeout: float, results: list[Any]
     ) -> None:
-        """The batches of one partition, one after the other, as the producer sends them."""
+        """The batches of one partition, one after the other; behind one that may be sent again the others wait for that."""
         deadline = asyncio.get_running_loop().time() + timeout
+        error: UnibusError | None = None
         for builder, indices in made:
-            error: UnibusError | None = None
+            if error is not None and error.retryable:
+                for i in indices:
+                    results[i] = error
+                continue
+            error = None
             try:
                 builder.close()
                 async with asyncio.timeout_at(deadline):
@@ -219,10 +249,7 @@ class KafkaAdapter:
 
     async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
         """For subscriptions: what hops to its next rung."""
-        try:
-            return await self.send(batch, TIMEOUT)
-        except ConnectionLost as error:
-            return [error] * len(batch)
+        return await send_all(self.send, batch, TIMEOUT)
 
     # Receiving
 
@@ -239,7 +266,7 @@ class KafkaAdapter:
         else:
             place = self._place(address)
         if gone := await link.missing(place.topics):
-            raise NotFound(f"{address}: missing on Kafka: {', '.join(sorted(gone))}; create them with `unibus declare`")
+            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
         group = None if source.browse or place not in self._plan.places.values() else place.name
         consumer = self._consumer(link, group)
         kit = Kit(link, self._clock, given, self._send_back, self._subscriptions.discard)
@@ -248,8 +275,7 @@ class KafkaAdapter:
         try:
             await consumer.start()
             if group is not None:
-                pattern = "^(?:" + "|".join(re.escape(topic) for topic in place.topics) + ")$"
-                consumer.subscribe(pattern=pattern, listener=subscription)  # by name would make a topic that is missing
+                consumer.subscribe(list(place.topics), listener=subscription)
                 subscription.begin()
                 await subscription.joined(_JOIN)
             else:
@@ -278,7 +304,7 @@ class KafkaAdapter:
     def _consumer(self, link: Link, group: str | None) -> Any:
         given = self._settings
         rebalance = round((given.rebalance_grace + given.heartbeat + 5) * 1000)
-        return AIOKafkaConsumer(
+        consumer = AIOKafkaConsumer(
             **link.options,
             group_id=group,
             enable_auto_commit=False,
@@ -291,22 +317,28 @@ class KafkaAdapter:
             max_poll_interval_ms=2**31
             - 1,  # slow handlers don't stop us from polling, and heartbeats tell who is alive
         )
+        by_name(consumer._client)
+        return consumer
 
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link, place = self._linked(), self._place(address)
-        topics = [topic for topic, seconds in place.topics.items() if not seconds]
-        if gone := await link.missing(topics):
-            raise NotFound(f"{address}: missing on Kafka: {', '.join(sorted(gone))}; create them with `unibus declare`")
-        tps = [tp for topic in topics for tp in link.partitions(topic)]
-        ends, committed = await link.offsets(tps, LATEST), await link.committed(place.name)
-        begins = await link.offsets(tps, EARLIEST)
-        ready = 0
+        gone = await link.missing(place.topics)
+        if needed := [name for name in gone if not place.topics[name]]:  # rungs that are missing hold nothing
+            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(needed)))
+        tps = [tp for topic in place.topics if topic not in gone for tp in link.partitions(topic)]
+        committed = await link.committed(place.name)  # first: what moves meanwhile counts twice, and not never
+        begins, ends = await link.offsets(tps, EARLIEST), await link.offsets(tps, LATEST)
+        ready = delayed = 0
         for tp, end in ends.items():
             at, metadata = committed.get(tp, (0, ""))
             at = max(at, begins[tp])
             beyond = decode(at, metadata)
-            ready += end - at if beyond is None else end - beyond[0] - 1 + len(beyond[1])
-        return Backlog(ready, exact=place.letters)  # what consumers have in hand is in it
+            left = end - at if beyond is None else end - beyond[0] - 1 + len(beyond[1])
+            if place.topics[tp.topic]:
+                delayed += left
+            else:
+                ready += left
+        return Backlog(ready, exact=place.letters, delayed=delayed)  # what consumers have in hand is in it
 
     async def check(self) -> Health:
         return Health(self._link is not None and await self._link.up())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -14,11 +15,13 @@ from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.conn import create_conn
 from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_code
 from aiokafka.partitioner import murmur2
-from aiokafka.protocol.admin import CreateTopicsRequest, ListGroupsRequest
+from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
-from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, PermissionDenied
+from unibus.errors import ConnectionLost
+from unibus.translation import first_that_answers
 from unibus_kafka import config, errors
 
 log = logging.getLogger("unibus.kafka")
@@ -27,6 +30,11 @@ T = TypeVar("T")
 TIMEOUT = 20.0  # of what has no deadline of its own
 _STOP = 2.0  # of each step of a stop
 EARLIEST, LATEST = -2, -1  # times, as the protocol spells them
+_TOPIC = 2  # a resource, as the protocol spells it
+_RISKY = (
+    *("min.insync.replicas", "unclean.leader.election.enable", "cleanup.policy", "retention.bytes", "retention.ms"),
+)
+_WEEK = 7 * 86_400_000  # ms; what a broker keeps unless told otherwise
 
 hash_of = lru_cache(maxsize=10_000)(murmur2)  # in Python it costs more than all else of a send
 
@@ -44,33 +52,24 @@ class Link:
             max_batch_size=given.batch_size,
             compression_type=given.compression,
         )
-        self._client: Any = self.producer.client
+        self._client: Any = by_name(self.producer.client)
         self._next = 0
 
     @classmethod
     async def open(cls, options: dict[str, Any], given: config.Settings) -> Link:
         """By the first host that answers; the client library itself would not say why none did."""
-        problems: list[tuple[str, BaseException]] = []
-        for server in options["bootstrap_servers"]:
+        more = {key: value for key, value in options.items() if key not in {"bootstrap_servers", "metadata_max_age_ms"}}
+        limit = round(given.connect_timeout * 1000)
+
+        async def look(server: str) -> None:
             host, _, port = server.rpartition(":")
             try:
-                more = {
-                    key: value
-                    for key, value in options.items()
-                    if key not in {"bootstrap_servers", "metadata_max_age_ms"}
-                }
-                limit = round(given.connect_timeout * 1000)
                 connection: Any = await create_conn(host.strip("[]"), int(port), request_timeout_ms=limit, **more)
             except Exception as exc:
-                error = errors.translate(exc, f"connect to Kafka at {server}")
-                if isinstance(error, AuthenticationFailed | PermissionDenied | ConfigError):
-                    raise error from exc
-                problems.append((str(error), exc))
-                continue
+                raise errors.translate(exc, f"connect to Kafka at {server}") from exc
             connection.close()
-            break
-        else:
-            raise ConnectionLost("; ".join(text for text, _ in problems)) from problems[-1][1]
+
+        await first_that_answers(options["bootstrap_servers"], look)
         link = cls(options, given)
         try:
             async with asyncio.timeout(given.connect_timeout):
@@ -90,17 +89,47 @@ class Link:
         node = self._client.get_random_node()
         return node is not None and await self._client.ready(node)
 
-    # Topics. Always by the full list: to ask for a topic by its name may make it.
+    # Topics
 
     async def missing(self, topics: Iterable[str], *, fresh: bool = False) -> set[str]:
         """Those that are not there, or that we may not see. `fresh`: don't trust what we know."""
-        names = set(topics)
-        cluster = self._client.cluster
-        gone = {name for name in names if not cluster.partitions_for_topic(name)}
-        if gone or fresh:
-            await self._client.force_metadata_update()
-            gone = {name for name in names if not cluster.partitions_for_topic(name)}
-        return gone
+        client = self._client
+        names = {name for name in topics if fresh or not client.cluster.partitions_for_topic(name)}
+        if not names:
+            return names
+        found = await self.patiently(
+            lambda: client.send(client.get_random_node(), MetadataRequest(sorted(names), False)), "look for topics"
+        )
+        there = {topic for error, topic, _, partitions in found.topics if partitions and not error}
+        if there - client._topics:  # whatever else was asked for is not looked up ever after
+            await client.set_topics(client._topics | there)
+        return names - there
+
+    async def risks(self, topics: Sequence[str]) -> dict[str, str]:
+        """Topic -> which of its settings can lose messages; what this user may not see stays unsaid."""
+        found = {}
+        request = DescribeConfigsRequest([(_TOPIC, topic, list(_RISKY)) for topic in topics])
+        node = self._client.get_random_node()
+        response = await self.patiently(lambda: self._client.send(node, request), "look at the settings of topics")
+        for code, _, _, topic, entries in response.resources:
+            values = {} if code else {name: value for name, value, *_ in entries}
+            replicas = [len(p.replicas) for p in self._client.cluster._partitions[topic].values()]
+            words = []
+            if min(replicas, default=0) == 1:
+                words.append("one replica: its messages are lost with that disk")
+            elif values.get("min.insync.replicas") == "1":
+                words.append("min.insync.replicas = 1: what one broker alone has confirmed is lost with it")
+            if values.get("unclean.leader.election.enable") == "true":
+                words.append("unclean.leader.election.enable: a leader that has missed messages drops them")
+            if "compact" in values.get("cleanup.policy", ""):
+                words.append("cleanup.policy = compact: only the last message of each key is kept")
+            if int(values.get("retention.bytes") or -1) >= 0:
+                words.append(f"retention.bytes = {values['retention.bytes']}: what is beyond goes, read or not")
+            if 0 <= (ms := int(values.get("retention.ms") or -1)) < _WEEK:
+                words.append(f"retention.ms = {ms}: after {ms / 86_400_000:g} days a message goes, read or not")
+            if words:
+                found[topic] = "; ".join(words)
+        return found
 
     def partitions(self, topic: str) -> list[TopicPartition]:
         """Ascending; empty where the topic is not known."""
@@ -139,13 +168,12 @@ class Link:
                 raise errors.translate(native, f"create topic {name!r}") from native
 
         async def led() -> None:
+            leader = self._client.cluster.leader_for_partition
+            if gone := await self.missing(wanted, fresh=True):
+                raise ConnectionLost(f"topics {gone} are not there yet")
             await self._client.force_metadata_update()
-            cluster = self._client.cluster
-            for name in wanted:
-                if not self.partitions(name) or any(
-                    cluster.leader_for_partition(tp) in {None, -1} for tp in self.partitions(name)
-                ):
-                    raise ConnectionLost(f"topic {name!r} has no leader yet")
+            if any(leader(tp) in {None, -1} for name in wanted for tp in self.partitions(name)):
+                raise ConnectionLost("not all new topics have a leader yet")
 
         await self.patiently(led, "wait for new topics")
 
@@ -228,6 +256,22 @@ class Link:
                         await self._client.force_metadata_update()
         except Exception as exc:
             raise errors.translate(exc, doing) from exc
+
+
+def by_name(client: Any) -> Any:
+    """Let a client of the library look up its topics by name; it would make those that are missing, or ask for all."""
+    everything = client._metadata_update
+
+    async def update(cluster: Any, topics: set[str]) -> bool:
+        if topics and (node := client.get_random_node()) is not None:
+            with suppress(KafkaError):  # of that node; the library tries them all
+                metadata = await client.send(node, MetadataRequest(list(topics), False))
+                cluster.update_metadata(metadata)
+                return True
+        return bool(await everything(cluster, ()))
+
+    client._metadata_update = update
+    return client
 
 
 async def put_away(*steps: Callable[[], Awaitable[None]]) -> None:

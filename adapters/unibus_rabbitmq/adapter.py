@@ -6,25 +6,23 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from yarl import URL
+
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, stem
-from unibus.errors import (
-    AuthenticationFailed,
-    ConfigError,
-    ConnectionLost,
-    PermissionDenied,
-    UnknownChannel,
-    Unsupported,
-)
-from unibus_rabbitmq import config, declare, errors, topology, wire
-from unibus_rabbitmq.browse import Browser
+from unibus.config_tables import check_table
+from unibus.driver import linked, no_history, place_of, send_all, topic_of
+from unibus.inboxes import inbox_name
+from unibus.translation import first_that_answers
+from unibus_rabbitmq import config, errors, topology, wire
 from unibus_rabbitmq.capabilities import known
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.publisher import Publisher
-from unibus_rabbitmq.subscription import Hooks, RabbitMQSubscription
+from unibus_rabbitmq.subscription import Browser, RabbitMQSubscription
 
 log = logging.getLogger("unibus.rabbitmq")
 
@@ -39,14 +37,14 @@ class RabbitMQAdapter:
         self.capabilities: Capabilities = known()
         self._endpoint = endpoint
         self._clock = endpoint.clock
-        self._settings = config.settings(endpoint.settings)
+        self._settings = check_table(config.Settings, endpoint.settings, "rabbitmq")
         self._names = topology.Names(endpoint.prefix)
         self._publishing: Link | None = None
         self._consuming: Link | None = None
         self._publisher: Publisher | None = None
         self._plan = topology.Plan()
-        self._topology = Topology(mode="assume")
         self._subscriptions: set[RabbitMQSubscription] = set()
+        self._send_back = partial(send_all, self.send, timeout=_TIMEOUT)
 
     @property
     def native(self) -> object:
@@ -68,18 +66,18 @@ class RabbitMQAdapter:
 
     async def _open(self, role: str, context: Any) -> Link:
         """The first host that answers."""
-        problems = []
-        url = self._endpoint.url
-        for target in config.urls(url, self._settings, self._endpoint.service, role):
-            where = f"{target.host}:{target.port}"
+        url, timeout = self._endpoint.url, self._settings.connect_timeout
+
+        async def open_(target: URL) -> Link:
+            link = Link(target, context)
             try:
-                return await Link.open(target, context, self._settings.connect_timeout)
+                await link.open(timeout)
             except Exception as exc:
-                error = errors.connecting(exc, where, url.path or "/", self._settings.connect_timeout)
-                if isinstance(error, AuthenticationFailed | PermissionDenied | ConfigError):
-                    raise error from exc
-                problems.append((str(error), exc))
-        raise ConnectionLost("; ".join(text for text, _ in problems)) from problems[-1][1]
+                where = f"{target.host}:{target.port}"
+                raise errors.connecting(exc, where, url.path or "/", timeout, link.said) from exc
+            return link
+
+        return await first_that_answers(config.urls(url, self._settings, self._endpoint.service, role), open_)
 
     async def close(self) -> None:
         for subscription in list(self._subscriptions):
@@ -94,43 +92,31 @@ class RabbitMQAdapter:
         link = self._link(self._consuming)
         made = topology.plan(topology_, self._endpoint.prefix, link.version)
         if topology_.mode == "create":
-            await declare.create(link, made, _TIMEOUT)
+            await topology.declare(link, made, _TIMEOUT)
         elif topology_.mode == "verify":
-            await declare.verify(link, made, _TIMEOUT)
+            await topology.verify(link, made, _TIMEOUT)
         self._plan = made
-        self._topology = topology_
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        link = self._link(self._consuming)
+        return await topology.inspect(link, topology.plan(topology_, self._endpoint.prefix, link.version), _TIMEOUT)
 
     def _link(self, link: Link | None) -> Link:
-        if link is None:
-            raise ConnectionLost("not connected to RabbitMQ")
-        if link.lost is not None:
-            raise link.lost
-        return link
+        return linked(link, "RabbitMQ")
 
     def _route(self, address: Address) -> topology.Route:
-        route = self._plan.routes.get(address)
-        if route is None:
-            if not isinstance(address, Inbox):
-                raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.routes))
+        if isinstance(address, Inbox):
             return topology.Route("", address.name, address.name)
-        return route
+        return place_of(self._plan.routes, address)
 
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         self._link(self._publishing)
         assert self._publisher is not None  # noqa: S101  # for mypy: made with the link
         return await self._publisher.send(batch, self._route, self._plan.steps, timeout)
 
-    async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
-        """For subscriptions: what goes on to another hold queue, or back to its own queue as a copy."""
-        try:
-            return await self.send(batch, _TIMEOUT)
-        except ConnectionLost as error:
-            return [error] * len(batch)
-
     async def subscribe(self, source: Source) -> RabbitMQSubscription:
         link = self._link(self._consuming)
-        if source.start != "new":
-            raise Unsupported(f"{source.address}: start={source.start!r}, but RabbitMQ keeps no history")
+        no_history("RabbitMQ", source.address, source.start)
         place = self._plan.places.get(source.address)
         try:
             async with asyncio.timeout(_TIMEOUT):
@@ -141,12 +127,10 @@ class RabbitMQAdapter:
             raise errors.translate(exc, f"subscribe to {source.address}") from exc
         made = Browser if source.browse else RabbitMQSubscription
         subscription = made(
-            source, place, link, channel, self._clock, self._plan, Hooks(self._send_back, self._subscriptions.discard)
+            source, place, link, channel, self._clock, self._plan, self._send_back, self._subscriptions.discard
         )
-        if isinstance(source.address, Inbox):
-            subscription.address = Inbox(place.queue)
         try:
-            await subscription.consume(_TIMEOUT)
+            await subscription.consume()
         except BaseException:
             await subscription.close()
             raise
@@ -156,22 +140,18 @@ class RabbitMQAdapter:
     async def _private_place(self, channel: Any, address: Queue[Any] | Group | Inbox) -> topology.Place:
         """An exclusive queue that ends with the connection: of an inbox or an ephemeral group."""
         if isinstance(address, Inbox):
-            name = wire.inbox_name(self._endpoint.prefix, self._endpoint.service, secrets.token_hex(8))
+            name = inbox_name(self._endpoint.prefix, self._endpoint.service, secrets.token_hex(8))
         elif isinstance(address, Group) and address.ephemeral:
             name = f"{self._endpoint.prefix}{stem(address)}.{secrets.token_hex(8)}"
         else:
-            raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.places))
+            return place_of(self._plan.places, address)
         config.check_name(name, address)
         await channel.queue_declare(
             name, durable=False, exclusive=True, auto_delete=True, arguments={"x-queue-type": "classic"}
         )
         if isinstance(address, Group):
-            declared = self._topology.find(address.topic)
-            options = config.topic_options(declared)
-            exchange = options.exchange or declared.name
-            route = self._plan.routes[address.topic]
-            key = "#" if options.exchange_type == "topic" else route.routing_key
-            await channel.queue_bind(name, exchange, key)
+            exchange, kind, key = topic_of(self._plan.topics, address)
+            await channel.queue_bind(name, exchange, topology.group_key(kind, key))
             if address.topic.delayed:  # what comes for its next hop goes back to this queue alone
                 await channel.queue_bind(name, self._names.returns, name)
             self._plan.routes[address] = topology.Route("", name, name)
@@ -179,9 +159,7 @@ class RabbitMQAdapter:
 
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link = self._link(self._consuming)
-        place = self._plan.places.get(address)
-        if place is None:
-            raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.places))
+        place = place_of(self._plan.places, address)
         try:
             async with asyncio.timeout(_TIMEOUT):
                 channel = await link.channel()  # a fresh one: a queue that is missing closes it
@@ -193,8 +171,8 @@ class RabbitMQAdapter:
 
     async def check(self) -> Health:
         links = (self._publishing, self._consuming)
-        up = all(link is not None and link.up for link in links)
-        blocked = self._publishing.wire.blocked if self._publishing is not None else None
+        up = all(link is not None and link.lost is None for link in links)
+        blocked = self._publishing.blocked if self._publishing is not None else None
         return Health(up, f"RabbitMQ blocks publishing: {blocked}" if up and blocked is not None else None)
 
     def reply_to(self, text: str) -> Address:

@@ -10,19 +10,20 @@ from typing import Any
 
 from redis.asyncio import ConnectionPool, Redis
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Subscription, Topology
-from unibus.channel import Address, Group, Inbox, Queue, stem
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Subscription, Topology
+from unibus.channel import Address, Group, Inbox, Queue
+from unibus.driver import linked, place_of
+from unibus.driver import missing as not_there
 from unibus.errors import (
-    AuthenticationFailed,
     ConfigError,
     ConnectionLost,
     NotFound,
-    PermissionDenied,
     TransportError,
-    UnknownChannel,
     Unroutable,
     Unsupported,
 )
+from unibus.inboxes import inbox_name
+from unibus.translation import first_that_answers
 from unibus_redis import config, errors, scripts, topology, wire
 from unibus_redis.capabilities import known
 from unibus_redis.link import Link
@@ -31,6 +32,8 @@ from unibus_redis.subscription import INBOX_LIFE, Browser, Hooks, RedisSubscript
 log = logging.getLogger("unibus.redis")
 
 _OLDEST = (7, 0)
+
+Host = tuple[str, Any, dict[str, Any]]  # its name for people, the client's class and arguments
 
 
 class RedisAdapter:
@@ -64,25 +67,20 @@ class RedisAdapter:
     async def connect(self) -> None:
         """To the first host that answers and may be written to."""
         await self.close()
-        problems = []
-        for host in self._hosts:
-            try:
-                self._link = await self._open(host)
-                self._host = host
-                self._set_capabilities(await self._check_server(self._link))
-                await self._link.load()
-                break
-            except (AuthenticationFailed, PermissionDenied, ConfigError):
-                await self.close()
-                raise
-            except TransportError as error:
-                await self.close()
-                problems.append(error)
-        else:
-            raise ConnectionLost("; ".join(map(str, problems))) from problems[-1]
+        await first_that_answers(self._hosts, self._use)
         self._client = Redis(connection_pool=ConnectionPool(connection_class=self._host[1], **self._host[2]))
 
-    async def _open(self, host: tuple[str, Any, dict[str, Any]]) -> Link:
+    async def _use(self, host: Host) -> None:
+        try:
+            self._link = await self._open(host)
+            self._host = host
+            self._set_capabilities(await self._check_server(self._link))
+            await self._link.load()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open(self, host: Host) -> Link:
         where, kind, arguments = host
         return await Link.open(kind, arguments, where, self._settings.connect_timeout)
 
@@ -119,11 +117,7 @@ class RedisAdapter:
             await link.close()
 
     def _linked(self) -> Link:
-        if self._link is None:
-            raise ConnectionLost("not connected to Redis")
-        if self._link.lost is not None:
-            raise self._link.lost
-        return self._link
+        return linked(self._link, "Redis")
 
     # -- channels ---------------------------------------------------------------------------------------------
 
@@ -133,12 +127,42 @@ class RedisAdapter:
         if topology_.mode != "assume":
             missing = await self._missing(link, places)
             if topology_.mode == "verify" and missing:
-                names = ", ".join(dict.fromkeys(f"{address} ({stream})" for address, stream, _, _ in missing))
-                raise NotFound(f"missing on Redis: {names}; create them with `unibus declare`")
+                raise not_there("Redis", dict.fromkeys(f"{address} ({stream})" for address, stream, _, _ in missing))
             for address, stream, group, start in missing:
                 if await link.script(scripts.MAKE, [stream], (group, start or "$", "", 0), f"declare {address}"):
                     log.info("created %s: stream %r%s", address, stream, f", group {group!r}" if group else "")
         self._places = places
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        link = self._linked()
+        places = topology.plan(topology_, self._clock.time(), self._settings.retention)
+        missing = {made[:3] for made in await self._missing(link, places)}
+        found = [
+            Inspected("server", f"Redis {self.capabilities.version or ''}".rstrip(), True, risk=await self._risk(link))
+        ]
+        sets = {place.delayed[0]: address for address, place in places.items() if place.tag == place.streams[0]}
+        for address, place in places.items():
+            for stream, group, _ in place.made():
+                name = f"{stream}, group {group}" if group else stream
+                exists = (address, stream, group) not in missing
+                found.append(Inspected("stream", name, exists, f"+xgroup|create on {stream}", address))
+        # What is delayed waits in one set for a channel and all of its groups. It is made by the first delay.
+        counts = await link.run(*(("ZCARD", key) for key in sets)) if sets else []
+        for key, count in zip(sets, counts, strict=True):
+            if isinstance(count, Exception):
+                raise errors.translate(count, f"look at {key!r}") from count
+            found.append(Inspected("delayed set", key, True, messages=count))
+        return found
+
+    async def _risk(self, link: Link) -> str:
+        text = (await link.call("INFO", "persistence", "memory")).decode(errors="replace")
+        info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        risks = []
+        if info.get("aof_enabled") == "0":
+            risks.append("appendonly is off: what came since the last snapshot is lost with the server")
+        if (policy := info.get("maxmemory_policy", "noeviction")) != "noeviction":
+            risks.append(f"maxmemory-policy {policy}: when memory is short it deletes messages that nobody has read")
+        return "; ".join(risks)
 
     async def _missing(self, link: Link, places: dict[Address, topology.Place]) -> list[tuple[Address, str, str, str]]:
         """What is not there. Raises ConfigError for what is there and of another kind."""
@@ -175,10 +199,7 @@ class RedisAdapter:
     def _place(self, address: Address) -> topology.Place:
         if isinstance(address, Inbox):
             return topology.inbox(address.name)
-        place = self._places.get(address)
-        if place is None:
-            raise UnknownChannel(stem(address), tuple(a.name for a in self._places))
-        return place
+        return place_of(self._places, address)
 
     # -- sending ----------------------------------------------------------------------------------------------
 
@@ -238,7 +259,7 @@ class RedisAdapter:
         consumer = f"{self._endpoint.service}.{self._endpoint.instance}.{token}"
         life = 0
         if isinstance(address, Inbox):
-            place = topology.inbox(wire.inbox_name(self._endpoint.prefix, self._endpoint.service, token))
+            place = topology.inbox(inbox_name(self._endpoint.prefix, self._endpoint.service, token, wire.SEPARATOR))
             life = round(INBOX_LIFE * 1000)
         elif isinstance(address, Group) and address.ephemeral:
             topic = self._place(address.topic)

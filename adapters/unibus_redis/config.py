@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from unibus.adapter import Url
-from unibus.config_tables import check_table
+from unibus.config_tables import DriverTable, check_table
 from unibus.errors import ConfigError
+from unibus.tls import TlsTable, check_files
 from unibus_redis.capabilities import LEASE
 
 _SILENCE = 20  # seconds after which a peer that does not answer is dead, as the operating system sees it
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-
-class Settings(_Table):
+class Settings(TlsTable):
     """`[redis]`. Times are seconds."""
 
     connect_timeout: float = Field(10.0, gt=0)  # for each host
     lease: float = Field(LEASE, ge=1, le=43200)  # the same in every process that consumes from one server
     retention: float = Field(0.0, ge=0)  # how long topics keep what all groups have read
     allow_eviction: bool = False
-    ca_file: Path | None = None  # default: the authorities that the machine trusts
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    verify: bool = True
 
 
-class QueueOptions(_Table):
+class QueueOptions(DriverTable):
     group: str = Field("unibus", min_length=1, max_length=255)  # the consumer group on the queue's stream
 
 
-class NoOptions(_Table):
+class NoOptions(DriverTable):
     """Of topics and groups."""
 
 
@@ -59,15 +51,7 @@ def database(url: Url) -> int:
 
 def connections(url: Url, given: Settings, name: str) -> list[tuple[str, type[AbstractConnection], dict[str, Any]]]:
     """For each host: its name for people, the client's class and arguments. These hold the password: never to be shown."""
-    files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
-    secure = url.scheme == "rediss"
-    if not secure and (any(files.values()) or not given.verify):
-        raise ConfigError("redis: ca_file, cert_file, key_file and verify need TLS; use rediss:// in url")
-    for key, path in files.items():
-        if path is not None and not path.is_file():
-            raise ConfigError(f"redis.{key}: no such file")
-    if given.key_file is not None and given.cert_file is None:
-        raise ConfigError("redis.key_file needs redis.cert_file beside it")
+    secure = check_files("redis", "rediss", url.scheme, given)
     tls: dict[str, Any] = {
         "ssl_ca_certs": given.ca_file,
         "ssl_certfile": given.cert_file,
@@ -77,11 +61,11 @@ def connections(url: Url, given: Settings, name: str) -> list[tuple[str, type[Ab
     }
     return [
         (
-            f"{host}:{port or 6379}",
+            f"{host}:{port}",
             SSLConnection if secure else Connection,
             {
                 "host": host,
-                "port": port or 6379,
+                "port": port,
                 "db": database(url),
                 "username": url.username,
                 "password": None if url.password is None else url.password.value,
@@ -96,7 +80,7 @@ def connections(url: Url, given: Settings, name: str) -> list[tuple[str, type[Ab
                 **(tls if secure else {}),
             },
         )
-        for host, port in url.hosts or (("localhost", None),)
+        for host, port in url.targets(6379)
     ]
 
 

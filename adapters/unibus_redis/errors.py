@@ -5,7 +5,6 @@ from __future__ import annotations
 from redis import exceptions as native
 
 from unibus.errors import (
-    AuthenticationFailed,
     ConfigError,
     ConnectionLost,
     LeaseLost,
@@ -13,11 +12,11 @@ from unibus.errors import (
     PermissionDenied,
     Refused,
     Throttled,
-    Timeout,
     TransportError,
     UnibusError,
     Unroutable,
 )
+from unibus.translation import FATAL, common, wrong_password
 
 # By the first word of an error reply. The client takes it off where it has a class of its own.
 _BY_CODE: dict[str, type[TransportError]] = {
@@ -62,17 +61,15 @@ def refusal(text: str, doing: str) -> TransportError:
 
 def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. Never called with CancelledError."""
-    if isinstance(exc, UnibusError):
-        return exc
+    if (known := common(exc, doing, "Redis")) is not None:
+        return known
     if isinstance(exc, native.AuthenticationError | native.AuthenticationWrongNumberOfArgsError):
-        return AuthenticationFailed(f"{doing}: wrong user or password; check username and UNIBUS_PASSWORD")
+        return wrong_password(doing)
     if isinstance(exc, native.MovedError | native.ClusterCrossSlotError):
         return ConfigError(f"{doing}: the server is part of a Redis Cluster, which this adapter does not support")
     if isinstance(exc, native.ResponseError):
         code = getattr(exc, "status_code", None)
         return refusal(f"{code} {exc}" if code in _BY_CODE else str(exc), doing)
-    if isinstance(exc, TimeoutError):
-        return Timeout(f"{doing}: no answer from Redis in time")
     return ConnectionLost(f"{doing}: {str(exc) or type(exc).__name__}")
 
 
@@ -85,5 +82,4 @@ def connecting(exc: Exception, where: str) -> UnibusError:
     if isinstance(exc, native.ResponseError) and "DB index" in text:
         return ConfigError(f"{doing}: it has no such database; correct the path of url")
     error = translate(exc, doing)
-    fatal = AuthenticationFailed | PermissionDenied | ConfigError
-    return error if isinstance(error, fatal | ConnectionLost) else ConnectionLost(str(error))
+    return error if isinstance(error, FATAL | ConnectionLost) else ConnectionLost(str(error))

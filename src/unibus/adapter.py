@@ -33,7 +33,7 @@ from unibus.errors import TransportError, UnknownChannel
 from unibus.message import Message
 
 Results = Sequence[TransportError | None]
-Start = Literal["new", "all"] | float  # a float: seconds since the epoch
+Start = Literal["new", "all"] | float | tuple[str, ...]  # seconds since the epoch; or positions, as Delivery.position
 DeclareMode = Literal["create", "verify", "assume"]
 
 
@@ -87,12 +87,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """How much waits: `ready` to be received, `in_flight` with consumers, `oldest` waiting, seconds. None: unknown."""
+    """How much waits: `ready` to be received, `in_flight` with consumers, `oldest` waiting, seconds. None: unknown.
+
+    `delayed`: what waits for its time, retries among it; None also where it waits in places that all channels share.
+    """
 
     ready: int
     in_flight: int | None = None
     oldest: float | None = None
     exact: bool = True
+    delayed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,23 @@ class Topology:
 
 
 @dataclass(frozen=True, slots=True)
+class Inspected:
+    """One object on the broker that a topology needs. `exists` None: the broker can't tell.
+
+    `rights`: what its user needs to make it, in the broker's own words; "" where `declare` doesn't make it. `address`: whose it is, None where many share
+    it. `messages`: how many wait in what is shared. `risk`: a setting found on it that can lose messages.
+    """
+
+    kind: str
+    name: str
+    exists: bool | None
+    rights: str = ""
+    address: Address | None = None
+    messages: int | None = None
+    risk: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Secret:
     """A password: `value` has it, every other way to print it does not."""
 
@@ -153,6 +174,10 @@ class Url:
     username: str | None = None
     password: Secret | None = None
     query: Mapping[str, str] = field(default_factory=dict)
+
+    def targets(self, port: int) -> tuple[tuple[str, int], ...]:
+        """Host and port of each to try, in this order. `port`: where none is given; without a host, this machine."""
+        return tuple((host, given or port) for host, given in self.hosts or (("localhost", None),))
 
     def __str__(self) -> str:
         """For people: no credential, no query."""
@@ -230,6 +255,13 @@ class Adapter(Protocol):
         """Make ready. create: make what is missing, log each. verify: one NotFound that lists all that is missing.
 
         assume: believe. Never alters, never deletes. Addresses are only known to the adapter after this call.
+        """
+        ...
+
+    async def inspect(self, topology: Topology) -> Sequence[Inspected]:
+        """All objects that `declare` would make, whether they are there or not, in that order. Changes nothing.
+
+        The server itself may be one of them, for its risks. Raises ConfigError as `declare` does.
         """
         ...
 

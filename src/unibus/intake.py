@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -97,6 +97,7 @@ class Intake:
     # The loop
 
     def begin(self) -> None:
+        self.kit.link.on_lost.add(self._room.set)
         self._task = asyncio.create_task(self._run(), name=f"unibus receives from {self.address}")
 
     async def _run(self) -> None:
@@ -107,7 +108,7 @@ class Intake:
                 epoch = await self.kit.link.up()
                 await self._subscribe()
                 failures = 0
-                await self._pull_all()
+                await self._pull_all(epoch)
             except _Again:
                 await self._hand_over()
             except ConnectionLost as error:
@@ -150,14 +151,14 @@ class Intake:
         self.subscribed.set()
         self.begun.set()
 
-    async def _pull_all(self) -> None:
+    async def _pull_all(self, epoch: int) -> None:
         """As many receives at once as the adapter likes, until the first of them fails."""
         capabilities = self.kit.link.adapter.capabilities
         many = min(capabilities.receivers, -(-self.source.prefetch // capabilities.receive_batch))
         if many <= 1:
-            await self._pull()
+            await self._pull(epoch)
             return
-        pulls = [asyncio.create_task(self._pull()) for _ in range(many)]
+        pulls = [asyncio.create_task(self._pull(epoch)) for _ in range(many)]
         try:
             await asyncio.wait(pulls, return_when=asyncio.FIRST_EXCEPTION)
         finally:
@@ -168,12 +169,14 @@ class Intake:
         if failed:  # all of them were looked at; the first is as good as any
             raise failed[0]
 
-    async def _pull(self) -> None:
-        subscription = self._subscription
+    async def _pull(self, epoch: int) -> None:
+        link, subscription = self.kit.link, self._subscription
         assert subscription is not None  # noqa: S101  # _subscribe came first
-        receive_batch = self.kit.link.adapter.capabilities.receive_batch
+        receive_batch = link.adapter.capabilities.receive_batch
         failures = 0
         while True:
+            if link.epoch != epoch or not link.is_up:  # it may have broken while there was no room to receive
+                raise ConnectionLost(link.trouble or "the link to the broker was lost")
             room = min(self.source.prefetch - len(self.holding) - self._reserved, receive_batch)
             if room <= 0 or self._settler.stuck:
                 self._room.clear()
@@ -513,7 +516,10 @@ class Intake:
 
     def _give_back_waiting(self) -> None:
         """Release all that was not handed out."""
-        for delivery in self._take_waiting():
+        self._give_back(self._take_waiting())
+
+    def _give_back(self, deliveries: Iterable[Delivery[Any]]) -> None:
+        for delivery in deliveries:
             delivery.settled = True
             self._settler.give_back(delivery)
 
@@ -576,15 +582,19 @@ class Intake:
     async def stop(self) -> None:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
         self._stopping = self._settler.stopping = True
+        self.kit.link.on_lost.discard(self._room.set)
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        # Out of the lanes at once, since the driver may take long to stop, and a handler that ends meanwhile would make room
+        # for the next message. Given back only afterwards: this consumer could still get it again.
+        waiting = self._take_waiting()
         if self._subscription is not None:
             try:
                 await self._subscription.stop()
             except Exception as error:
                 self._disorder("stop", error)
-        self._give_back_waiting()
+        self._give_back([*waiting, *self._take_waiting()])
 
     async def close(self) -> None:
         """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself."""

@@ -14,9 +14,8 @@ from unibus.channel import Group, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
-from unibus.message import CRASH_COUNT
 from unibus.publisher import Publisher
-from unibus.retry import SUSPECT_AFTER
+from unibus.retry import handed_out_often
 from unibus.supervisor import Link, back_off
 from unibus.telemetry import Counts
 
@@ -83,7 +82,7 @@ class Settler:
         Its count would make it a suspect of the crash guard, for nothing but restarts. In order nothing is copied: the
         copy would be the last of its key.
         """
-        if self._counted and ((delivery.deliveries or 0) >= SUSPECT_AFTER or CRASH_COUNT in delivery.message.headers):
+        if self._counted and handed_out_often(delivery):
             again = deadletter.copy(delivery.message, delivery.message.headers)
             self.move(delivery, Outgoing(self._address, again, None, delivery))
             return
@@ -170,10 +169,13 @@ class Settler:
             if not waiting:
                 break
             await self._kit.clock.sleep(back_off(failures))
-        if failed := [result for result in results if result is not None]:
+        self._tell([result for result in results if result is not None])
+        return results
+
+    def _tell(self, failed: list[TransportError]) -> None:
+        if failed:
             self._kit.counts.add(telemetry.LEASE_LOST, self._address, len(failed))
             log.warning("%s: %d deliveries not settled, they come again: %s", self._address, len(failed), failed[0])
-        return results
 
     async def _carry_out(self, moves: list[Transfer]) -> None:
         """Move, again until it succeeds; meanwhile the messages are kept, and `stuck` says to take in no more."""
@@ -216,6 +218,7 @@ class Settler:
         rest = list(range(len(moves)))
         subscription = self.subscription
         if subscription is not None and self._kit.link.adapter.capabilities.atomic_move:
+            epoch = self._kit.link.epoch
             answers: Sequence[TransportError | Unsupported | None]
             try:
                 answers = await subscription.move([Move(d, [out]) for d, out in moves], self._kit.publisher.timeout)
@@ -225,6 +228,12 @@ class Settler:
                 log.exception("the adapter failed to move %d messages of %s", len(moves), self._address)
                 answers = [TransportError(f"the adapter failed: {type(error).__name__}")] * len(moves)
             rest = []
+            if broken := next((answer for answer in answers if isinstance(answer, ConnectionLost)), None):
+                self._kit.link.lost(epoch, broken)  # moved or not, what came by it is no longer ours
+                answers = [
+                    _lease_lost(d, a) if isinstance(a, ConnectionLost) else a
+                    for (d, _), a in zip(moves, answers, strict=True)
+                ]
             for i, answer in enumerate(answers):
                 if isinstance(answer, Unsupported):
                     rest.append(i)
@@ -232,6 +241,7 @@ class Settler:
                     self._holder.settled(moves[i][0], answer)
                 else:
                     results[i] = answer
+            self._tell([answer for answer in answers if isinstance(answer, LeaseLost)])
         if rest:
             errors: Sequence[UnibusError | None]
             try:

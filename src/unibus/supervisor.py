@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 
 from unibus import telemetry
 from unibus.adapter import Adapter, Topology
@@ -42,6 +43,7 @@ class Link:
         self.failure: UnibusError | None = None  # why the link is down for good
         self.failed = asyncio.Event()  # set with `failure`
         self.trouble: str | None = None  # why it is down now
+        self.on_lost: set[Callable[[], object]] = set()  # of those that may be busy with something else when it breaks
         self._clock = clock
         self._counts = counts
         self._up = asyncio.Event()
@@ -86,6 +88,8 @@ class Link:
         self.trouble = str(error) or type(error).__name__
         log.warning("link to the broker lost: %s", self.trouble)
         self._task = asyncio.create_task(self._reconnect())
+        for tell in self.on_lost:
+            tell()
 
     def give_up(self, error: UnibusError) -> None:
         """Trying again would not help: from now on everything gets `error`."""

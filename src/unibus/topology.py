@@ -115,19 +115,22 @@ def stations(
     return found
 
 
-def build(channels: Channels, stations: Sequence[Station], settings: Settings) -> Topology:
-    """Everything the bus will ever need on the broker."""
+def build(channels: Channels, stations: Sequence[Station], settings: Settings, more: Sequence[Group] = ()) -> Topology:
+    """Everything the bus will ever need on the broker. `more`: groups that neither a handler nor unibus.toml names."""
     groups = dict.fromkeys(
         [s.address for s in stations if isinstance(s.address, Group) and not s.address.ephemeral]
         + settings.declared_groups()
+        + list(more)
     )
     declared: list[Declared] = []
     for channel in channels:
         declared.append(Declared(channel, settings.physical(channel), options=settings.options(channel)))
         if isinstance(channel, Queue):
             declared += _failures(channel, settings)
+    starts = {station.address: station.registration.start for station in stations}
     for group in groups:
-        declared.append(Declared(group, settings.physical(group), options=settings.options(group)))
+        start, options = starts.get(group, "new"), settings.options(group)
+        declared.append(Declared(group, settings.physical(group), options=options, start=start))
         declared += _failures(group, settings)
     _check_names(declared)
     waits = set(settings.delays)
@@ -179,6 +182,11 @@ def check(channels: Channels, stations: Sequence[Station], capabilities: Capabil
     for station in stations:
         private = isinstance(station.address, Group) and station.address.ephemeral
         place = Place(ordered=station.channel.ordered, private=private)
-        check_policy(station.settings.retry, place, capabilities, f"{station.registration} of {station.address}")
+        what, start = f"{station.registration} of {station.address}", station.registration.start
+        check_policy(station.settings.retry, place, capabilities, what)
+        if start != "new":
+            need(f"{what} has start={start!r}", capabilities.replay)
+        if isinstance(start, tuple) and capabilities.replay and not capabilities.start_positions:
+            problems.append(f'{what} starts at positions: {capabilities.adapter} takes "all" or a time')
     if problems:
         raise Unsupported("; ".join(problems))

@@ -9,6 +9,7 @@ from tests.unit.core_lab import ASKS, DONE, EVENTS, ORDERS, lab, later, make_bus
 from unibus import (
     AuthenticationFailed,
     ConnectionLost,
+    Delivery,
     NotFound,
     PermissionDenied,
     Refused,
@@ -44,6 +45,50 @@ async def test_a_cut_is_mended_and_nothing_is_lost() -> None:
         assert (await bus.health()).status == "ok"
         assert bus.counts["reconnected"] == 1
         assert not it.dead_letters(ORDERS)
+
+
+async def test_a_link_that_breaks_under_a_retry_brings_the_message_again_at_once() -> None:
+    bus = make_bus()
+    handled: list[str] = []
+
+    @bus.consumer(ORDERS, prefetch=1, retry=RetryPolicy(max_retries=3, backoff=1))
+    async def handle(body: str) -> None:
+        handled.append(body)
+        if len(handled) == 1:  # with no room to receive, the copy for the retry is the first to meet it
+            it.broker.refuse(ORDERS, ConnectionLost("the link was cut"), times=1)
+            raise OSError("later")
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await later(it, 2)
+        assert handled == ["x", "x"]
+        await it.idle()
+        assert (bus.counts["reconnected"], bus.counts["lease_lost"]) == (1, 1)
+        assert (await bus.backlog(ORDERS)).ready == 0
+
+
+async def test_a_lost_link_is_noticed_while_all_hands_are_full() -> None:
+    bus = make_bus()
+    held: list[Delivery[str]] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, prefetch=1)
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        held.append(delivery)
+        await go.wait()
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await turns()
+        it.broker.cut()
+        sending = asyncio.ensure_future(bus.send(ORDERS, "y"))  # the only one that meets it
+        await later(it, 1)
+        await sending
+        assert held[0].lost
+        assert len(it.broker.subscriptions) == 1
+        go.set()
+        await it.idle()
+        assert [each.body for each in held] == ["x", "x", "y"]
 
 
 async def test_the_waits_between_tries_grow_up_to_ten_seconds() -> None:
