@@ -33,7 +33,9 @@ async def test_two_groups(kit: Kit) -> None:
     assert sorted(seen.all) == sorted((group, b"%d" % n) for group in ("one", "two") for n in range(50))
 
 
-@contract("fanout.offline_group_keeps_backlog", "A group that is not running gets what was published meanwhile.")
+@contract(
+    "fanout.offline_group_keeps_backlog", "A group that is not running gets all of the meantime, done by others or not."
+)
 async def test_offline(kit: Kit) -> None:
     topic, seen = kit.topic(), Seen[tuple[str, bytes]]()
     bus = kit.bus()
@@ -41,8 +43,11 @@ async def test_offline(kit: Kit) -> None:
     async with bus.running():
         await bus.publish(topic, b"online")
         await seen.reach(1)
-    async with kit.bus(topic) as publisher:
-        await publisher.publish_many(topic, [b"%d" % n for n in range(10)])
+    other, others = kit.bus(), Seen[tuple[str, bytes]]()
+    subscriber(other, topic, "other", others)
+    async with other.running():
+        await other.publish_many(topic, [b"%d" % n for n in range(10)])
+        await until(lambda: other.counts.get("handled") == 10, "the other group is through with them")
     again = kit.bus()
     subscriber(again, topic, "g", seen)
     async with again.running():
@@ -59,6 +64,16 @@ async def test_declared_before(kit: Kit) -> None:
         await publisher.publish(topic, b"early")
     async with kit.bus((topic, "g")) as reader:
         assert bodies(await leftover(reader, (topic, "g"))) == [b"early"]
+
+
+@contract("fanout.groups_are_per_topic", "Two topics with a group of the same name each keep their own messages.")
+async def test_per_topic(kit: Kit) -> None:
+    one, two = kit.topic(), kit.topic()
+    async with kit.bus((one, "g"), (two, "g")) as bus:
+        await bus.publish(one, b"1")
+        await bus.publish(two, b"2")
+        assert bodies(await leftover(bus, (one, "g"))) == [b"1"]
+        assert bodies(await leftover(bus, (two, "g"))) == [b"2"]
 
 
 @contract("fanout.settle_is_per_group", "When one group fails a message, only that group sees it again.")
