@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import socket
+import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from unibus.adapter import Url
+from unibus.adapter import Secret, Url
 from unibus.config_tables import check_table
 from unibus.errors import ConfigError
+from unibus.tls import client_context
 from unibus_redis.capabilities import LEASE
-
-_SILENCE = 20  # seconds after which a peer that does not answer is dead, as the operating system sees it
 
 
 class _Table(BaseModel):
@@ -28,6 +28,7 @@ class Settings(_Table):
     """`[redis]`. Times are seconds."""
 
     connect_timeout: float = Field(10.0, gt=0)  # for each host
+    sentinel: str | None = Field(None, min_length=1)  # name of the master; the hosts of the URL are the sentinels
     lease: float = Field(LEASE, ge=1, le=43200)  # the same in every process that consumes from one server
     retention: float = Field(0.0, ge=0)  # how long topics keep what all groups have read
     allow_eviction: bool = False
@@ -45,6 +46,28 @@ class NoOptions(_Table):
     """Of topics and groups."""
 
 
+@dataclass(frozen=True, slots=True)
+class Login:
+    """How to connect to every server of one installation."""
+
+    name: str
+    timeout: float
+    tls: ssl.SSLContext | None
+    username: str | None
+    password: Secret | None
+    database: int
+
+    def commands(self) -> list[tuple[Any, ...]]:
+        """The last one is answered with the number of the connection."""
+        first: list[tuple[Any, ...]] = []
+        if self.username is not None or self.password is not None:
+            user = () if self.username is None else (self.username,)
+            first.append(("AUTH", *user, "" if self.password is None else self.password.value))
+        if self.database:
+            first.append(("SELECT", self.database))
+        return [*first, ("CLIENT", "SETNAME", self.name), ("CLIENT", "ID")]
+
+
 def settings(table: Mapping[str, object]) -> Settings:
     return check_table(Settings, table, "redis")
 
@@ -57,50 +80,31 @@ def database(url: Url) -> int:
     return int(url.path)
 
 
-def connections(url: Url, given: Settings, name: str) -> list[tuple[str, type[AbstractConnection], dict[str, Any]]]:
-    """For each host: its name for people, the client's class and arguments. These hold the password: never to be shown."""
+def login(url: Url, given: Settings, name: str) -> Login:
+    """Reads the TLS files. Raises ConfigError."""
     files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
-    secure = url.scheme == "rediss"
-    if not secure and (any(files.values()) or not given.verify):
-        raise ConfigError("redis: ca_file, cert_file, key_file and verify need TLS; use rediss:// in url")
-    for key, path in files.items():
-        if path is not None and not path.is_file():
-            raise ConfigError(f"redis.{key}: no such file")
-    if given.key_file is not None and given.cert_file is None:
-        raise ConfigError("redis.key_file needs redis.cert_file beside it")
-    tls: dict[str, Any] = {
-        "ssl_ca_certs": given.ca_file,
-        "ssl_certfile": given.cert_file,
-        "ssl_keyfile": given.key_file,
-        "ssl_cert_reqs": "required" if given.verify else "none",
-        "ssl_check_hostname": given.verify,
+    context = client_context("redis", "rediss", url.scheme, files, verify=given.verify)
+    name = "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
+    return Login(name, given.connect_timeout, context, url.username, url.password, database(url))
+
+
+def client(given: Settings, login: Login, host: str, port: int, *, cluster: bool) -> Redis | RedisCluster:
+    """redis-py's, for what unibus does not cover."""
+    arguments: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "username": login.username,
+        "password": login.password and login.password.value,
+        "client_name": login.name,
+        "retry": Retry(NoBackoff(), 0),  # its default sends a command again whose answer was lost
     }
-    return [
-        (
-            f"{host}:{port or 6379}",
-            SSLConnection if secure else Connection,
-            {
-                "host": host,
-                "port": port or 6379,
-                "db": database(url),
-                "username": url.username,
-                "password": None if url.password is None else url.password.value,
-                "client_name": "".join(c if c.isalnum() and c.isascii() else "-" for c in name),
-                "protocol": 2,  # the shape of the replies that we read
-                "socket_timeout": None,  # each call has its own, and a blocking read none
-                "socket_connect_timeout": given.connect_timeout,
-                "socket_keepalive": True,
-                "socket_keepalive_options": _keepalive(),
-                "retry": Retry(NoBackoff(), 0),  # its default sends a command again whose answer was lost
-                "health_check_interval": 0,
-                **(tls if secure else {}),
-            },
-        )
-        for host, port in url.hosts or (("localhost", None),)
-    ]
-
-
-def _keepalive() -> dict[int, int]:
-    """So that a peer that vanished is noticed, also while nothing is sent. Names that this system does not know are left out."""
-    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": _SILENCE * 1000}
-    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
+    if login.tls is not None:
+        arguments |= {
+            "ssl": True,
+            "ssl_ca_certs": given.ca_file,
+            "ssl_certfile": given.cert_file,
+            "ssl_keyfile": given.key_file,
+            "ssl_cert_reqs": "required" if given.verify else "none",
+            "ssl_check_hostname": given.verify,
+        }
+    return RedisCluster(**arguments) if cluster else Redis(db=login.database, **arguments)

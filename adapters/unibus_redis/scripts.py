@@ -52,7 +52,7 @@ local function why_not(to, kind)   -- nil where a message can be put there
   return known[to] or nil
 end
 local function put(to, delay, first, last)
-  if delay == '' then redis.call('XADD', KEYS[to], '*', unpack(ARGV, first, last)); return end
+  if delay == '' then redis.call('XADD', KEYS[to], unpack(ARGV, first, last)); return end
   local member = string.format('%016d', redis.call('HINCRBY', KEYS[to + 2], 'n', 1))
   redis.call('HSET', KEYS[to + 2], member, cmsgpack.pack({KEYS[to], unpack(ARGV, first, last)}))
   redis.call('ZADD', KEYS[to + 1], string.format('%.0f', now() + delay), member)
@@ -67,7 +67,8 @@ local function mine(id)   -- how often it was delivered, if it is still the call
 end
 """
 
-# ARGV: kinds, then for each message: destination (its first key), delay in ms or '', number of fields, fields.
+# ARGV: kinds, then for each message: destination (its first key), delay in ms or '', number of words, and these
+# words of an XADD behind its key.
 # -> what failed: index, why, index, why ...
 SEND = Script(
     _PUT
@@ -223,7 +224,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', time, 'LIMI
   local packed = redis.call('HGET', KEYS[2], member)
   if packed then
     local message = cmsgpack.unpack(packed)
-    redis.call('XADD', message[1], '*', unpack(message, 2))
+    redis.call('XADD', message[1], unpack(message, 2))
     redis.call('HDEL', KEYS[2], member)
   end
   redis.call('ZREM', KEYS[1], member)
@@ -284,6 +285,7 @@ local group, made = ARGV[1], 0
 if redis.call('EXISTS', KEYS[1]) == 0 then
   redis.call('XGROUP', 'CREATE', KEYS[1], 'unibus', '0', 'MKSTREAM')
   redis.call('XGROUP', 'DESTROY', KEYS[1], 'unibus')
+  redis.pcall('XCFGSET', KEYS[1], 'IDMP-MAXSIZE', 2048)   -- all that one process has on its way; before 8.6 unknown, and not needed
   made = 1
 end
 if group ~= '' and not group_of(KEYS[1], group) then

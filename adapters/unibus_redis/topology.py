@@ -33,6 +33,11 @@ class Place:
     ordered: bool = False
 
     @property
+    def first(self) -> str:
+        """A key of it; all have one slot."""
+        return self.streams[0] if self.streams else self.topic[0]
+
+    @property
     def kind(self) -> str:
         return "q" if self.group else "t"
 

@@ -291,7 +291,7 @@ async def test_credentials_are_in_no_log(url: str, name: str, caplog: pytest.Log
         assert delivery is not None
         await delivery.ack()
         assert password not in repr(bus.adapter)
-        assert password not in repr(vars(bus.adapter)["_link"])
+        assert password not in repr(vars(adapter_of(bus))) + repr(vars(adapter_of(bus).links))
     assert caplog.records
     assert password not in caplog.text
 
@@ -566,6 +566,22 @@ async def test_a_server_that_would_evict_is_refused(private: Broker, name: str) 
             await raw.config_set("maxmemory-policy", "noeviction")
 
 
+async def test_a_send_whose_answer_was_lost_is_not_doubled_where_the_server_can_tell(
+    url: str, raw: Any, name: str
+) -> None:
+    queue = Queue(name)
+    version = tuple(int(part) for part in (await raw.info("server"))["redis_version"].split(".")[:2])
+    async with make(url, queue) as bus:
+        batch = [Outgoing(queue, Message(b"%d" % n, "same")) for n in range(1000)]
+        assert list(await bus.adapter.send(batch, SOON)) == [None] * 1000
+        await bus.adapter.connect()  # the connection broke before the answer came, and so it is sent again
+        assert list(await bus.adapter.send(batch, SOON)) == [None] * 1000
+        assert await raw.xlen(name) == (1000 if version >= (8, 6) else 2000)
+        for _ in range(2):  # what has the same id, and is not a repeat, is there twice
+            await bus.send(queue, Message(b"x", "same"))
+        assert await raw.xlen(name) == (1002 if version >= (8, 6) else 2002)
+
+
 async def test_a_full_server_is_waited_for(private: Broker, name: str) -> None:
     queue = Queue(name)
     async with Redis.from_url(private.url) as raw, make(private.url, queue) as bus:
@@ -574,9 +590,13 @@ async def test_a_full_server_is_waited_for(private: Broker, name: str) -> None:
             sending = asyncio.create_task(bus.send(queue, b"x"))
             done, _ = await asyncio.wait([sending], timeout=0.5)
             assert not done
+            health = await bus.health()
+            assert health.status == "degraded"
+            assert "its maxmemory is 1" in health.reasons[0]
         finally:
             await raw.config_set("maxmemory", "0")
         await sending
+        assert (await bus.health()).status == "ok"
         assert (await bus.backlog(queue)).ready == 1
 
 
