@@ -39,9 +39,8 @@ class RedisAdapter:
         self._places: dict[Address, topology.Place] = {}
         self.subscriptions: set[RedisSubscription] = set()
         self._marks = itertools.count(1)  # of messages, to know one that is sent again
-        self._once: tuple[str, str] | None = (
-            None  # how to say so, where the server can tell a message that is sent again
-        )
+        self._producer = secrets.token_hex(8)
+        self._once: tuple[str, str] | None = None  # before a message, where the server can tell one that is sent again
         self.orphans: dict[Address, list[str]] = {}  # consumers whose connection was lost, and with it what they held
         self._set_capabilities(None)
 
