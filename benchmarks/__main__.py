@@ -7,15 +7,18 @@ import asyncio
 import json
 import logging
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks import memory
 from benchmarks.cases import Case, circumstances, table
+from benchmarks.flows import FLOWS, NoBroker, Plan, find_broker
 from benchmarks.load import Miscount
 from benchmarks.watch import Profiles
 
 PROFILE = Path("reports/profile.txt")
+BROKERS = {"rabbitmq": 10_000, "kafka": 20_000, "redis": 20_000, "sqs": 2_000}  # messages a round
 
 
 def main() -> int:
@@ -51,42 +54,43 @@ def main() -> int:
 def _run(options: argparse.Namespace, profiles: Profiles, about: dict[str, Any]) -> list[Case]:
     cases: list[Case] = []
     rounds = options.rounds or (3 if options.quick else 5)
-    if options.only in {None, "memory"}:
+    if options.only in {None, "memory"} and not options.backlog:
         cases += memory.run(rounds, 20_000 if options.quick else 100_000, profiles)
-    if options.only in {None, "rabbitmq"}:
+    for kind, messages in BROKERS.items():
+        if options.only not in {None, kind}:
+            continue
         try:
-            from benchmarks import rabbitmq
-        except ImportError as error:
-            print(f"RabbitMQ: not measured, since its client is missing: {error}", file=sys.stderr)
-            return cases
-        try:
-            url, source = rabbitmq.find_broker()
-        except rabbitmq.NoBroker as error:
-            print(f"RabbitMQ: not measured, since there is none: {error}", file=sys.stderr)
-            return cases
+            module = import_module(f"benchmarks.{kind}")
+            url, source = find_broker(kind)
+        except (ImportError, NoBroker) as error:
+            print(f"{kind}: not measured: {error}", file=sys.stderr)
+            continue
         if options.quick:
-            plan = rabbitmq.Plan(rounds, messages=2_000, requests=200, flows=1)
+            plan = Plan(rounds, messages // 5, requests=200, flows=1, backlog=options.backlog)
         else:
-            plan = rabbitmq.Plan(rounds, messages=10_000, requests=1_000, flows=len(rabbitmq.FLOWS))
-        found, version = asyncio.run(rabbitmq.run(url, plan, profiles))
-        about["rabbitmq"] = {"version": version, "source": source}
+            plan = Plan(rounds, messages, requests=1_000, flows=len(FLOWS), backlog=options.backlog)
+        found, version = asyncio.run(module.run(url, plan, profiles))
+        about.setdefault("brokers", {})[kind] = {"version": version, "source": source}
         cases += found
     return cases
 
 
 def _heading(about: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
-    broker = f"; RabbitMQ {about['rabbitmq']['version']}" if "rabbitmq" in about else ""
+    brokers = "".join(f"; {name} {found['version']}" for name, found in about.get("brokers", {}).items())
     return (
         f"{about['date']}, commit {about['commit']}; {about['cores']} cores of {about['cpu']}, load {about['load']}\n"
-        f"Python {about['python']}, {packages}{broker}\n"
+        f"Python {about['python']}, {packages}{brokers}\n"
     )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: to see that it works")
-    parser.add_argument("--only", choices=("memory", "rabbitmq"))
+    parser.add_argument("--only", choices=("memory", *BROKERS))
+    parser.add_argument(
+        "--backlog", type=int, default=0, metavar="MESSAGES", help="instead: memory over a backlog of so many"
+    )
     parser.add_argument("--rounds", type=int, help="of each case (5; quick: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
     parser.add_argument(

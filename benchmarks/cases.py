@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-_PACKAGES = ("unibus", "aio-pika", "aiormq", "pamqp", "pydantic")
+_PACKAGES = ("unibus", "aio-pika", "aiormq", "pamqp", "aiokafka", "redis", "hiredis", "aiobotocore", "pydantic")
 
 Figures = Mapping[str, float]
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from time import perf_counter
+from typing import Any
+
+from benchmarks.watch import Watch
 
 BODY = b'{"order":"4711","lines":[' + b'{"sku":"a","n":1},' * 12 + b'{"end":0}]}'
 BODY = BODY.ljust(256, b" ")
@@ -26,3 +30,37 @@ async def flood(send: Callable[[], Awaitable[object]], messages: int, in_flight:
     async with asyncio.TaskGroup() as tasks:
         for i in range(min(in_flight, messages)):
             tasks.create_task(work(each + (i < more)))
+
+
+class Handled:
+    """The trivial handler, and when all have come."""
+
+    def __init__(self, messages: int) -> None:
+        self.count = 0
+        self.all = asyncio.Event()
+        self._messages = messages
+
+    def handle(
+        self, body: bytes, message_id: str | None, content_type: str | None, timestamp: Any, headers: Mapping[str, Any]
+    ) -> None:
+        self.count += 1
+
+    def settled(self) -> None:
+        """After the ack is on its way, where the contestant sends it itself: that may wait for room in a queue."""
+        self._messages -= 1
+        if not self._messages:
+            self.all.set()
+
+
+async def round_trips(ask: Callable[[], Any], count: int, watch: Watch) -> list[float]:
+    """One after the other; the first few warm up."""
+    for _ in range(20):
+        await ask()
+    times = []
+    watch.start()
+    for _ in range(count):
+        begun = perf_counter()
+        await ask()
+        times.append(perf_counter() - begun)
+    watch.stop()
+    return times

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from time import perf_counter, time
+from time import time
 from typing import Any, Self
 
 import aio_pika
@@ -21,7 +21,7 @@ from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
 
-from benchmarks.load import BODY, flood
+from benchmarks.load import BODY, Handled, flood, round_trips
 from benchmarks.watch import Watch
 
 CONTENT_TYPE = "application/octet-stream"
@@ -65,26 +65,6 @@ class Acks:
         if self._upto > self._acked:
             self._acked = self._upto
             await self._channel.basic_ack(self._upto, multiple=True, wait=False)
-
-
-class Handled:
-    """The trivial handler, and when all have come."""
-
-    def __init__(self, messages: int) -> None:
-        self.count = 0
-        self.all = asyncio.Event()
-        self._messages = messages
-
-    def handle(
-        self, body: bytes, message_id: str | None, content_type: str | None, timestamp: Any, headers: Mapping[str, Any]
-    ) -> None:
-        self.count += 1
-
-    def settled(self) -> None:
-        """After the ack is on its way, where the contestant sends it itself: that may wait for room in a queue."""
-        self._messages -= 1
-        if not self._messages:
-            self.all.set()
 
 
 class AioPika:
@@ -179,20 +159,6 @@ class AioPika:
         await asking.close()
         await answering.close()
         return times
-
-
-async def round_trips(ask: Callable[[], Any], count: int, watch: Watch) -> list[float]:
-    """One after the other; the first few warm up."""
-    for _ in range(20):
-        await ask()
-    times = []
-    watch.start()
-    for _ in range(count):
-        begun = perf_counter()
-        await ask()
-        times.append(perf_counter() - begun)
-    watch.stop()
-    return times
 
 
 class Aiormq:

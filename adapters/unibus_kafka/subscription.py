@@ -179,8 +179,11 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
                 for tp, records in found.items():
                     if (part := self._parts.get(tp)) is not None:
                         self._arrived(part, records)
-                if self._joined.is_set() and consumer.partitions_for_topic(self._place.topic) is None:
-                    raise NotFound(f"{self.address}: its topic {self._place.topic!r} was deleted")
+                topic = self._place.topic
+                forgotten = self._joined.is_set() and consumer.partitions_for_topic(topic) is None
+                # Its client also forgets a topic that has no leader for a moment: another one has to agree.
+                if forgotten and await self._kit.link.missing([topic], fresh=True):
+                    raise NotFound(f"{self.address}: its topic {topic!r} was deleted")
                 if self._group is None:
                     await self._look_for_new()
         except Exception as exc:
