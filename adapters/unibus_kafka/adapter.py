@@ -13,15 +13,15 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
-from unibus.channel import Address, Group, Inbox, Queue, Topic, stem
+from unibus.channel import Address, Group, Inbox, Queue, Topic
+from unibus.driver import linked, place_of, send_all
+from unibus.driver import missing as not_there
 from unibus.errors import (
-    ConnectionLost,
     MessageTooLarge,
     NotFound,
     Timeout,
     TransportError,
     UnibusError,
-    UnknownChannel,
     Unroutable,
 )
 from unibus_kafka import config, errors, topology, wire
@@ -70,15 +70,10 @@ class KafkaAdapter:
             await link.close()
 
     def _linked(self) -> Link:
-        if self._link is None:
-            raise ConnectionLost("not connected to Kafka")
-        return self._link
+        return linked(self._link, "Kafka")
 
     def _place(self, address: Address) -> Place:
-        place = self._plan.places.get(address)
-        if place is None:
-            raise UnknownChannel(stem(address), tuple(known.name for known in self._plan.places))
-        return place
+        return place_of(self._plan.places, address)
 
     # Declaring
 
@@ -123,7 +118,7 @@ class KafkaAdapter:
             if place.topic not in gone and not await link.committed(group):
                 missing.append(f"group {group!r}")
         if missing:
-            raise NotFound(f"missing on Kafka: {', '.join(missing)}; create them with `unibus declare`")
+            raise not_there("Kafka", missing)
 
     # Sending
 
@@ -219,10 +214,7 @@ class KafkaAdapter:
 
     async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
         """For subscriptions: what hops to its next rung."""
-        try:
-            return await self.send(batch, TIMEOUT)
-        except ConnectionLost as error:
-            return [error] * len(batch)
+        return await send_all(self.send, batch, TIMEOUT)
 
     # Receiving
 
@@ -239,7 +231,7 @@ class KafkaAdapter:
         else:
             place = self._place(address)
         if gone := await link.missing(place.topics):
-            raise NotFound(f"{address}: missing on Kafka: {', '.join(sorted(gone))}; create them with `unibus declare`")
+            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
         group = None if source.browse or place not in self._plan.places.values() else place.name
         consumer = self._consumer(link, group)
         kit = Kit(link, self._clock, given, self._send_back, self._subscriptions.discard)
@@ -296,7 +288,7 @@ class KafkaAdapter:
         link, place = self._linked(), self._place(address)
         topics = [topic for topic, seconds in place.topics.items() if not seconds]
         if gone := await link.missing(topics):
-            raise NotFound(f"{address}: missing on Kafka: {', '.join(sorted(gone))}; create them with `unibus declare`")
+            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
         tps = [tp for topic in topics for tp in link.partitions(topic)]
         ends, committed = await link.offsets(tps, LATEST), await link.committed(place.name)
         begins = await link.offsets(tps, EARLIEST)

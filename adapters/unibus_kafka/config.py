@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from unibus.adapter import Declared, Url
-from unibus.channel import Group
-from unibus.config_tables import check_table
+from unibus.config_tables import DriverTable, check_options, check_table
 from unibus.errors import ConfigError
-from unibus.tls import client_context
+from unibus.tls import TlsTable, client_context
 
 # At DEBUG the client library prints whole requests: bodies, and the password of SASL PLAIN. At INFO and WARNING it tells
 # of rebalances and reconnects, which are everyday things and the adapter's to report. Who wants them sets a level before.
@@ -22,26 +20,18 @@ if logging.getLogger("aiokafka").level == logging.NOTSET:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-
-class TopicOptions(_Table):
+class TopicOptions(DriverTable):
     """Of a topic that is made: a queue's, a topic's or a group's own. None: what `[kafka]` says, then what the broker does."""
 
     partitions: int | None = Field(None, ge=1)
     replication: int | None = Field(None, ge=1)
-    config: dict[str, str] = {}  # `retention.ms` and the like
+    config: dict[str, str] = Field({})  # `retention.ms` and the like
 
 
-class Settings(TopicOptions):
+class Settings(TlsTable, TopicOptions):
     """`[kafka]`. Times are seconds, sizes bytes."""
 
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
-    ca_file: Path | None = None  # default: the authorities that the machine trusts
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    verify: bool = True
     connect_timeout: float = Field(10.0, gt=0)
     session_timeout: float = Field(10.0, ge=1)  # a consumer that is silent this long has lost its partitions
     heartbeat: float = Field(1.0, gt=0)  # how soon a consumer hears of a rebalance
@@ -59,12 +49,7 @@ def settings(table: Mapping[str, object]) -> Settings:
 
 def options(declared: Declared, given: Settings) -> TopicOptions:
     """Of the topics behind one address."""
-    address = declared.address
-    if isinstance(address, Group):
-        where = f"topics.{address.topic.name}.groups.{address.name}.kafka"
-    else:
-        where = f"{type(address).__name__.lower()}s.{address.name}.kafka"
-    own = check_table(TopicOptions, declared.options, where)
+    own = check_options(TopicOptions, declared, "kafka")
     return TopicOptions(
         partitions=own.partitions or given.partitions,
         replication=own.replication or given.replication,
@@ -74,13 +59,11 @@ def options(declared: Declared, given: Settings) -> TopicOptions:
 
 def tls(url: Url, given: Settings) -> ssl.SSLContext | None:
     """The TLS context of kafkas, or None. Reads files: not for the event loop. Raises ConfigError."""
-    files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
-    return client_context("kafka", "kafkas", url.scheme, files, verify=given.verify)
+    return client_context("kafka", "kafkas", url.scheme, given)
 
 
 def client(url: Url, given: Settings, context: ssl.SSLContext | None, client_id: str) -> dict[str, Any]:
     """What every client of the library is made with. It holds the password: never to be shown."""
-    hosts = url.hosts or (("localhost", None),)
     more: dict[str, Any] = {}
     if url.username is not None:
         # In the clear a password is not sent, unless that was asked for.
@@ -95,7 +78,7 @@ def client(url: Url, given: Settings, context: ssl.SSLContext | None, client_id:
     protocol = ("SASL_" if more else "") + ("SSL" if context is not None else "PLAINTEXT")
     return {
         "bootstrap_servers": [
-            f"[{host}]:{port or 9092}" if ":" in host else f"{host}:{port or 9092}" for host, port in hosts
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in url.targets(9092)
         ],
         "client_id": client_id,
         "security_protocol": protocol,

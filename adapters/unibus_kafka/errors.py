@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ssl
-
 from aiokafka import errors as kafka
 
 from unibus.errors import (
     AuthenticationFailed,
-    ConfigError,
     ConnectionLost,
     LeaseLost,
     MessageTooLarge,
@@ -20,6 +17,7 @@ from unibus.errors import (
     TransportError,
     UnibusError,
 )
+from unibus.translation import common
 
 # The first that fits. What is not here is ConnectionLost where the client says that it may pass, else Refused.
 _TABLE: tuple[tuple[tuple[type[BaseException], ...], type[TransportError]], ...] = (
@@ -45,7 +43,7 @@ _TABLE: tuple[tuple[tuple[type[BaseException], ...], type[TransportError]], ...]
     ((kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError, kafka.RecordTooLargeError), MessageTooLarge),
     ((kafka.CommitFailedError, kafka.IllegalStateError), LeaseLost),
     ((kafka.QuotaViolationError,), Throttled),
-    ((kafka.KafkaTimeoutError, kafka.RequestTimedOutError, TimeoutError), Timeout),  # before OSError, which it is
+    ((kafka.KafkaTimeoutError, kafka.RequestTimedOutError), Timeout),
     (
         (
             OSError,
@@ -66,12 +64,8 @@ _TABLE: tuple[tuple[tuple[type[BaseException], ...], type[TransportError]], ...]
 
 def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. `doing`: what was tried, with the object's name. Never called with CancelledError."""
-    if isinstance(exc, UnibusError):
-        return exc
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return ConfigError(
-            f"{doing}: the broker's certificate is not trusted ({exc.verify_message}); set kafka.ca_file"
-        )
+    if (known := common(exc, doing, "Kafka")) is not None:
+        return known
     for natives, ours in _TABLE:
         if isinstance(exc, natives):
             hint = (

@@ -18,7 +18,8 @@ from aiokafka.protocol.admin import CreateTopicsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.offset import OffsetRequest
 
-from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, PermissionDenied
+from unibus.errors import ConnectionLost
+from unibus.translation import first_that_answers
 from unibus_kafka import config, errors
 
 log = logging.getLogger("unibus.kafka")
@@ -50,27 +51,18 @@ class Link:
     @classmethod
     async def open(cls, options: dict[str, Any], given: config.Settings) -> Link:
         """By the first host that answers; the client library itself would not say why none did."""
-        problems: list[tuple[str, BaseException]] = []
-        for server in options["bootstrap_servers"]:
+        more = {key: value for key, value in options.items() if key not in {"bootstrap_servers", "metadata_max_age_ms"}}
+        limit = round(given.connect_timeout * 1000)
+
+        async def look(server: str) -> None:
             host, _, port = server.rpartition(":")
             try:
-                more = {
-                    key: value
-                    for key, value in options.items()
-                    if key not in {"bootstrap_servers", "metadata_max_age_ms"}
-                }
-                limit = round(given.connect_timeout * 1000)
                 connection: Any = await create_conn(host.strip("[]"), int(port), request_timeout_ms=limit, **more)
             except Exception as exc:
-                error = errors.translate(exc, f"connect to Kafka at {server}")
-                if isinstance(error, AuthenticationFailed | PermissionDenied | ConfigError):
-                    raise error from exc
-                problems.append((str(error), exc))
-                continue
+                raise errors.translate(exc, f"connect to Kafka at {server}") from exc
             connection.close()
-            break
-        else:
-            raise ConnectionLost("; ".join(text for text, _ in problems)) from problems[-1][1]
+
+        await first_that_answers(options["bootstrap_servers"], look)
         link = cls(options, given)
         try:
             async with asyncio.timeout(given.connect_timeout):

@@ -22,11 +22,13 @@ from aiokafka.errors import (
     RebalanceInProgressError,
 )
 
-from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
+from unibus.adapter import Outcome, Outgoing, Results, Source, Standing
 from unibus.channel import Address, Group, Inbox
 from unibus.clock import Clock, Timer
 from unibus.delivery import Delivery
-from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
+from unibus.driver import NoLease, NoMove, lease_lost
+from unibus.errors import ConnectionLost, NotFound, TransportError, UnibusError
+from unibus.waiting import Tasks, Waiter, happens
 from unibus_kafka import config, errors, offsets, wire
 from unibus_kafka.capabilities import HOLD_BELOW
 from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
@@ -55,7 +57,7 @@ class Kit:
     closed: Callable[[KafkaSubscription], None]
 
 
-class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the client library is not typed
+class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ignore[misc]  # the client library is not typed
     """`group`: as a member of it; None: by itself, from where it is told, and nothing is committed.
 
     `token`: of an inbox, the key of its replies.
@@ -78,7 +80,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         ] = []  # heap: due, tie-break, partition, record, blocking
         self._count = itertools.count()
         self._out = 0
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter = Waiter(kit.clock)
         self._room = asyncio.Event()
         self._joined = asyncio.Event()
         self._hint = asyncio.Event()
@@ -90,7 +92,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         self._commit_timer: Timer | None = None
         self._held_timer: Timer | None = None
         self._readers: list[asyncio.Task[None]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(lambda exc: log.error("%s: %r", self.address, exc))
 
     # Beginning
 
@@ -106,9 +108,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
 
     async def joined(self, timeout: float) -> None:
         """Until partitions are assigned, or it is clear that somebody else has them for the time being."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._joined.wait()
+        await happens(self._joined, timeout)
         if self._over is not None:
             raise self._over
 
@@ -196,9 +196,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         empty, while the main one, whose records we have taken, can't be fetched.
         """
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK):
-                    await self._hint.wait()
+            await happens(self._hint, _LOOK)
             self._hint.clear()
             try:
                 aside = {
@@ -256,7 +254,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         if part.held and (part.seconds or part.held > _HELD):
             self._pause(part, on=True)
         self._set_timer()
-        self._wake()
+        self._waiter.wake()
 
     def _pause(self, part: Partition, *, on: bool) -> None:
         with suppress(IllegalStateError):  # taken away in this moment
@@ -287,13 +285,11 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
             elif left < HOLD_BELOW or not self._place.rungs:
                 self._hold(part, record, now + left, blocking=False)  # what is behind it on the rung goes on
             else:
-                task = asyncio.get_running_loop().create_task(self._hop(part, record, now + left))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._tasks.start(self._hop(part, record, now + left))
             if not part.held and not part.full:
                 self._pause(part, on=False)
         self._set_timer()
-        self._wake()
+        self._waiter.wake()
 
     async def _hop(self, part: Partition, record: Any, due: float) -> None:
         """To the next rung of a long delay: confirmed there, and only then done here."""
@@ -323,16 +319,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
             left = deadline - clock.monotonic()
             if left <= 0:
                 return []
-            self._waiter = waiter = asyncio.get_running_loop().create_future()
-            timer = clock.call_later(left, self._wake)
-            try:
-                await waiter
-            finally:
-                timer.cancel()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            await self._waiter.wait(left)
 
     def _take(self, limit: int) -> list[Delivery[Any]]:
         buffer = self._buffer
@@ -363,7 +350,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
             part: Partition = delivery.token
             record: Any = delivery.native
             if delivery.lost or part.out.pop(record.offset, None) is None:
-                results[i] = LeaseLost(f"{delivery.position}: settled before, or its partition is no longer ours")
+                results[i] = lease_lost(delivery, "its partition is no longer ours")
                 continue
             self._out -= 1
             if outcome is Outcome.ACCEPTED:
@@ -377,15 +364,9 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         if back and not self._stopped:
             self._buffer.extendleft(sorted(back, key=lambda read: -read[1].offset))
         self._set_timer()
-        self._wake()
+        self._waiter.wake()
         self._commit_soon()
         return results
-
-    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
-        raise Unsupported("no atomic move on Kafka: send, then accept")
-
-    async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
-        raise Unsupported("Kafka's deliveries have no lease")
 
     # Commits
 
@@ -395,9 +376,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
 
     def _commit_now(self) -> None:
         self._commit_timer = None
-        task = asyncio.get_running_loop().create_task(self._commit())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._commit())
 
     async def _commit(self) -> None:
         """All that has changed. What fails is part of the next one; what is never committed is handled again."""
@@ -439,12 +418,12 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         if self._over is None:
             self._over = error
         self._joined.set()
-        self._wake()
+        self._waiter.wake()
 
     async def stop(self) -> None:
         """What was not handed out is simply not finished: whoever gets the partition begins with it."""
         self._stopped = True
-        self._wake()
+        self._waiter.wake()
         for reader in self._readers:
             reader.cancel()
             await asyncio.wait([reader])
@@ -462,7 +441,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # the
         self._closing.set()
         if self._commit_timer is not None:
             self._commit_timer.cancel()
-        for task in list(self._tasks):
+        for task in self._tasks:
             await asyncio.wait([task], timeout=_CLOSE)
             task.cancel()
         await self._commit()

@@ -7,6 +7,7 @@ from typing import Any
 
 from unibus.adapter import Declared, Start, Topology
 from unibus.channel import Address, Group, Queue, Topic, dead_letter_queue
+from unibus.driver import topic_of
 from unibus.errors import ConfigError
 from unibus_kafka import config, wire
 
@@ -62,9 +63,7 @@ def _add(made: Plan, topology: Topology, declared: Declared, options: config.Top
     channel = address.topic if isinstance(address, Group) else address
     rungs = () if declared.role != "channel" else _rungs(name)
     if isinstance(address, Group):
-        above = made.places.get(address.topic)
-        if above is None:
-            raise ConfigError(f"{address}: declare {address.topic} before its groups")
+        above = topic_of(made.places, address)
         rungs = rungs if not channel.ordered or channel.delayed else ()
         lane = f"{name}.retry.0"
         topics = {above.topic: 0.0, lane: 0.0} | {topic: s for s, topic in (*above.rungs, *rungs)}

@@ -11,27 +11,14 @@ from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.errors import ConfigError, Refused
-from unibus.message import (
-    CAUSATION_ID,
-    CONTENT_TYPE,
-    CORRELATION_ID,
-    ENVELOPE_HEADERS,
-    EXPIRES_AT,
-    ID,
-    NO_HEADERS,
-    NOT_BEFORE,
-    REPLY_TO,
-    RESERVED_HEADERS,
-    TIMESTAMP,
-    TYPE,
-    Message,
-)
+from unibus.envelope import JSON, read, read_time, time_text, write
+from unibus.errors import ConfigError
+from unibus.inboxes import PLAIN, check_inbox, plain
+from unibus.message import CONTENT_TYPE, ID, NO_HEADERS, NOT_BEFORE, RESERVED_HEADERS, TIMESTAMP, Message
 
-JSON = "application/json"
 _FRESH = 60.0  # seconds
-_INBOX = re.compile(r"([A-Za-z0-9._-]{0,60}unibus\.reply\.[A-Za-z0-9._-]{1,60}):(\d{1,6}):([A-Za-z0-9._-]{1,100})")
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
+_INBOX = re.compile(rf"([{PLAIN}]{{0,60}}unibus\.reply\.[{PLAIN}]{{1,60}}):(\d{{1,6}}):([{PLAIN}]{{1,100}})")
+_NAME = re.compile(rf"[{PLAIN}]{{1,249}}")
 
 Record = tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]], int]  # key, value, headers, milliseconds
 
@@ -44,52 +31,39 @@ def physical(name: str, of: object) -> str:
 
 
 def inbox_topic(prefix: str, service: str) -> str:
-    return f"{prefix}unibus.reply.{re.sub(r'[^A-Za-z0-9._-]', '-', service)[:60]}"
+    return f"{prefix}unibus.reply.{plain(service)[:60]}"
 
 
 def inbox_token(name: str) -> str:
     """What tells the replies to one process from the others': the end of its inbox' name is unique."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[-100:]
+    return plain(name)[-100:]
 
 
 def reply_address(text: str) -> tuple[str, int, str]:
     """(topic, partition, token) of an untrusted reply_to. Raises Refused."""
-    found = _INBOX.fullmatch(text)
-    if not found:
-        raise Refused(
-            "the reply address is no inbox of unibus on Kafka: <prefix>unibus.reply.<service>:<partition>:<token>"
-        )
+    found = check_inbox(_INBOX, text, "<prefix>unibus.reply.<service>:<partition>:<token>")
     return found[1], int(found[2]), found[3]
 
 
 def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
     """`later`: it goes to a topic where it waits, so its time there begins now."""
     message, origin = outgoing.message, outgoing.origin
-    headers: list[tuple[str, bytes | None]] = [(ID, message.id.encode())]
-    add = headers.append
-    if (content_type := message.content_type) is not None and content_type != JSON:
-        add((CONTENT_TYPE, content_type.encode()))
-    if message.type is not None:
-        add((TYPE, message.type.encode()))
-    if message.correlation_id is not None and message.correlation_id != message.id:
-        add((CORRELATION_ID, message.correlation_id.encode()))
-    if message.causation_id is not None:
-        add((CAUSATION_ID, message.causation_id.encode()))
-    if message.reply_to is not None:
-        add((REPLY_TO, message.reply_to.encode()))
-    if message.expires_at is not None:
-        add((EXPIRES_AT, b"%.3f" % message.expires_at))
+    ours = {ID: message.id}
+    if message.content_type is not None and message.content_type != JSON:
+        ours[CONTENT_TYPE] = message.content_type
+    write(message, ours, brief=True)
     if outgoing.not_before is not None:
-        add((NOT_BEFORE, b"%.3f" % outgoing.not_before))
+        ours[NOT_BEFORE] = time_text(outgoing.not_before)
     at = now
     if message.timestamp is not None:
         if not later and 0 <= now - message.timestamp < _FRESH:
             at = message.timestamp
         else:
-            add((TIMESTAMP, b"%.3f" % message.timestamp))
-    for name, text in message.headers.items():
-        add((name, text.encode()))
-    key = None if message.key is None else message.key.encode(errors="surrogateescape")
+            ours[TIMESTAMP] = time_text(message.timestamp)
+    if message.headers is not NO_HEADERS:
+        ours |= message.headers
+    headers: list[tuple[str, bytes | None]] = [(name, text.encode()) for name, text in ours.items()]
+    key = None if message.key is None else message.key.encode("utf-8", "surrogateescape")
     value: bytes | None = message.body
     native: Any = None if origin is None else origin.native
     if type(outgoing.to) is Inbox:
@@ -114,40 +88,26 @@ def _text(value: bytes | None) -> str | None:
         return None
 
 
-def _time(value: str | None) -> float | None:
-    try:
-        return None if value is None else float(value)
-    except ValueError:  # a foreign header of the same name
-        return None
-
-
 def decode(record: Any) -> Message:
-    """The envelope of a record. Written out, since every message comes by here."""
+    """The envelope of a record."""
     value, key, at = record.value, record.key, record.timestamp
     headers: dict[str, str] = {}
-    ours: dict[str, str] = {}
     for name, raw in record.headers:
         try:
-            (ours if name in ENVELOPE_HEADERS else headers)[name] = raw.decode()
+            headers[name] = raw.decode()
         except (UnicodeDecodeError, AttributeError):  # bytes that are no text, or no value: they stay on the record
             continue
-    get = ours.get
-    id, content_type = get(ID), get(CONTENT_TYPE)
-    message = Message(
-        b"" if value is None else value,
-        id or position(record),
-        None,
-        JSON if content_type is None and id else content_type,
-        headers or NO_HEADERS,
-        key.decode(errors="surrogateescape") if key else None,
-    )
-    message.timestamp = at / 1000 if at >= 0 else None
-    if len(ours) > (ID in ours) + (content_type is not None):
-        message.type, message.reply_to = get(TYPE), get(REPLY_TO)
-        message.correlation_id, message.causation_id = get(CORRELATION_ID), get(CAUSATION_ID)
-        message.expires_at = _time(get(EXPIRES_AT))
-        if TIMESTAMP in ours:
-            message.timestamp = _time(ours[TIMESTAMP])
+    message = Message(b"" if value is None else value)
+    if key:
+        message.key = key.decode("utf-8", "surrogateescape")
+    if at >= 0:
+        message.timestamp = at / 1000
+    if headers:
+        read(headers, message)
+    if not message.id:
+        message.id = position(record)
+    elif message.content_type is None:
+        message.content_type = JSON
     return message
 
 
@@ -155,7 +115,7 @@ def not_before(record: Any) -> float | None:
     """When a record is due that was delayed."""
     for name, value in record.headers:
         if name == NOT_BEFORE:
-            return _time(_text(value))
+            return read_time(_text(value))
     return None
 
 

@@ -8,17 +8,14 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from yarl import URL
+
 from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, stem
-from unibus.errors import (
-    AuthenticationFailed,
-    ConfigError,
-    ConnectionLost,
-    PermissionDenied,
-    UnknownChannel,
-    Unsupported,
-)
+from unibus.driver import linked, no_history, place_of, send_all
+from unibus.inboxes import inbox_name
+from unibus.translation import first_that_answers
 from unibus_rabbitmq import config, declare, errors, topology, wire
 from unibus_rabbitmq.browse import Browser
 from unibus_rabbitmq.capabilities import known
@@ -68,18 +65,16 @@ class RabbitMQAdapter:
 
     async def _open(self, role: str, context: Any) -> Link:
         """The first host that answers."""
-        problems = []
-        url = self._endpoint.url
-        for target in config.urls(url, self._settings, self._endpoint.service, role):
-            where = f"{target.host}:{target.port}"
+        url, timeout = self._endpoint.url, self._settings.connect_timeout
+
+        async def open_(target: URL) -> Link:
             try:
-                return await Link.open(target, context, self._settings.connect_timeout)
+                return await Link.open(target, context, timeout)
             except Exception as exc:
-                error = errors.connecting(exc, where, url.path or "/", self._settings.connect_timeout)
-                if isinstance(error, AuthenticationFailed | PermissionDenied | ConfigError):
-                    raise error from exc
-                problems.append((str(error), exc))
-        raise ConnectionLost("; ".join(text for text, _ in problems)) from problems[-1][1]
+                where = f"{target.host}:{target.port}"
+                raise errors.connecting(exc, where, url.path or "/", timeout) from exc
+
+        return await first_that_answers(config.urls(url, self._settings, self._endpoint.service, role), open_)
 
     async def close(self) -> None:
         for subscription in list(self._subscriptions):
@@ -101,19 +96,12 @@ class RabbitMQAdapter:
         self._topology = topology_
 
     def _link(self, link: Link | None) -> Link:
-        if link is None:
-            raise ConnectionLost("not connected to RabbitMQ")
-        if link.lost is not None:
-            raise link.lost
-        return link
+        return linked(link, "RabbitMQ")
 
     def _route(self, address: Address) -> topology.Route:
-        route = self._plan.routes.get(address)
-        if route is None:
-            if not isinstance(address, Inbox):
-                raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.routes))
+        if isinstance(address, Inbox):
             return topology.Route("", address.name, address.name)
-        return route
+        return place_of(self._plan.routes, address)
 
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         self._link(self._publishing)
@@ -122,15 +110,11 @@ class RabbitMQAdapter:
 
     async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
         """For subscriptions: what goes on to another hold queue, or back to its own queue as a copy."""
-        try:
-            return await self.send(batch, _TIMEOUT)
-        except ConnectionLost as error:
-            return [error] * len(batch)
+        return await send_all(self.send, batch, _TIMEOUT)
 
     async def subscribe(self, source: Source) -> RabbitMQSubscription:
         link = self._link(self._consuming)
-        if source.start != "new":
-            raise Unsupported(f"{source.address}: start={source.start!r}, but RabbitMQ keeps no history")
+        no_history("RabbitMQ", source.address, source.start)
         place = self._plan.places.get(source.address)
         try:
             async with asyncio.timeout(_TIMEOUT):
@@ -156,11 +140,11 @@ class RabbitMQAdapter:
     async def _private_place(self, channel: Any, address: Queue[Any] | Group | Inbox) -> topology.Place:
         """An exclusive queue that ends with the connection: of an inbox or an ephemeral group."""
         if isinstance(address, Inbox):
-            name = wire.inbox_name(self._endpoint.prefix, self._endpoint.service, secrets.token_hex(8))
+            name = inbox_name(self._endpoint.prefix, self._endpoint.service, secrets.token_hex(8))
         elif isinstance(address, Group) and address.ephemeral:
             name = f"{self._endpoint.prefix}{stem(address)}.{secrets.token_hex(8)}"
         else:
-            raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.places))
+            return place_of(self._plan.places, address)
         config.check_name(name, address)
         await channel.queue_declare(
             name, durable=False, exclusive=True, auto_delete=True, arguments={"x-queue-type": "classic"}
@@ -179,9 +163,7 @@ class RabbitMQAdapter:
 
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link = self._link(self._consuming)
-        place = self._plan.places.get(address)
-        if place is None:
-            raise UnknownChannel(stem(address), tuple(a.name for a in self._plan.places))
+        place = place_of(self._plan.places, address)
         try:
             async with asyncio.timeout(_TIMEOUT):
                 channel = await link.channel()  # a fresh one: a queue that is missing closes it

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Any
 
-from unibus.adapter import Outcome, Results
 from unibus.delivery import Delivery
-from unibus.errors import Unsupported
+from unibus.driver import OnlyLooks
 from unibus_rabbitmq import errors
 from unibus_rabbitmq.subscription import TIMEOUT, RabbitMQSubscription
 
@@ -18,7 +16,7 @@ log = logging.getLogger("unibus.rabbitmq")
 _SEEN_AGAIN = 0.5  # seconds to wait for the queue to count what was handed back
 
 
-class Browser(RabbitMQSubscription):
+class Browser(OnlyLooks, RabbitMQSubscription):
     """Receives page by page, `prefetch` messages each, and settles nothing."""
 
     def __init__(self, *args: Any) -> None:
@@ -36,17 +34,12 @@ class Browser(RabbitMQSubscription):
             return False
         # All of this page is in hand, unsettled, so another consumer gets the next one. Shielded, since aiormq closes a channel
         # whose call is cancelled.
-        await asyncio.shield(self._start(self.consume(TIMEOUT)))
+        await asyncio.shield(self._tasks.start(self.consume(TIMEOUT)))
         return True
-
-    async def settle(
-        self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
-    ) -> Results:
-        raise Unsupported(f"{self.address}: the messages were only looked at")
 
     async def stop(self) -> None:
         self._stopped = True
-        self._wake()
+        self._waiter.wake()
 
     async def close(self) -> None:
         """Hand all back, and wait until the queue counts them again, unless someone else takes them."""

@@ -4,47 +4,37 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from yarl import URL
 
 from unibus.adapter import Declared, Url
-from unibus.channel import Group
-from unibus.config_tables import check_table
+from unibus.config_tables import DriverTable, check_options, check_table
 from unibus.errors import ConfigError
-from unibus.tls import client_context
+from unibus.tls import TlsTable, client_context
 
 ExchangeType = Literal["direct", "fanout", "topic", "headers"]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-
-class Settings(_Table):
+class Settings(TlsTable):
     """`[rabbitmq]`. Times are seconds."""
 
     connect_timeout: float = Field(10.0, gt=0)  # for each host
     heartbeat: int = Field(20, ge=1, le=600)  # a dead link is noticed after three of these
-    ca_file: Path | None = None  # default: the authorities that the machine trusts
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    verify: bool = True
 
 
-class QueueOptions(_Table):
+class QueueOptions(DriverTable):
     """Of a queue. With `exchange`, sends go through it, and the queue is bound to it."""
 
     queue_type: Literal["quorum", "classic"] | None = None
     exchange: str | None = Field(None, min_length=1, max_length=255)
     exchange_type: ExchangeType = "direct"
     routing_key: str | None = Field(None, max_length=255)
-    arguments: dict[str, str | int | bool] = {}  # of the binding
+    arguments: dict[str, str | int | bool] = Field({})  # of the binding
 
 
-class TopicOptions(_Table):
+class TopicOptions(DriverTable):
     """Of a topic: the exchange behind it and the key that publishes carry."""
 
     exchange: str | None = Field(None, min_length=1, max_length=255)
@@ -52,12 +42,12 @@ class TopicOptions(_Table):
     routing_key: str | None = Field(None, max_length=255)
 
 
-class GroupOptions(_Table):
+class GroupOptions(DriverTable):
     """Of a group: its queue and its binding."""
 
     queue_type: Literal["quorum", "classic"] | None = None
     routing_key: str | None = Field(None, max_length=255)
-    arguments: dict[str, str | int | bool] = {}  # of the binding
+    arguments: dict[str, str | int | bool] = Field({})  # of the binding
 
 
 def settings(table: Mapping[str, object]) -> Settings:
@@ -65,17 +55,15 @@ def settings(table: Mapping[str, object]) -> Settings:
 
 
 def queue_options(declared: Declared) -> QueueOptions:
-    return check_table(QueueOptions, declared.options, f"queues.{declared.address.name}.rabbitmq")
+    return check_options(QueueOptions, declared, "rabbitmq")
 
 
 def topic_options(declared: Declared) -> TopicOptions:
-    return check_table(TopicOptions, declared.options, f"topics.{declared.address.name}.rabbitmq")
+    return check_options(TopicOptions, declared, "rabbitmq")
 
 
 def group_options(declared: Declared) -> GroupOptions:
-    assert isinstance(declared.address, Group)  # noqa: S101  # for mypy: the caller looked
-    where = f"topics.{declared.address.topic.name}.groups.{declared.address.name}.rabbitmq"
-    return check_table(GroupOptions, declared.options, where)
+    return check_options(GroupOptions, declared, "rabbitmq")
 
 
 def check_name(name: str, of: object) -> str:
@@ -100,22 +88,20 @@ def urls(url: Url, given: Settings, service: str, role: str) -> list[URL]:
         raise ConfigError(
             f"url: the vhost {url.path!r} holds a %, which the client library can't address; rename the vhost"
         )
-    default_port = 5671 if url.scheme == "amqps" else 5672
     return [
         URL.build(
             scheme=url.scheme,
             user=url.username or "guest",
             password=url.password.value if url.password is not None else "guest",
             host=host,
-            port=port or default_port,
+            port=port,
             path="/" + url.path.replace("/", "%2F") if url.path else "/",
             encoded=False,
         ).update_query({"heartbeat": str(given.heartbeat), "name": f"{service} ({role})"})
-        for host, port in url.hosts or (("localhost", None),)
+        for host, port in url.targets(5671 if url.scheme == "amqps" else 5672)
     ]
 
 
 def tls(url: Url, given: Settings) -> ssl.SSLContext | None:
     """The TLS context of amqps, or None. Reads files: not for the event loop. Raises ConfigError."""
-    files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
-    return client_context("rabbitmq", "amqps", url.scheme, files, verify=given.verify)
+    return client_context("rabbitmq", "amqps", url.scheme, given)

@@ -10,14 +10,13 @@ from typing import Any
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from unibus.errors import NotFound
+from unibus.driver import missing as not_there
+from unibus.waiting import side_by_side
 from unibus_rabbitmq import errors
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.topology import Binding, Exchange, Plan, QueueSpec
 
 log = logging.getLogger("unibus.rabbitmq")
-
-_AT_ONCE = 8  # channels that declare side by side
 
 
 async def create(link: Link, made: Plan, timeout: float) -> None:
@@ -37,9 +36,7 @@ async def verify(link: Link, made: Plan, timeout: float) -> None:
 
     await _each(link, [*made.exchanges.values(), *made.queues.values()], look, timeout)
     if missing:
-        raise NotFound(
-            f"missing on RabbitMQ: {', '.join(sorted(missing))}; run `unibus declare`, or set declare = create"
-        )
+        raise not_there("RabbitMQ", sorted(missing))
 
 
 class _Channels:
@@ -65,18 +62,9 @@ class _Channels:
 async def _each(link: Link, items: Any, act: Callable[[_Channels, Any], Awaitable[None]], timeout: float) -> None:
     """`act` on all items, some side by side; the first failure ends it."""
     channels = _Channels(link)
-    waiting = iter(list(items))
-
-    async def work() -> None:
-        for item in waiting:
-            await act(channels, item)
-
     try:
         async with asyncio.timeout(timeout):
-            results = await asyncio.gather(*(work() for _ in range(_AT_ONCE)), return_exceptions=True)
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
+            await side_by_side(items, lambda item: act(channels, item))
             await channels.close()
     except Exception as exc:
         raise errors.translate(exc, "declare") from exc

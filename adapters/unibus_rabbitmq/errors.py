@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
 
 from aiormq.exceptions import AMQPError, AuthenticationError, ChannelInvalidStateError, ProbableAuthenticationError
 
@@ -17,10 +16,10 @@ from unibus.errors import (
     PermissionDenied,
     Refused,
     Throttled,
-    Timeout,
     TransportError,
     UnibusError,
 )
+from unibus.translation import common, wrong_password
 
 # By AMQP reply code; what is not here is Refused (a channel) or ConnectionLost (a connection).
 _BY_CODE: dict[int, type[TransportError]] = {
@@ -62,12 +61,10 @@ def by_code(code: int, text: str, doing: str) -> TransportError:
 
 def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. Never called with CancelledError."""
-    if isinstance(exc, UnibusError):
-        return exc
-    if isinstance(exc, TimeoutError):  # is an OSError, so it comes first
-        return Timeout(f"{doing}: no answer from RabbitMQ in time")
+    if (known := common(exc, doing, "RabbitMQ")) is not None:
+        return known
     if isinstance(exc, AuthenticationError | ProbableAuthenticationError):
-        return AuthenticationFailed(f"{doing}: wrong user or password; check username and UNIBUS_PASSWORD")
+        return wrong_password(doing)
     code = getattr(exc, "code", None) or _CODE_OF_CLASS.get(type(exc).__name__)
     if code is not None:
         return by_code(code, _text(exc), doing)
@@ -86,13 +83,12 @@ def connecting(exc: BaseException, where: str, vhost: str, timeout: float) -> Un
     if code == 530 and "refused" in text:
         return PermissionDenied(f"{doing}: the user has no permission on vhost {vhost!r}")
     if code == 403:
-        return AuthenticationFailed(f"{doing}: wrong user or password; check username and UNIBUS_PASSWORD")
-    if isinstance(exc, ssl.SSLCertVerificationError) or isinstance(exc.__cause__, ssl.SSLCertVerificationError):
-        return ConfigError(f"{doing}: its certificate is not trusted ({text}); set rabbitmq.ca_file")
+        return wrong_password(doing)
     if isinstance(exc, TimeoutError):
         return ConnectionLost(f"{doing}: no answer within {timeout:g} s")
     error = translate(exc, doing)
-    return error if isinstance(error, AuthenticationFailed | ConnectionLost) else ConnectionLost(str(error))
+    fatal = isinstance(error, AuthenticationFailed | ConfigError | ConnectionLost)
+    return error if fatal else ConnectionLost(str(error))
 
 
 def mismatch(exc: BaseException, doing: str) -> UnibusError:

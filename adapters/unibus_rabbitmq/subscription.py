@@ -6,19 +6,22 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aiormq.abc import AbstractChannel
 
-from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
-from unibus.channel import Group, Inbox, Queue, stem
+from unibus import deadletter
+from unibus.adapter import Outcome, Outgoing, Results, Source, Standing
+from unibus.channel import Group, Inbox, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
-from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
-from unibus.message import CRASH_COUNT, ORIGINAL_DESTINATION, ORIGINAL_SUBSCRIPTION
-from unibus.retry import SUSPECT_AFTER
+from unibus.driver import NoLease, NoMove, held
+from unibus.errors import ConnectionLost, NotFound, UnibusError, Unsupported
+from unibus.message import ORIGINAL_DESTINATION
+from unibus.retry import SUSPECT_AFTER, handed_out_often
+from unibus.waiting import Tasks, Waiter
 from unibus_rabbitmq import errors, wire
 from unibus_rabbitmq.intake import Intake
 from unibus_rabbitmq.link import Link
@@ -38,7 +41,7 @@ class Hooks:
     closed: Callable[[RabbitMQSubscription], None]
 
 
-class RabbitMQSubscription:
+class RabbitMQSubscription(NoMove, NoLease):
     """One consumer on a channel of its own. Delivery tags belong to the channel and end with it."""
 
     def __init__(
@@ -64,7 +67,7 @@ class RabbitMQSubscription:
         self._fallback = f"{secrets.token_hex(8)}-"  # of the ids of messages that have none
         self._buffer: deque[wire.Received] = deque()
         self._unsettled = Unsettled(channel.number)
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter = Waiter(clock)
         self._over: UnibusError | None = None  # why nothing comes any more
         self._dead = False  # the channel is gone, and with it all tags
         self._stopped = False
@@ -73,7 +76,7 @@ class RabbitMQSubscription:
         self._closing = False
         self._losing: asyncio.Task[None] | None = None
         self._tags: list[str] = []  # consumer tags
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(lambda exc: log.error("subscription of %s: %r", self.address, exc))
         link.wire.sinks[channel.number] = self._intake = Intake(self._arrived, self._leave)
         channel.on_consumer_cancel_callbacks.add(self._cancelled)
         channel.closing.add_done_callback(self._closed)
@@ -92,12 +95,8 @@ class RabbitMQSubscription:
         self._unsettled.arrived(received.tag)
         self._buffer.append(received)
         if self._handed_back:  # a quorum queue may deliver after its answer to the cancel
-            self._start(self._hand_back())
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._tasks.start(self._hand_back())
+        self._waiter.wake()
 
     # -- receive ----------------------------------------------------------------------------------------------
 
@@ -119,22 +118,11 @@ class RabbitMQSubscription:
             if left <= 0:
                 return []
             if not await self._ask_for_more(left):
-                await self._wait(left)
+                await self._waiter.wait(left)
 
     async def _ask_for_more(self, timeout: float) -> bool:
         """For browsing; elsewhere the server sends by itself."""
         return False
-
-    async def _wait(self, timeout: float) -> None:
-        """Until something arrives or ends; several callers share the future."""
-        if self._waiter is None or self._waiter.done():
-            self._waiter = asyncio.get_running_loop().create_future()
-        waiter = self._waiter
-        timer = self._clock.call_later(timeout, self._wake)
-        try:
-            await asyncio.shield(waiter)
-        finally:
-            timer.cancel()
 
     def _take(self, limit: int) -> list[Delivery[Any]]:
         found: list[Delivery[Any]] = []
@@ -145,7 +133,7 @@ class RabbitMQSubscription:
             if headers:
                 due = wire.not_before(headers)
                 if due is not None and due > self._clock.time() and self._holds:
-                    self._start(self._hold_again(delivery, due))
+                    self._tasks.start(self._hold_again(delivery, due))
                     continue
                 if self._place.letters and wire.DEATH in headers:
                     self._explain(delivery)
@@ -169,8 +157,7 @@ class RabbitMQSubscription:
             return
         origin = self._plan.logical.get(added[ORIGINAL_DESTINATION])
         if origin is not None:
-            topic = origin.topic if isinstance(origin, Group) else origin
-            added |= {ORIGINAL_DESTINATION: stem(topic), ORIGINAL_SUBSCRIPTION: origin.name}
+            added |= deadletter.origin(origin)
         delivery.message.headers = {**delivery.message.headers, **added}
 
     async def _hold_again(self, delivery: Delivery[Any], due: float) -> None:
@@ -190,22 +177,15 @@ class RabbitMQSubscription:
     ) -> Results:
         if outcome is Outcome.RELEASED and any(delays):
             raise Unsupported("RabbitMQ gives a message back at once; send a delayed copy, then accept this one")
-        results: list[TransportError | None] = [None] * len(deliveries)
-        mine: dict[int, int] = {}  # tag -> index
-        for index, delivery in enumerate(deliveries):
-            tag = _tag(delivery)
-            if tag in mine or self._dead or delivery.lost or not self._unsettled.has(delivery):
-                results[index] = LeaseLost(f"{delivery.position}: settled before, or its channel is gone")
-            else:
-                mine[tag] = index
+        results, mine = held(deliveries, lambda d: not self._dead and self._unsettled.has(d), "its channel is gone")
         try:
             if outcome is Outcome.ACCEPTED:
-                self._accept(list(mine))
+                self._accept([_tag(deliveries[index]) for index in mine])
             else:
-                await self._release([deliveries[index] for index in mine.values()])
+                await self._release([deliveries[index] for index in mine])
             await self._link.drain()
         except ConnectionLost as error:
-            for index in mine.values():
+            for index in mine:
                 results[index] = error
         return results
 
@@ -222,10 +202,11 @@ class RabbitMQSubscription:
         if self._place.single and self._stopped:
             self._unsettled.keep(deliveries)
             return
+        # One below the core's limit: what is on its way while the channel ends is counted once more.
         nack: list[Delivery[Any]] = []
         copy: list[Delivery[Any]] = []
         for delivery in deliveries:
-            (copy if self._place.copies and _suspicious(delivery) else nack).append(delivery)
+            (copy if self._place.copies and handed_out_often(delivery, SUSPECT_AFTER - 1) else nack).append(delivery)
         if copy:
             for delivery, error in zip(copy, await self._hooks.send([self._again(d) for d in copy]), strict=True):
                 if not self._unsettled.has(delivery):
@@ -240,12 +221,6 @@ class RabbitMQSubscription:
     def _again(self, delivery: Delivery[Any], not_before: float | None = None) -> Outgoing:
         return Outgoing(self.address, delivery.message, not_before, delivery)
 
-    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
-        raise Unsupported("RabbitMQ has no atomic move; send, then accept")
-
-    async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
-        raise Unsupported("RabbitMQ deliveries have no lease; consumer_timeout bounds how long one may be held")
-
     # -- the end ----------------------------------------------------------------------------------------------
 
     async def check(self) -> Standing:
@@ -257,7 +232,7 @@ class RabbitMQSubscription:
             self._stopped = True
             return
         self._stopped = True
-        self._wake()
+        self._waiter.wake()
         if self._place.single:
             # The next consumer would be active at once and overtake what is still in hand here. The end of the channel gives
             # back the rest and makes it active in one step.
@@ -318,12 +293,12 @@ class RabbitMQSubscription:
             error.__cause__ = cause
         self._end(error)
         self._buffer.clear()
-        self._losing = self._start(self._lose(self._unsettled.given_out()))
+        self._losing = self._tasks.start(self._lose(self._unsettled.given_out()))
 
     def _end(self, error: UnibusError) -> None:
         if self._over is None:
             self._over = error
-        self._wake()
+        self._waiter.wake()
 
     async def _lose(self, held: list[Delivery[Any]]) -> None:
         try:
@@ -332,26 +307,10 @@ class RabbitMQSubscription:
         finally:
             self._unsettled.lose_all()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("subscription of %s: %r", self.address, exc)
-
 
 async def _never(message: Any) -> None:
     """The callback that aiormq wants: the tap takes every delivery before aiormq sees it."""
     raise AssertionError(f"a delivery went past the tap: {message.delivery!r}")
-
-
-def _suspicious(delivery: Delivery[Any]) -> bool:
-    # One below the core's limit: what is on its way while the channel ends is counted once more.
-    return (delivery.deliveries or 0) >= SUSPECT_AFTER - 1 or CRASH_COUNT in delivery.message.headers
 
 
 def _tag(delivery: Delivery[Any]) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 
 from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
-from unibus.errors import ConfigError, Unsupported
+from unibus.driver import no_history
+from unibus.errors import ConfigError
 from unibus_rabbitmq import config
 from unibus_rabbitmq.capabilities import number
 
@@ -107,8 +108,7 @@ class _Planner:
     def plan(self) -> Plan:
         for declared in self.topology.channels:
             config.check_name(declared.name, declared.address)
-            if declared.start != "new":
-                raise Unsupported(f"{declared.address}: start={declared.start!r}, but RabbitMQ keeps no history")
+            no_history("RabbitMQ", declared.address, declared.start)
             address = declared.address
             if isinstance(address, Topic):
                 self._topic(declared, address)

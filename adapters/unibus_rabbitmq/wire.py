@@ -20,7 +20,8 @@ from typing import Any
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
 from unibus.deadletter import stamp
-from unibus.errors import Refused
+from unibus.envelope import read, read_time, time_text
+from unibus.inboxes import inbox, inbox_shape
 from unibus.message import (
     BROKER_HEADERS,
     CAUSATION_ID,
@@ -36,7 +37,6 @@ from unibus.message import (
     NOT_BEFORE,
     ORIGINAL_DESTINATION,
     REPLY_TO,
-    TIMESTAMP,
     TYPE,
     Message,
 )
@@ -53,9 +53,7 @@ _SENDER_SELECTED = frozenset(("CC", "BCC"))
 _LONGEST = 255
 
 # reply_to is untrusted. amq.rabbitmq.reply-to.* is not among these: a forged one makes the server close the connection.
-_INBOX = re.compile(
-    r"[A-Za-z0-9._-]{0,60}unibus\.reply\.[A-Za-z0-9._-]{0,120}\.[0-9a-f]{16}|amq\.gen-[A-Za-z0-9_-]{22}"
-)
+_INBOX = re.compile(inbox_shape() + r"|amq\.gen-[A-Za-z0-9_-]{22}")
 
 
 class Received:
@@ -100,17 +98,7 @@ class Received:
 
 def reply_address(text: str) -> Inbox:
     """The inbox behind an untrusted reply_to. Raises Refused."""
-    if not _INBOX.fullmatch(text):
-        raise Refused(
-            "the reply address is not the queue of an inbox: expected a name made by unibus (...unibus.reply....) or by the "
-            "server (amq.gen-...)"
-        )
-    return Inbox(text)
-
-
-def inbox_name(prefix: str, service: str, token: str) -> str:
-    """The queue of an inbox; `reply_address` knows this shape."""
-    return f"{prefix}unibus.reply.{re.sub(r'[^A-Za-z0-9._-]', '-', service)[:100]}.{token}"
+    return inbox(_INBOX, text, "...unibus.reply...., or a name made by the server (amq.gen-...)")
 
 
 def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: float) -> tuple[int, bytes]:
@@ -139,11 +127,11 @@ def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: f
     if message.key is not None:
         more[KEY] = message.key
     if message.expires_at is not None:
-        more[EXPIRES_AT] = f"{message.expires_at:.3f}"
+        more[EXPIRES_AT] = time_text(message.expires_at)
         if reply:
             p.expiration = str(max(0, round((message.expires_at - now) * 1000)))
     if not_before is not None:
-        more[NOT_BEFORE] = f"{not_before:.3f}"
+        more[NOT_BEFORE] = time_text(not_before)
     if outgoing.origin is not None and isinstance(outgoing.origin.native, Received):
         _copy_native(outgoing.origin.native, p, more)
     p.headers = {**message.headers, **more} if more else message.headers
@@ -168,28 +156,20 @@ def _copy_native(origin: Received, p: frames.Properties, more: dict[str, Any]) -
 def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
     """The envelope of a delivery. `fallback`: its id if the producer gave none."""
     p = received.properties
-    native = p.headers
-    headers: Mapping[str, str] = NO_HEADERS
-    more: Mapping[str, Any] = NO_HEADERS
-    if native:
-        headers = {n: v for n, v in native.items() if type(v) is str and n not in _OURS}
-        if len(headers) < len(native):
-            more = native
+    native = p.headers or NO_HEADERS
     correlation_id, causation_id, message_id = p.correlation_id, None, p.message_id
-    if more is not NO_HEADERS:
-        causation_id, message_id = _text(more, CAUSATION_ID), _text(more, ID) or message_id
     if inbox:
-        correlation_id, causation_id = _text(more, CORRELATION_ID), correlation_id or causation_id
-    elif p.reply_to is not None or REPLY_TO in more:
+        correlation_id, causation_id = None, correlation_id
+    elif p.reply_to is not None or REPLY_TO in native:
         # A foreign requester matches on its correlation id, whatever message id it gave.
-        message_id = _text(more, ID) or correlation_id or message_id
-        correlation_id = _text(more, CORRELATION_ID)
+        message_id = correlation_id or message_id
+        correlation_id = None
     message = Message(
         received.body,
         message_id or fallback,
         p.type,
         p.content_type,
-        headers,
+        NO_HEADERS,
         None,
         correlation_id,
         causation_id,
@@ -198,33 +178,16 @@ def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
         None,
         p.priority,
     )
-    if more is not NO_HEADERS:
-        message.key = _text(more, KEY)
-        message.expires_at = _time(more, EXPIRES_AT)
-        message.type = p.type or _text(more, TYPE)
-        message.content_type = p.content_type or _text(more, CONTENT_TYPE)
-        message.reply_to = p.reply_to or _text(more, REPLY_TO)
-        message.correlation_id = correlation_id or _text(more, CORRELATION_ID)
-        if p.timestamp is None:
-            message.timestamp = _time(more, TIMESTAMP)
+    if native:
+        read({n: v for n, v in native.items() if type(v) is str and n not in BROKER_HEADERS}, message)
+        if inbox and p.correlation_id is not None:
+            message.causation_id = p.correlation_id  # what a reply is matched by
     return message
-
-
-def _text(headers: Mapping[str, Any], name: str) -> str | None:
-    value = headers.get(name)
-    return value if type(value) is str else None
-
-
-def _time(headers: Mapping[str, Any], name: str) -> float | None:
-    try:
-        return float(headers[name])
-    except (KeyError, TypeError, ValueError):
-        return None  # a foreign header of the same name
 
 
 def not_before(headers: Mapping[str, Any]) -> float | None:
     """When the message is due, if it came back from a hold queue for another hop."""
-    return _time(headers, NOT_BEFORE) if NOT_BEFORE in headers else None
+    return read_time(headers.get(NOT_BEFORE))
 
 
 def deliveries(received: Received, *, counted: bool) -> int:

@@ -12,8 +12,11 @@ from typing import Any
 from redis.asyncio import Redis, RedisCluster
 
 from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Subscription, Topology
-from unibus.channel import Address, Group, Inbox, Queue, stem
-from unibus.errors import ConfigError, ConnectionLost, NotFound, TransportError, UnknownChannel, Unroutable, Unsupported
+from unibus.channel import Address, Group, Inbox, Queue
+from unibus.driver import by, place_of
+from unibus.driver import missing as not_there
+from unibus.errors import ConfigError, ConnectionLost, NotFound, TransportError, Unroutable, Unsupported
+from unibus.inboxes import inbox_name
 from unibus_redis import config, errors, scripts, topology, wire
 from unibus_redis.capabilities import known
 from unibus_redis.link import Link, Links
@@ -88,8 +91,7 @@ class RedisAdapter:
             looks = [self._look(place, *made) for place in places.values() for made in place.made()]
             missing = [found for found in await asyncio.gather(*looks) if found]
             if topology_.mode == "verify" and missing:
-                names = ", ".join(dict.fromkeys(f"{place.address} ({stream})" for place, stream, _, _ in missing))
-                raise NotFound(f"missing on Redis: {names}; create them with `unibus declare`")
+                raise not_there("Redis", dict.fromkeys(f"{place.address} ({stream})" for place, stream, _, _ in missing))
             for place, stream, group, start in missing:
                 arguments = (group, start or "$", "", 0)
                 if await self._linked(place).script(scripts.MAKE, [stream], arguments, f"declare {place.address}"):
@@ -119,12 +121,7 @@ class RedisAdapter:
         return None if kind != b"none" and (not group or group in there) else (place, stream, group, start)
 
     def _place(self, address: Address) -> Place:
-        if isinstance(address, Inbox):
-            return topology.inbox(address.name)
-        place = self._places.get(address)
-        if place is None:
-            raise UnknownChannel(stem(address), tuple(a.name for a in self._places))
-        return place
+        return topology.inbox(address.name) if isinstance(address, Inbox) else place_of(self._places, address)
 
     # -- sending ----------------------------------------------------------------------------------------------
 
@@ -163,18 +160,12 @@ class RedisAdapter:
 
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         await asyncio.sleep(0)  # a sender in a loop must not starve the consumers; others join the next batch meanwhile
-        by_slot: dict[int, list[int]] = {}
-        if self.links.cluster:
-            for i, outgoing in enumerate(batch):
-                by_slot.setdefault(self.slot(outgoing.to), []).append(i)
-        if len(by_slot) < 2:
+        parts = list(by(range(len(batch)), lambda i: self.slot(batch[i].to)).values()) if self.links.cluster else []
+        if len(parts) < 2:
             return await self._send(batch, timeout)
-        results: list[TransportError | None] = [None] * len(batch)
-        parts = [self._send([batch[i] for i in part], timeout) for part in by_slot.values()]
-        for part, found in zip(by_slot.values(), await asyncio.gather(*parts), strict=True):
-            for i, error in zip(part, found, strict=True):
-                results[i] = error
-        return results
+        found = await asyncio.gather(*(self._send([batch[i] for i in part], timeout) for part in parts))
+        results = {i: error for part, errors in zip(parts, found, strict=True) for i, error in zip(part, errors, strict=True)}
+        return [results[i] for i in range(len(batch))]
 
     async def _send(self, batch: Sequence[Outgoing], timeout: float) -> list[TransportError | None]:
         link = self._linked(self._place(batch[0].to))
@@ -208,7 +199,7 @@ class RedisAdapter:
         consumer = f"{self._endpoint.service}.{self._endpoint.instance}.{token}"
         life = 0
         if isinstance(address, Inbox):
-            place = topology.inbox(wire.inbox_name(self._endpoint.prefix, self._endpoint.service, token))
+            place = topology.inbox(inbox_name(self._endpoint.prefix, self._endpoint.service, token, wire.SEPARATOR))
             life = round(INBOX_LIFE * 1000)
         elif isinstance(address, Group) and address.ephemeral:
             topic = self._place(address.topic)

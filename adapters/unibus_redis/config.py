@@ -5,26 +5,22 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from unibus.adapter import Secret, Url
-from unibus.config_tables import check_table
+from unibus.config_tables import DriverTable, check_table
 from unibus.errors import ConfigError
-from unibus.tls import client_context
+from unibus.inboxes import plain
+from unibus.tls import TlsTable, client_context
 from unibus_redis.capabilities import LEASE
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-
-class Settings(_Table):
+class Settings(TlsTable):
     """`[redis]`. Times are seconds."""
 
     connect_timeout: float = Field(10.0, gt=0)  # for each host
@@ -32,18 +28,10 @@ class Settings(_Table):
     lease: float = Field(LEASE, ge=1, le=43200)  # the same in every process that consumes from one server
     retention: float = Field(0.0, ge=0)  # how long topics keep what all groups have read
     allow_eviction: bool = False
-    ca_file: Path | None = None  # default: the authorities that the machine trusts
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    verify: bool = True
 
 
-class QueueOptions(_Table):
+class QueueOptions(DriverTable):
     group: str = Field("unibus", min_length=1, max_length=255)  # the consumer group on the queue's stream
-
-
-class NoOptions(_Table):
-    """Of topics and groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +70,8 @@ def database(url: Url) -> int:
 
 def login(url: Url, given: Settings, name: str) -> Login:
     """Reads the TLS files. Raises ConfigError."""
-    files = {"ca_file": given.ca_file, "cert_file": given.cert_file, "key_file": given.key_file}
-    context = client_context("redis", "rediss", url.scheme, files, verify=given.verify)
-    name = "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
-    return Login(name, given.connect_timeout, context, url.username, url.password, database(url))
+    context = client_context("redis", "rediss", url.scheme, given)
+    return Login(plain(name), given.connect_timeout, context, url.username, url.password, database(url))
 
 
 def client(given: Settings, login: Login, host: str, port: int, *, cluster: bool) -> Redis | RedisCluster:
@@ -97,14 +83,11 @@ def client(given: Settings, login: Login, host: str, port: int, *, cluster: bool
         "password": login.password and login.password.value,
         "client_name": login.name,
         "retry": Retry(NoBackoff(), 0),  # its default sends a command again whose answer was lost
+        "ssl": login.tls is not None,
+        "ssl_ca_certs": given.ca_file,
+        "ssl_certfile": given.cert_file,
+        "ssl_keyfile": given.key_file,
+        "ssl_cert_reqs": "required" if given.verify else "none",
+        "ssl_check_hostname": given.verify,
     }
-    if login.tls is not None:
-        arguments |= {
-            "ssl": True,
-            "ssl_ca_certs": given.ca_file,
-            "ssl_certfile": given.cert_file,
-            "ssl_keyfile": given.key_file,
-            "ssl_cert_reqs": "required" if given.verify else "none",
-            "ssl_check_hostname": given.verify,
-        }
     return RedisCluster(**arguments) if cluster else Redis(db=login.database, **arguments)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
-
 from hiredis import ReplyError
 
 from unibus.errors import (
@@ -15,13 +13,12 @@ from unibus.errors import (
     PermissionDenied,
     Refused,
     Throttled,
-    Timeout,
     TransportError,
     UnibusError,
     Unroutable,
 )
+from unibus.translation import FATAL, common, wrong_password
 
-_WRONG_LOGIN = "wrong user or password; check username and UNIBUS_PASSWORD"
 # By the first word of an error reply; what to say, where its own words do not.
 _BY_CODE: dict[str, tuple[type[TransportError], str]] = {
     "LEASELOST": (LeaseLost, "the delivery is no longer held by this consumer"),
@@ -30,8 +27,8 @@ _BY_CODE: dict[str, tuple[type[TransportError], str]] = {
     "NOGROUP": (NotFound, "the stream or its consumer group is gone"),
     "WRONGTYPE": (Refused, "a key that should be a stream is of another type; rename the channel, or move that key"),
     "NOPERM": (PermissionDenied, "the user may not do this; see the rights in docs/brokers/redis.md"),
-    "NOAUTH": (AuthenticationFailed, _WRONG_LOGIN),
-    "WRONGPASS": (AuthenticationFailed, _WRONG_LOGIN),
+    "NOAUTH": (AuthenticationFailed, ""),
+    "WRONGPASS": (AuthenticationFailed, ""),
     "OOM": (Throttled, "the server is at its maxmemory"),  # noeviction: it takes writes again once there is room
     "MISCONF": (Throttled, ""),  # it can't write to its disk
     "BUSY": (Throttled, ""),
@@ -55,29 +52,25 @@ def refusal(text: str, doing: str) -> TransportError:
     elif text.startswith("ERR AUTH"):  # a password for a user who has none
         code = "WRONGPASS"
     kind, words = _BY_CODE.get(code, (Refused, ""))
+    if kind is AuthenticationFailed:
+        return wrong_password(doing)
     detail = rest.partition(" script: ")[0] if code in _BY_CODE else text
     return kind(f"{doing}: {words}{f' ({detail})' if words and detail else detail}")
 
 
 def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. Never called with CancelledError."""
-    if isinstance(exc, UnibusError):
-        return exc
+    if (known := common(exc, doing, "Redis")) is not None:
+        return known
     if isinstance(exc, ReplyError):
         return refusal(str(exc), doing)
-    if isinstance(exc, TimeoutError):
-        return Timeout(f"{doing}: no answer from Redis in time")
     return ConnectionLost(f"{doing}: {str(exc) or type(exc).__name__}")
 
 
 def connecting(exc: Exception, where: str) -> UnibusError:
     """Of one host during connect."""
     doing = f"connect to Redis at {where}"
-    text = str(exc)
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return ConfigError(f"{doing}: its certificate is not trusted ({text}); set redis.ca_file")
-    if isinstance(exc, ReplyError) and ("DB index" in text or "SELECT" in text):
-        return ConfigError(f"{doing}: it has no such database ({text}); correct the path of url")
+    if isinstance(exc, ReplyError) and ("DB index" in str(exc) or "SELECT" in str(exc)):
+        return ConfigError(f"{doing}: it has no such database ({exc}); correct the path of url")
     error = translate(exc, doing)
-    fatal = AuthenticationFailed | PermissionDenied | ConfigError
-    return error if isinstance(error, fatal | ConnectionLost) else ConnectionLost(str(error))
+    return error if isinstance(error, FATAL | ConnectionLost) else ConnectionLost(str(error))

@@ -18,7 +18,8 @@ from hiredis import Reader, pack_command
 from redis.crc import key_slot
 
 from unibus.adapter import Url
-from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, PermissionDenied, Timeout, TransportError
+from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, Timeout
+from unibus.translation import first_that_answers
 from unibus_redis import errors
 from unibus_redis.config import Login, Settings
 from unibus_redis.scripts import ALL, Script
@@ -151,8 +152,7 @@ class Links:
     """To every server that takes messages: the one that answers and may be written to, or all masters of a cluster."""
 
     def __init__(self, url: Url, given: Settings) -> None:
-        port = 26379 if given.sentinel else 6379
-        self._hosts = [(host, own or port) for host, own in url.hosts or [("localhost", None)]]
+        self._hosts = url.targets(26379 if given.sentinel else 6379)
         self._sentinel = given.sentinel
         self._allow_eviction = given.allow_eviction
         self.cluster = False
@@ -162,18 +162,15 @@ class Links:
 
     async def open(self, login: Login) -> str:
         """The version of the servers. Raises what every host answered, or what makes one unfit."""
-        problems = []
-        for address in self._hosts:
+
+        async def use(host: tuple[str, int]) -> str:
             try:
-                host, port = await self._master(login, *address) if self._sentinel else address
-                return await self._adopt(login, host, port)
-            except (AuthenticationFailed, PermissionDenied, ConfigError):
+                return await self._adopt(login, *(await self._master(login, *host) if self._sentinel else host))
+            except BaseException:
                 await self.close()
                 raise
-            except TransportError as error:
-                await self.close()
-                problems.append(error)
-        raise ConnectionLost("; ".join(map(str, problems))) from problems[-1]
+
+        return await first_that_answers(self._hosts, use)
 
     async def _master(self, login: Login, host: str, port: int) -> tuple[str, int]:
         """As this sentinel sees it. Sentinels have users of their own, or none at all."""

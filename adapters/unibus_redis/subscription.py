@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
 from unibus.channel import Group, Inbox, Queue
 from unibus.delivery import Delivery
+from unibus.driver import OnlyLooks, by, held, lease_lost
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
+from unibus.waiting import happens
 from unibus_redis import errors, scripts, wire
 from unibus_redis.link import TIMEOUT, Link
 from unibus_redis.topology import PRIVATE, Place
@@ -28,6 +30,7 @@ _BEAT = 1.0  # how often to look for what others have put into the delayed set, 
 _LONGEST_READ = 5.0  # an empty read is repeated
 _DEAD_CONSUMER = 3600.0
 _TIDY = 600.0
+_LOST = "its lease is over and another consumer has it"
 
 
 class RedisSubscription:
@@ -90,7 +93,7 @@ class RedisSubscription:
                 if found := self._take(room):
                     return found
             elif deadline > now:
-                await _happens(self._woken, deadline - now)
+                await happens(self._woken, deadline - now)
             if deadline <= self._clock.monotonic():
                 return []
 
@@ -184,16 +187,9 @@ class RedisSubscription:
         self, script: scripts.Script, deliveries: Sequence[Delivery[Any]], take_back: int | None = None
     ) -> list[TransportError | None]:
         """One call for each stream. What is not ours any more is LeaseLost."""
-        results: list[TransportError | None] = [None] * len(deliveries)
-        by_key: dict[str, list[int]] = {}
         near = self._clock.monotonic() + self._adapter.settings.lease / 2
-        for i, delivery in enumerate(deliveries):
-            entry: Entry = delivery.token
-            if entry not in self._held:
-                results[i] = _lost(delivery)
-            else:
-                by_key.setdefault(entry.key, []).append(i)
-        for key, indices in by_key.items():
+        results, mine = held(deliveries, self._has, _LOST)
+        for key, indices in by(mine, lambda i: str(deliveries[i].token.key)).items():
             # Looking at the owner takes as long as the rest, so it is left out where nobody can have claimed it yet.
             risky = self._place.ordered or any((deliveries[i].lease_until or 0) < near for i in indices)
             option = take_back if take_back is not None else int(key not in self._shared)
@@ -205,7 +201,7 @@ class RedisSubscription:
             else:
                 lost = await self._script(script, [key], [*arguments, *ids], "settle messages of")
             for n in lost:
-                results[indices[n]] = _lost(deliveries[indices[n]])
+                results[indices[n]] = lease_lost(deliveries[indices[n]], _LOST)
             for i in indices:
                 if take_back != 0 or results[i] is not None:
                     self._held.pop(deliveries[i].token, None)
@@ -232,6 +228,9 @@ class RedisSubscription:
                 self._arrived.appendleft(entry)
         return results
 
+    def _has(self, delivery: Delivery[Any]) -> bool:
+        return delivery.token in self._held
+
     async def move(self, moves: Sequence[Move], timeout: float) -> Sequence[TransportError | Unsupported | None]:
         slot, slot_of = self._adapter.links.slot(self._place.first), self._adapter.slot
         near = [i for i, move in enumerate(moves) if all(slot_of(out.to) == slot for out in move.sends)]
@@ -242,14 +241,8 @@ class RedisSubscription:
         return [done.get(i, far) for i in range(len(moves))]
 
     async def _move(self, moves: Sequence[Move]) -> list[TransportError | None]:
-        results: list[TransportError | None] = [None] * len(moves)
-        by_key: dict[str, list[int]] = {}
-        for i, move in enumerate(moves):
-            if move.delivery.token in self._held:
-                by_key.setdefault(move.delivery.token.key, []).append(i)
-            else:
-                results[i] = _lost(move.delivery)
-        for key, indices in by_key.items():
+        results, mine = held([move.delivery for move in moves], self._has, _LOST)
+        for key, indices in by(mine, lambda i: str(moves[i].delivery.token.key)).items():
             keys, kinds, packed = self._adapter.pack([out for i in indices for out in moves[i].sends])
             arguments: list[Any] = [int(key not in self._shared), kinds]
             at = iter(packed)
@@ -279,7 +272,7 @@ class RedisSubscription:
     async def _keep_on(self) -> None:
         tidied = self._clock.monotonic()
         while True:
-            await _happens(self._nudged, min(self._due, _BEAT, self._adapter.settings.lease / 3))
+            await happens(self._nudged, min(self._due, _BEAT, self._adapter.settings.lease / 3))
             self._nudged.clear()
             try:
                 await self._keep()
@@ -316,10 +309,10 @@ class RedisSubscription:
             self._woken.set()
         if got != 1 and leading and ms:  # another has taken it, or could have
             log.warning("%s: the lead was lost for a time; what was held is another's now", self.address)
-            held, self._held = list(self._held.values()), {}
+            had, self._held = list(self._held.values()), {}
             self._arrived.clear()
-            await self.source.losing(held, 0)
-            for delivery in held:
+            await self.source.losing(had, 0)
+            for delivery in had:
                 delivery.lost = True
 
     async def _tidy(self, idle: float) -> None:
@@ -391,7 +384,7 @@ class RedisSubscription:
                 await self._own(0)
 
 
-class Browser:
+class Browser(OnlyLooks):
     """Looks at what waits, stream by stream, and takes nothing."""
 
     def __init__(self, adapter: RedisAdapter, source: Source, place: Place, link: Link) -> None:
@@ -424,17 +417,6 @@ class Browser:
             await clock.sleep(min(left, _BEAT / 4))
         return []
 
-    async def settle(
-        self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
-    ) -> Results:
-        raise Unsupported(f"{self.address}: the messages were only looked at")
-
-    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
-        raise Unsupported(f"{self.address}: the messages were only looked at")
-
-    async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
-        raise Unsupported(f"{self.address}: the messages were only looked at")
-
     async def check(self) -> Standing:
         return "gone" if self._stopped else "consuming"
 
@@ -453,19 +435,7 @@ def deliver(entry: Entry, source: Source, place: Place) -> Delivery[Any]:
     return Delivery(message, source, entry, 0, None, None, entry, entry.position)
 
 
-async def _happens(event: asyncio.Event, seconds: float) -> None:
-    """Until it is set, or so long."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return
-
-
 def _age(entry: Entry) -> tuple[int, int]:
     ms, _, n = entry.id.partition(b"-")
     return int(ms), int(n)
 
-
-def _lost(delivery: Delivery[Any]) -> LeaseLost:
-    return LeaseLost(f"{delivery.position}: settled before, or its lease is over and another consumer has it")

@@ -11,7 +11,8 @@ from typing import Any
 
 from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, INVALID, Address, Group, Inbox, Queue, Topic, stem
-from unibus.config_tables import check_table
+from unibus.config_tables import DriverTable, check_options
+from unibus.driver import topic_of
 from unibus.errors import ConfigError, Unsupported
 from unibus_redis import config
 
@@ -90,10 +91,10 @@ def plan(topology: Topology, now: float, retention: float) -> dict[Address, Plac
         if isinstance(address, Group):
             place = _group(declared, address, places, _start(declared, now, retention))
         elif isinstance(address, Topic):
-            check_table(config.NoOptions, declared.options, f"topics.{address.name}.redis")
+            check_options(DriverTable, declared, "redis")
             place = Place(address, name, "", _levels(address, name, name))
         else:
-            options = check_table(config.QueueOptions, declared.options, f"queues.{address.name}.redis")
+            options = check_options(config.QueueOptions, declared, "redis")
             place = Place(address, name, options.group, _levels(address, name, name), ordered=address.ordered)
         places[address] = place
         tags[stem(address)] = place.tag
@@ -102,10 +103,8 @@ def plan(topology: Topology, now: float, retention: float) -> dict[Address, Plac
 
 
 def _group(declared: Declared, group: Group, places: dict[Address, Place], start: str) -> Place:
-    check_table(config.NoOptions, declared.options, f"topics.{group.topic.name}.groups.{group.name}.redis")
-    topic = places.get(group.topic)
-    if topic is None:
-        raise ConfigError(f"{group}: declare {group.topic} before its groups")
+    check_options(DriverTable, declared, "redis")
+    topic = topic_of(places, group)
     own = _within(topic.tag, declared.name)
     streams = _levels(group.topic, own, own)
     return Place(group, topic.tag, declared.name, streams, topic.streams, start, ordered=group.topic.ordered)

@@ -16,36 +16,22 @@ from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.errors import Refused
+from unibus.envelope import JSON, read, write
+from unibus.inboxes import inbox, inbox_shape
 from unibus.message import (
-    CAUSATION_ID,
     CONTENT_TYPE,
-    CORRELATION_ID,
     ENVELOPE_HEADERS,
-    EXPIRES_AT,
     ID,
     KEY,
     NO_HEADERS,
-    REPLY_TO,
-    TIMESTAMP,
-    TYPE,
     Message,
 )
 
 BODY, HEADERS = b"body", b"headers"
 _dump = json.JSONEncoder(separators=(",", ":")).encode
 _load = json.JSONDecoder().raw_decode
-_FIELDS = {  # of the envelope, as they are
-    ID: "id",
-    KEY: "key",
-    TYPE: "type",
-    CONTENT_TYPE: "content_type",
-    CORRELATION_ID: "correlation_id",
-    CAUSATION_ID: "causation_id",
-    REPLY_TO: "reply_to",
-}
-# reply_to is untrusted: this is the shape of the names that `inbox_name` makes, and of nothing else that is declared.
-_INBOX = re.compile(r"[A-Za-z0-9._-]{0,60}unibus:reply:[A-Za-z0-9._-]{0,120}:[0-9a-f]{16}")
+SEPARATOR = ":"  # in the names of inboxes
+_INBOX = re.compile(inbox_shape(SEPARATOR))
 
 
 class Entry:
@@ -76,15 +62,9 @@ class Entry:
         return f"<Entry {self.position}>"
 
 
-def inbox_name(prefix: str, service: str, token: str) -> str:
-    return f"{prefix}unibus:reply:{re.sub(r'[^A-Za-z0-9._-]', '-', service)[:100]}:{token}"
-
-
 def reply_address(text: str) -> Inbox:
     """The inbox behind an untrusted reply_to. Raises Refused."""
-    if not _INBOX.fullmatch(text):
-        raise Refused("the reply address is no inbox that unibus has made (...unibus:reply:...)")
-    return Inbox(text)
+    return inbox(_INBOX, text, "...unibus:reply:...")
 
 
 def encode(outgoing: Outgoing, now: float) -> list[Any]:
@@ -97,15 +77,11 @@ def encode(outgoing: Outgoing, now: float) -> list[Any]:
         headers |= odd
     if message.headers is not NO_HEADERS:
         headers |= message.headers
-    for name, field in _FIELDS.items():
-        if (value := getattr(message, field)) is not None:
-            headers[name] = value
-    if message.timestamp is not None and (
-        origin is not None or outgoing.not_before or abs(now - message.timestamp) > 1
-    ):
-        headers[TIMESTAMP] = f"{message.timestamp:.3f}"
-    if message.expires_at is not None:
-        headers[EXPIRES_AT] = f"{message.expires_at:.3f}"
+    headers[ID] = message.id
+    if message.key is not None:
+        headers[KEY] = message.key
+    stamped = origin is not None or outgoing.not_before or abs(now - (message.timestamp or now)) > 1
+    write(message, headers, message.timestamp if stamped else None)
     return [BODY, message.body, HEADERS, _dump(headers), *more]
 
 
@@ -133,22 +109,13 @@ def decode(entry: Entry) -> Message:
         names = [part.decode(errors="surrogateescape") for part in fields]
         body, headers = (
             _dump(dict(zip(names[::2], names[1::2], strict=True))).encode(),
-            {CONTENT_TYPE: "application/json"},
+            {CONTENT_TYPE: JSON},
         )
     message = Message(body)
     for name, value in headers.items():
-        if type(value) is not str:
-            continue
-        if name not in ENVELOPE_HEADERS:
+        if type(value) is str:
             text[name] = value
-        elif (field := _FIELDS.get(name)) is not None:
-            setattr(message, field, value)
-        elif name == EXPIRES_AT:
-            message.expires_at = _number(value)
-        elif name == TIMESTAMP:
-            message.timestamp = _number(value)
-    if text:
-        message.headers = text
+    read(text, message)
     message.id = message.id or entry.position
     if message.timestamp is None:
         message.timestamp = int(entry.id.partition(b"-")[0]) / 1000
@@ -173,11 +140,3 @@ def _text(name: bytes, value: bytes) -> tuple[str, str] | None:
     except UnicodeDecodeError:
         return None
     return found if found[0] not in ENVELOPE_HEADERS else None
-
-
-def _number(value: str) -> float | None:
-    try:
-        number = float(value)
-    except ValueError:
-        return None  # a foreign header of the same name
-    return number if math.isfinite(number) else None

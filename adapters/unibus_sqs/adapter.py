@@ -9,17 +9,15 @@ from typing import Any
 
 from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
-from unibus.channel import Address, Group, Inbox, Queue, Topic, stem
+from unibus.channel import Address, Group, Inbox, Queue, Topic
+from unibus.driver import as_result, by, linked, no_history, place_of
 from unibus.errors import (
-    ConnectionLost,
     MessageTooLarge,
     PermissionDenied,
     Timeout,
     TransportError,
     UnibusError,
-    UnknownChannel,
     Unroutable,
-    Unsupported,
 )
 from unibus_sqs import config, errors, topology, wire
 from unibus_sqs.capabilities import LIMIT, RESERVE, TOPIC_LIMIT, known
@@ -72,9 +70,7 @@ class SqsAdapter:
             await link.close()
 
     def _linked(self) -> Link:
-        if self._link is None:
-            raise ConnectionLost("not connected to SQS")
-        return self._link
+        return linked(self._link, "SQS")
 
     async def declare(self, topology_: Topology) -> None:
         link = self._linked()
@@ -90,9 +86,7 @@ class SqsAdapter:
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         link = self._linked()
         results: list[TransportError | None] = [None] * len(batch)
-        by_address: dict[Address, list[int]] = {}
-        for i, outgoing in enumerate(batch):
-            by_address.setdefault(outgoing.to, []).append(i)
+        by_address = by(range(len(batch)), lambda i: batch[i].to)
         work = [self._send_to(link, to, batch, indexes, results) for to, indexes in by_address.items()]
         try:
             async with asyncio.timeout(timeout):
@@ -118,7 +112,7 @@ class SqsAdapter:
             target, fifo, dead = await self._target(link, to)
         except UnibusError as error:
             for i in indexes:
-                results[i] = type(error)(str(error)) if isinstance(error, TransportError) else _wrapped(error)
+                results[i] = as_result(error)
             return
         is_topic = isinstance(to, Topic)
         topic = self._plan.topics[to] if is_topic else None
@@ -191,8 +185,8 @@ class SqsAdapter:
             else:
                 answer = await link.call(link.sqs.send_message_batch, doing, QueueUrl=target, Entries=entries)
         except UnibusError as error:
-            for i in indexes:  # one each, since each is raised by itself
-                results[i] = type(error)(str(error)) if isinstance(error, TransportError) else _wrapped(error)
+            for i in indexes:
+                results[i] = as_result(error)
             return
         for i in indexes:
             results[i] = None
@@ -219,7 +213,7 @@ class SqsAdapter:
     async def _target(self, link: Link, to: Address) -> tuple[str, bool, bool]:
         """URL or ARN; is it FIFO; are these dead letters?"""
         if isinstance(to, Topic):
-            topic = self._plan.topics.get(to) or self._unknown(to)
+            topic = self._topic(to)
             if topic.arn is None:
                 topic.arn = await link.topic_arn(topic.name)
             return topic.arn, topic.fifo, False
@@ -235,10 +229,10 @@ class SqsAdapter:
         return place.url, place.fifo, place.dead is not None
 
     def _place(self, address: Address) -> topology.Place:
-        return self._plan.places.get(address) or self._unknown(address)
+        return place_of(self._plan.places, address)
 
-    def _unknown(self, address: Address) -> Any:
-        raise UnknownChannel(stem(address), tuple(a.name for a in (*self._plan.places, *self._plan.topics)))
+    def _topic(self, address: Topic[Any]) -> topology.TopicPlace:
+        return place_of(self._plan.topics, address)
 
     # -- receive
 
@@ -246,8 +240,7 @@ class SqsAdapter:
         link = self._linked()
         assert self._private is not None  # noqa: S101  # for mypy: made with the link
         address: Address = source.address
-        if source.start != "new":
-            raise Unsupported(f"{address}: start={source.start!r}, but SQS keeps no history")
+        no_history("SQS", address, source.start)
         if isinstance(address, Inbox):
             place = await self._private.make(address, None)
         elif isinstance(address, Group) and address.ephemeral:
@@ -288,10 +281,3 @@ class SqsAdapter:
 
 class _Pending(TransportError):
     """The result of a message whose request is under way."""
-
-
-def _wrapped(error: UnibusError) -> TransportError:
-    """A send has one TransportError for each message."""
-    wrapped = TransportError(str(error))
-    wrapped.__cause__ = error
-    return wrapped

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from unibus.adapter import Declared, Url
 from unibus.channel import Group, Topic
-from unibus.config_tables import check_table
+from unibus.config_tables import DriverTable, check_options, check_table
 from unibus.errors import ConfigError
 from unibus_sqs.capabilities import LEASE
 
 RETENTION = 14 * 86400
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-
-class Settings(_Table):
+class Settings(DriverTable):
     """`[sqs]`. Times are seconds."""
 
     endpoint_url: str | None = Field(None, pattern=r"^https?://[^@\s]+$")  # of a local server; default: AWS
@@ -30,14 +26,14 @@ class Settings(_Table):
     connections: int = Field(50, ge=2)  # HTTP connections at most, to SQS and to SNS each
 
 
-class QueueOptions(_Table):
+class QueueOptions(DriverTable):
     """Of a queue, when it is made; they stand for its dead-letter and invalid-message queues too."""
 
     retention: int = Field(RETENTION, ge=60, le=RETENTION)
     kms_key: str | None = None  # default: SQS' own encryption
 
 
-class TopicOptions(_Table):
+class TopicOptions(DriverTable):
     """Of a topic. `attributes`: headers that are message attributes as well, for filter policies."""
 
     kms_key: str | None = None
@@ -56,13 +52,11 @@ def settings(table: Any) -> Settings:
 
 
 def options(declared: Declared) -> QueueOptions | TopicOptions:
-    address = declared.address
-    if isinstance(address, Group):
-        where = f"topics.{address.topic.name}.groups.{address.name}.sqs"
-        return check_table(GroupOptions, declared.options, where)
-    if isinstance(address, Topic):
-        return check_table(TopicOptions, declared.options, f"topics.{address.name}.sqs")
-    return check_table(QueueOptions, declared.options, f"queues.{address.name}.sqs")
+    if isinstance(declared.address, Group):
+        return check_options(GroupOptions, declared, "sqs")
+    if isinstance(declared.address, Topic):
+        return check_options(TopicOptions, declared, "sqs")
+    return check_options(QueueOptions, declared, "sqs")
 
 
 def region(url: Url) -> str | None:

@@ -33,6 +33,7 @@ from unibus.errors import (
     TransportError,
     UnibusError,
 )
+from unibus.translation import common
 
 # By the last part of AWS' error code, which SQS' two protocols spell differently.
 _CODES: dict[type[TransportError], str] = {
@@ -79,8 +80,8 @@ def of_entry(failed: Mapping[str, Any], doing: str) -> TransportError:
 
 def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. Never called with CancelledError."""
-    if isinstance(exc, UnibusError):
-        return exc
+    if (known := common(exc, doing, "AWS")) is not None:
+        return known
     if isinstance(exc, ClientError):
         error = exc.response.get("Error", {})
         status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -91,7 +92,7 @@ def translate(exc: BaseException, doing: str) -> UnibusError:
         )
     if isinstance(exc, ConnectTimeoutError):
         return ConnectionLost(f"{doing}: AWS can't be reached in time")
-    if isinstance(exc, TimeoutError | ReadTimeoutError):
+    if isinstance(exc, ReadTimeoutError):
         return Timeout(f"{doing}: no answer in time")
     if isinstance(exc, HTTPClientError | NoConnection | OSError):
         return ConnectionLost(f"{doing}: {type(exc).__name__}; check the region, the endpoint and the network")

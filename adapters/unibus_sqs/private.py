@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 from collections.abc import Coroutine, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from unibus.adapter import Endpoint
 from unibus.channel import Group, Inbox
 from unibus.errors import NotFound, UnibusError
+from unibus.inboxes import plain
 from unibus_sqs import topology, wire
 from unibus_sqs.link import Link
 
@@ -33,7 +33,7 @@ class Private:
 
     def __init__(self, link: Link, endpoint: Endpoint) -> None:
         self._link = link
-        self._service = re.sub(r"[^A-Za-z0-9._-]", "-", endpoint.service)[:200]
+        self._service = plain(endpoint.service)[:200]
         self._clock = endpoint.clock
         self._stem = wire.private_stem(endpoint.prefix)
         self._beats: dict[str, asyncio.Task[None]] = {}  # by URL

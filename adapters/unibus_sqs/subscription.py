@@ -9,14 +9,15 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from unibus.adapter import Move, Outcome, Results, Source, Standing
-from unibus.channel import Group, stem
+from unibus import deadletter
+from unibus.adapter import Outcome, Results, Source, Standing
 from unibus.clock import Clock
-from unibus.deadletter import stamp
 from unibus.delivery import Delivery
-from unibus.errors import ConnectionLost, LeaseLost, Throttled, Timeout, TransportError, UnibusError, Unsupported
-from unibus.message import DLQ_REASON, MOVED_TO_DLQ_AT, ORIGINAL_DESTINATION, ORIGINAL_SUBSCRIPTION
+from unibus.driver import NoMove, held, only_looked_at
+from unibus.errors import ConnectionLost, LeaseLost, Throttled, Timeout, TransportError, UnibusError
+from unibus.message import DLQ_REASON, MOVED_TO_DLQ_AT
 from unibus.retry import BROKER_LIMIT
+from unibus.waiting import Tasks, Waiter
 from unibus_sqs import config, errors, wire
 from unibus_sqs.capabilities import LONGEST_HOLD
 from unibus_sqs.link import Link
@@ -32,7 +33,7 @@ _SYSTEM = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId", "DeadLe
 Closed = Callable[["SqsSubscription"], Awaitable[None]]
 
 
-class SqsSubscription:
+class SqsSubscription(NoMove):
     """A consumer of one queue. `closed` is told at the end."""
 
     def __init__(
@@ -53,7 +54,7 @@ class SqsSubscription:
         self._seen: set[str] = set()  # of a browser
         self._end_seen = False
         self._polls: set[asyncio.Task[None]] = set()
-        self._hops: set[asyncio.Task[None]] = set()
+        self._hops = Tasks(self._failed_to_hop)
         self._asked = 0  # messages that polls under way may bring
         self._calls = 0  # of receive
         self._busy = False  # the last poll was worth it, so one more may be
@@ -61,7 +62,7 @@ class SqsSubscription:
         self._trouble: TransportError | None = None  # to be told once
         self._over: UnibusError | None = None
         self._stopped = self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter = Waiter(clock)
 
     # -- receive
 
@@ -81,23 +82,9 @@ class SqsSubscription:
                 if self._stopped or left <= 0 or self._end_seen:
                     return []
                 self._poll_for(limit, left)
-                await self._wait(left)
+                await self._waiter.wait(left)
         finally:
             self._calls -= 1
-
-    async def _wait(self, seconds: float) -> None:
-        """Until something happens; several callers share the future."""
-        if self._waiter is None or self._waiter.done():
-            self._waiter = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(seconds, self._wake)
-        try:
-            await asyncio.shield(self._waiter)
-        finally:
-            timer.cancel()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     def _poll_for(self, limit: int, seconds: float) -> None:
         """One poll runs always, more of them as long as they bring something: an idle queue costs one request a wait."""
@@ -135,7 +122,7 @@ class SqsSubscription:
         for native in found:
             delivery, due = self._delivery(native, now)
             if due is not None and due > self._clock.time() and not self.source.browse:
-                self._start(self._hop(delivery, due))
+                self._hops.start(self._hop(delivery, due))
             else:
                 self._held[delivery] = now
                 self._arrived.append(delivery)
@@ -143,7 +130,7 @@ class SqsSubscription:
     def _polled(self, task: asyncio.Task[None], room: int) -> None:
         self._polls.discard(task)
         self._asked -= room
-        self._wake()
+        self._waiter.wake()
         if task.cancelled() or (exc := task.exception()) is None:
             return
         error = errors.translate(exc, f"receive from {self.address}")
@@ -181,9 +168,8 @@ class SqsSubscription:
         delivery.message.headers = {
             **delivery.message.headers,
             DLQ_REASON: BROKER_LIMIT,
-            ORIGINAL_DESTINATION: stem(origin.topic if isinstance(origin, Group) else origin),
-            ORIGINAL_SUBSCRIPTION: origin.name,
-            MOVED_TO_DLQ_AT: stamp(self._clock.time()),
+            **deadletter.origin(origin),
+            MOVED_TO_DLQ_AT: deadletter.stamp(self._clock.time()),
         }
 
     async def _hop(self, delivery: Delivery[Any], due: float) -> None:
@@ -201,15 +187,8 @@ class SqsSubscription:
         )
         await self._delete([delivery])
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._hops.add(task)
-        task.add_done_callback(self._hopped)
-
-    def _hopped(self, task: asyncio.Task[None]) -> None:
-        self._hops.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.warning("a delayed message of %s comes again when its lease ends: %s", self.address, exc)
+    def _failed_to_hop(self, exc: BaseException) -> None:
+        log.warning("a delayed message of %s comes again when its lease ends: %s", self.address, exc)
 
     # -- settle
 
@@ -217,7 +196,7 @@ class SqsSubscription:
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
     ) -> Results:
         if self.source.browse:
-            raise Unsupported(f"{self.address}: the messages were only looked at")
+            raise only_looked_at(self.address)
         if outcome is Outcome.ACCEPTED:
             results = await self._ours(deliveries, lambda mine, _: self._delete(mine))
         else:
@@ -226,7 +205,7 @@ class SqsSubscription:
         for delivery, error in zip(deliveries, results, strict=True):
             if error is None or not error.retryable:
                 self._held.pop(delivery, None)
-        self._wake()  # there is room
+        self._waiter.wake()  # there is room
         return results
 
     async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
@@ -253,14 +232,9 @@ class SqsSubscription:
         act: Callable[[list[Delivery[Any]], list[int]], Awaitable[list[TransportError | None]]],
     ) -> list[TransportError | None]:
         """`act` on those that are held, each once; LeaseLost for the others."""
-        mine: dict[Delivery[Any], int] = {}
-        results: list[TransportError | None] = []
-        for i, delivery in enumerate(deliveries):
-            if delivery in self._held and delivery not in mine:
-                mine[delivery] = i
-            results.append(LeaseLost(f"message {delivery.message.id} of {self.address} is not held by this consumer"))
+        results, mine = held(deliveries, self._held.__contains__, "it is not held by this consumer")
         if mine:
-            for i, result in zip(mine.values(), await act(list(mine), list(mine.values())), strict=True):
+            for i, result in zip(mine, await act([deliveries[i] for i in mine], mine), strict=True):
                 results[i] = result
         return results
 
@@ -295,9 +269,6 @@ class SqsSubscription:
         parts = await asyncio.gather(*(request(at) for at in range(0, len(entries), BATCH)))
         return [result for part in parts for result in part]
 
-    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
-        raise Unsupported("SQS has no atomic move; send, then accept")
-
     # -- the end
 
     async def check(self) -> Standing:
@@ -306,7 +277,7 @@ class SqsSubscription:
     async def stop(self) -> None:
         """A poll under way is waited for: one that is cut off may take messages along, unseen until their lease ends."""
         self._stopped = True
-        self._wake()
+        self._waiter.wake()
         if self.private:
             for poll in self._polls:
                 poll.cancel()
@@ -330,10 +301,10 @@ class SqsSubscription:
             return
         self._ended = True
         await self.stop()
-        held = list(self._held)
-        for delivery in held:
+        left = list(self._held)
+        for delivery in left:
             delivery.lost = True
-        await self._hand_back(held)
+        await self._hand_back(left)
         self._over = ConnectionLost(f"the subscription of {self.address} is closed")
-        self._wake()
+        self._waiter.wake()
         await self._closed(self)

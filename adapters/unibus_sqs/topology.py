@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from unibus.adapter import Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Topic
-from unibus.errors import ConfigError, NotFound, Refused, Unsupported
+from unibus.driver import missing as not_there
+from unibus.driver import no_history
+from unibus.errors import ConfigError, NotFound, Refused
+from unibus.waiting import side_by_side
 from unibus_sqs import config, wire
 from unibus_sqs.link import Link
 
 log = logging.getLogger("unibus.sqs")
 
 MAX_RECEIVES = 100  # of the redrive policy: a backstop, since the core gives up long before. Constant, so never altered
-_AT_ONCE = 8  # requests that declare side by side
 FIFO_QUEUE = {"FifoQueue": "true", "DeduplicationScope": "messageGroup", "FifoThroughputLimit": "perMessageGroupId"}
-
-P = TypeVar("P")
 
 
 @dataclass(slots=True)
@@ -63,8 +61,7 @@ def plan(topology: Topology) -> Plan:
     taken: dict[tuple[bool, str], object] = {}
     for declared in topology.channels:
         address = declared.address
-        if declared.start != "new":
-            raise Unsupported(f"{address}: start={declared.start!r}, but SQS keeps no history")
+        no_history("SQS", address, declared.start)
         channel = address.topic if isinstance(address, Group) else address
         options = config.options(declared)
         of = by_name.get(declared.name.removesuffix(DEAD_LETTER)) if declared.role == "dead letter" else None
@@ -84,19 +81,6 @@ def plan(topology: Topology) -> Plan:
     return made
 
 
-async def _each(items: Iterable[P], act: Callable[[P], Awaitable[None]]) -> None:
-    """`act` on all, some side by side; the first failure is raised, once all have ended."""
-    waiting = iter(list(items))
-
-    async def work() -> None:
-        for item in waiting:
-            await act(item)
-
-    for result in await asyncio.gather(*(work() for _ in range(_AT_ONCE)), return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
-
-
 async def create(link: Link, made: Plan) -> None:
     """Make what is missing, log each. What is there stays as it is."""
 
@@ -112,10 +96,10 @@ async def create(link: Link, made: Plan) -> None:
             await subscribe(link, made.topics[address.topic], place)
 
     places = made.places.values()
-    await _each(made.topics.values(), topic)
-    await _each([place for place in places if place.letters is None], queue)
-    await _each([place for place in places if place.letters is not None], queue)
-    await _each(places, group)
+    await side_by_side(made.topics.values(), topic)
+    await side_by_side([place for place in places if place.letters is None], queue)
+    await side_by_side([place for place in places if place.letters is not None], queue)
+    await side_by_side(places, group)
 
 
 async def _make_queue(link: Link, made: Plan, place: Place) -> str:
@@ -216,7 +200,7 @@ async def verify(link: Link, made: Plan) -> None:
         ):
             missing.append(f"{place.address} (its SNS subscription)")
 
-    await _each(made.topics.values(), topic)
-    await _each(made.places.values(), queue)
+    await side_by_side(made.topics.values(), topic)
+    await side_by_side(made.places.values(), queue)
     if missing:
-        raise NotFound(f"missing on SQS: {', '.join(sorted(missing))}; run `unibus declare`, or set declare = create")
+        raise not_there("SQS", sorted(missing))

@@ -8,7 +8,6 @@ SQS carries ten attributes at most, so all headers, ours and the user's, travel 
 from __future__ import annotations
 
 import json
-import math
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping
@@ -17,24 +16,13 @@ from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.errors import Refused
+from unibus.envelope import read, time_text, write
+from unibus.inboxes import check_inbox, plain
 from unibus.message import (
-    BROKER_HEADERS,
-    CAUSATION_ID,
-    CONTENT_TYPE,
-    CORRELATION_ID,
     CRASH_COUNT,
-    ENVELOPE_HEADERS,
-    EXPIRES_AT,
-    ID,
-    KEY,
-    NO_HEADERS,
     NOT_BEFORE,
     REDRIVE_COUNT,
-    REPLY_TO,
     RETRY_COUNT,
-    TIMESTAMP,
-    TYPE,
     Message,
 )
 
@@ -45,7 +33,6 @@ MOST_ATTRIBUTES = 10
 
 Attributes = dict[str, dict[str, Any]]
 
-_OURS = ENVELOPE_HEADERS | BROKER_HEADERS
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _GROUP = re.compile(r"[A-Za-z0-9!-/:-@\[-`{-~]{1,128}")
 _LONGEST = 75  # of 80, which `.fifo` counts for
@@ -68,15 +55,12 @@ def physical(name: str) -> str:
 
 def private_stem(prefix: str) -> str:
     """What the names of all private queues under this prefix begin with. No `physical` name holds `s__` or the like."""
-    return re.sub(r"[^A-Za-z0-9-]", "-", prefix)[:44] + "unibus__"
+    return plain(prefix, dots=False)[:44] + "unibus__"
 
 
 def inbox(text: str) -> Inbox:
     """The inbox behind an untrusted reply_to. Raises Refused."""
-    if not _INBOX.fullmatch(text):
-        raise Refused(
-            "the reply address is not the queue of an inbox: expected a name that unibus made (...unibus__reply_...)"
-        )
+    check_inbox(_INBOX, text, "...unibus__reply_...")
     return Inbox(text)
 
 
@@ -97,19 +81,10 @@ def dedup_id(message: Message) -> str:
 def encode(outgoing: Outgoing, not_before: float | None, promoted: Collection[str] = ()) -> tuple[str, Attributes, int]:
     """Body, attributes, and their size as the limits count it. `not_before`: where the receiver has to look after it."""
     message = outgoing.message
-    envelope = {
-        ID: message.id,
-        TYPE: message.type,
-        CONTENT_TYPE: message.content_type,
-        KEY: message.key,
-        CORRELATION_ID: message.correlation_id,
-        CAUSATION_ID: message.causation_id,
-        REPLY_TO: message.reply_to,
-        TIMESTAMP: _stamp(message.timestamp),
-        EXPIRES_AT: _stamp(message.expires_at),
-        NOT_BEFORE: _stamp(not_before),
-    }
-    headers = {**message.headers, **{name: value for name, value in envelope.items() if value is not None}}
+    headers = dict(message.headers)
+    write(message, headers, message.timestamp)
+    if not_before is not None:
+        headers[NOT_BEFORE] = time_text(not_before)
     attributes = {HEADERS: _text(json.dumps(headers, separators=(",", ":")))}
     body, encoding = _body(message.body)
     if encoding is not None:
@@ -123,10 +98,6 @@ def encode(outgoing: Outgoing, not_before: float | None, promoted: Collection[st
             if "BinaryValue" in attribute and len(attributes) < MOST_ATTRIBUTES:
                 attributes[name] = {"DataType": attribute["DataType"], "BinaryValue": attribute["BinaryValue"]}
     return body, attributes, len(message.body if encoding is None else body) + size(attributes)
-
-
-def _stamp(time: float | None) -> str | None:
-    return None if time is None else f"{time:.3f}"
 
 
 def _text(value: str) -> dict[str, Any]:
@@ -170,27 +141,12 @@ def decode(native: dict[str, Any]) -> tuple[Message, float | None]:
         ours = True
         del fields[HEADERS]
         fields |= found
-    key = fields.get(KEY)
+    message = Message(_bytes(text, encoding), native["MessageId"])
     if not ours:
-        key = key or system.get("MessageGroupId")
-    timestamp = _time(fields, TIMESTAMP)
-    if timestamp is None and "SentTimestamp" in system:
-        timestamp = int(system["SentTimestamp"]) / 1000
-    headers = {name: value for name, value in fields.items() if name not in _OURS}
-    message = Message(
-        _bytes(text, encoding),
-        fields.get(ID) or native["MessageId"],
-        fields.get(TYPE),
-        fields.get(CONTENT_TYPE),
-        headers or NO_HEADERS,
-        key,
-        fields.get(CORRELATION_ID),
-        fields.get(CAUSATION_ID),
-        fields.get(REPLY_TO),
-        timestamp,
-        _time(fields, EXPIRES_AT),
-    )
-    return message, _time(fields, NOT_BEFORE)
+        message.key = system.get("MessageGroupId")
+    if "SentTimestamp" in system:
+        message.timestamp = int(system["SentTimestamp"]) / 1000
+    return message, read(fields, message)
 
 
 def _unpacked(packed: str) -> dict[str, str] | None:
@@ -213,14 +169,6 @@ def _bytes(text: str, encoding: str | None) -> bytes:
         except ValueError:
             return text.encode()  # a foreign attribute of our name
     return text.encode(errors="surrogatepass")
-
-
-def _time(fields: Mapping[str, str], name: str) -> float | None:
-    try:
-        time = float(fields[name])
-    except (KeyError, ValueError):
-        return None
-    return time if math.isfinite(time) else None
 
 
 def _unwrapped(text: str) -> tuple[str, Attributes]:

@@ -156,6 +156,10 @@ class Url:
     password: Secret | None = None
     query: Mapping[str, str] = field(default_factory=dict)
 
+    def targets(self, port: int) -> tuple[tuple[str, int], ...]:
+        """Host and port of each to try, in this order. `port`: where none is given; without a host, this machine."""
+        return tuple((host, given or port) for host, given in self.hosts or (("localhost", None),))
+
     def __str__(self) -> str:
         """For people: no credential, no query."""
         hosts = ",".join(f"{f'[{h}]' if ':' in h else h}{f':{p}' if p else ''}" for h, p in self.hosts)

@@ -1,7 +1,7 @@
 """What unibus.toml may hold, as pydantic models; and how an error of pydantic becomes words that hold no value.
 
 The models describe the file and the environment alike. None means "not given": built-in values stand in `config`,
-below what the code says. Nothing here leaves the config modules but `check_table`.
+below what the code says. Nothing here leaves the config modules but `DriverTable`, `check_table` and `check_options`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core.core_schema import ErrorType
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from unibus.adapter import DeclareMode
+from unibus.adapter import Declared, DeclareMode
+from unibus.channel import Group
 from unibus.errors import ConfigError
 from unibus.url import is_secret
 
@@ -40,6 +41,12 @@ class Table(BaseModel):
     """Strict: `concurrency = "10"` in the file is a mistake. The environment, all text, is converted before."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class DriverTable(BaseModel):
+    """Of a driver's own tables. Not strict: `check_table` also gets text, from the environment and the URL's query."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 class RetryTable(Table):
@@ -259,6 +266,16 @@ def check_table(model: type[M], table: Mapping[str, object], where: str) -> M:
     if problems or checked is None:  # outside of `except`: the cause would show values
         raise ConfigError(joined(problems))
     return checked
+
+
+def check_options(model: type[M], declared: Declared, broker: str) -> M:
+    """The table of a broker in the section of one queue, topic or group, checked as by `check_table`."""
+    address = declared.address
+    if isinstance(address, Group):
+        where = f"topics.{address.topic.name}.groups.{address.name}"
+    else:
+        where = f"{type(address).__name__.lower()}s.{address.name}"
+    return check_table(model, declared.options, f"{where}.{broker}")
 
 
 def _spelt(model: type[BaseModel], key: str, info: FieldInfo) -> set[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from unibus import message as names
 from unibus.adapter import Outgoing, Source
-from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue, stem
+from unibus.channel import Address, Group, Queue, Topic, dead_letter_queue, invalid_queue, stem
 from unibus.codec import BodyCodec, codec_for
 from unibus.delivery import Delivery
 from unibus.errors import CodecError, Unsupported
@@ -91,14 +91,18 @@ def dead(delivery: Delivery[Any], reason: str, error: BaseException | None, now:
     headers[names.RETRY_COUNT] = str(delivery.failures + ran)
     if ran or error is not None:
         _tell(headers, error, now)
-    address = delivery.source.address
     headers[names.MOVED_TO_DLQ_AT] = stamp(now)
     headers[names.DLQ_REASON] = one_line(reason, 128)
-    headers[names.ORIGINAL_DESTINATION] = stem(address.topic if isinstance(address, Group) else address)
-    headers[names.ORIGINAL_SUBSCRIPTION] = address.name
+    headers |= origin(delivery.source.address)
     if delivery.position:
         headers[names.ORIGINAL_POSITION] = one_line(delivery.position, 256)
     return headers
+
+
+def origin(address: Address) -> dict[str, str]:
+    """Where a dead letter failed, as its headers say it; also for what the broker itself has moved."""
+    where = stem(address.topic if isinstance(address, Group) else address)
+    return {names.ORIGINAL_DESTINATION: where, names.ORIGINAL_SUBSCRIPTION: address.name}
 
 
 def copy(message: Message, headers: Mapping[str, str], **changes: Any) -> Message:

@@ -9,8 +9,13 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 from unibus.errors import ConfigError
+from unibus.message import CRASH_COUNT
+
+if TYPE_CHECKING:
+    from unibus.delivery import Delivery
 
 
 class Retry(Exception):  # a fate, not an error
@@ -164,6 +169,11 @@ class Suspicion(Enum):
 
 
 SUSPECT_AFTER = 3  # deliveries without an answer
+
+
+def handed_out_often(delivery: Delivery[Any], times: int = SUSPECT_AFTER) -> bool:
+    """Is it better given back as a fresh copy? Where giving back counts, nothing but restarts would make it a suspect."""
+    return (delivery.deliveries or 0) >= times or CRASH_COUNT in delivery.message.headers
 
 
 def suspect(deliveries: int | None, crash_count: int, limit: int) -> Suspicion:

@@ -14,9 +14,8 @@ from unibus.channel import Group, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
-from unibus.message import CRASH_COUNT
 from unibus.publisher import Publisher
-from unibus.retry import SUSPECT_AFTER
+from unibus.retry import handed_out_often
 from unibus.supervisor import Link, back_off
 from unibus.telemetry import Counts
 
@@ -83,7 +82,7 @@ class Settler:
         Its count would make it a suspect of the crash guard, for nothing but restarts. In order nothing is copied: the
         copy would be the last of its key.
         """
-        if self._counted and ((delivery.deliveries or 0) >= SUSPECT_AFTER or CRASH_COUNT in delivery.message.headers):
+        if self._counted and handed_out_often(delivery):
             again = deadletter.copy(delivery.message, delivery.message.headers)
             self.move(delivery, Outgoing(self._address, again, None, delivery))
             return

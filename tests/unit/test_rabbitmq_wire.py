@@ -22,6 +22,7 @@ from unibus.channel import Group, Inbox, Queue, Topic, dead_letter_queue
 from unibus.clock import SystemClock
 from unibus.delivery import Delivery
 from unibus.errors import ConfigError, Refused, Unsupported
+from unibus.inboxes import inbox_name
 from unibus.message import Message
 from unibus_rabbitmq import RabbitMQAdapter, config, errors, frames, tables, topology, wire
 from unibus_rabbitmq.capabilities import known
@@ -268,7 +269,7 @@ def test_deaths_of_the_broker(reason: str, expected: str) -> None:
 
 
 def test_reply_addresses() -> None:
-    mine = wire.inbox_name("stage.", "billing/eu", "0123456789abcdef")
+    mine = inbox_name("stage.", "billing/eu", "0123456789abcdef")
     for text in (mine, "amq.gen-JzTY20BRgKO-HjmUJj0wLg"):
         assert wire.reply_address(text) == Inbox(text)
     for text in ("amq.rabbitmq.reply-to", "amq.rabbitmq.reply-to.g1.x", "orders", f"{mine}\n", "amq.gen-x/../y"):

@@ -21,6 +21,7 @@ from unibus.errors import (
     Refused,
     Throttled,
 )
+from unibus.inboxes import inbox_name
 from unibus.url import parse
 from unibus_redis import config, errors, topology, wire
 from unibus_redis.capabilities import known
@@ -127,7 +128,7 @@ def test_a_reply_address_can_only_be_an_inbox(text: str) -> None:
 
 
 def test_an_inbox_that_was_made_is_a_reply_address() -> None:
-    name = wire.inbox_name("staging.", "billing/ü", "0123456789abcdef")
+    name = inbox_name("staging.", "billing/ü", "0123456789abcdef", wire.SEPARATOR)
     assert wire.reply_address(name) == Inbox(name)
 
 

@@ -9,7 +9,7 @@ import pytest
 import trustme
 
 from unibus.errors import ConfigError
-from unibus.tls import client_context
+from unibus.tls import TlsTable, client_context
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def files(tmp_path: Path) -> dict[str, Path | None]:
 
 
 def context(files: dict[str, Path | None], scheme: str = "amqps", *, verify: bool = True) -> ssl.SSLContext | None:
-    return client_context("rabbitmq", "amqps", scheme, files, verify=verify)
+    return client_context("rabbitmq", "amqps", scheme, TlsTable(**files, verify=verify))
 
 
 def test_it_verifies_unless_told_otherwise(files: dict[str, Path | None]) -> None:

@@ -1,0 +1,66 @@
+"""Errors that are the same for every broker, and the search for a host."""
+
+from __future__ import annotations
+
+import ssl
+
+import pytest
+
+from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, PermissionDenied, Refused, Timeout
+from unibus.translation import common, first_that_answers, wrong_password
+
+
+def test_ours_stay_what_they_are() -> None:
+    error = Refused("no")
+    assert common(error, "send", "Redis") is error
+
+
+def test_no_answer_in_time_and_the_rest_is_the_driver_s() -> None:
+    error = common(TimeoutError(), "send to queue 'q'", "Redis")
+    assert isinstance(error, Timeout)
+    assert str(error) == "send to queue 'q': no answer from Redis in time"
+    assert common(OSError("gone"), "send", "Redis") is None
+
+
+@pytest.mark.parametrize("how", ["itself", "cause", "context"])
+def test_a_certificate_that_is_not_trusted_names_the_setting(how: str) -> None:
+    refused = ssl.SSLCertVerificationError(1, "self-signed")
+    error: BaseException = refused
+    if how != "itself":
+        error = OSError("connect")
+        setattr(error, f"__{how}__", refused)
+    found = common(error, "connect", "Kafka")
+    assert isinstance(found, ConfigError)
+    assert "set kafka.ca_file" in str(found)
+
+
+def test_a_wrong_password_says_what_to_check() -> None:
+    assert "UNIBUS_PASSWORD, and the mechanism" in str(wrong_password("connect", ", and the mechanism"))
+
+
+async def test_the_first_host_that_answers() -> None:
+    asked: list[str] = []
+
+    async def open_(host: str) -> str:
+        asked.append(host)
+        if host.startswith("dead"):
+            raise ConnectionLost(f"{host} is dead")
+        return host
+
+    assert await first_that_answers(["dead-1", "b", "c"], open_) == "b"
+    assert asked == ["dead-1", "b"]
+    with pytest.raises(ConnectionLost, match="dead-1 is dead; dead-2 is dead"):
+        await first_that_answers(["dead-1", "dead-2"], open_)
+
+
+@pytest.mark.parametrize("kind", [AuthenticationFailed, PermissionDenied, ConfigError])
+async def test_what_every_host_would_say_ends_the_search(kind: type[Exception]) -> None:
+    asked: list[str] = []
+
+    async def open_(host: str) -> str:
+        asked.append(host)
+        raise kind("no")
+
+    with pytest.raises(kind):
+        await first_that_answers(["a", "b"], open_)
+    assert asked == ["a"]
