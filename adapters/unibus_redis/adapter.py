@@ -91,7 +91,9 @@ class RedisAdapter:
             looks = [self._look(place, *made) for place in places.values() for made in place.made()]
             missing = [found for found in await asyncio.gather(*looks) if found]
             if topology_.mode == "verify" and missing:
-                raise not_there("Redis", dict.fromkeys(f"{place.address} ({stream})" for place, stream, _, _ in missing))
+                raise not_there(
+                    "Redis", dict.fromkeys(f"{place.address} ({stream})" for place, stream, _, _ in missing)
+                )
             for place, stream, group, start in missing:
                 arguments = (group, start or "$", "", 0)
                 if await self._linked(place).script(scripts.MAKE, [stream], arguments, f"declare {place.address}"):
@@ -129,9 +131,9 @@ class RedisAdapter:
         """Addresses of one slot can be in one script."""
         return self.links.slot(self._place(address).first)
 
-    def pack(self, batch: Sequence[Outgoing]) -> tuple[list[Any], str, list[list[Any]]]:
-        """For the scripts: all keys, the kind of each destination, and of each message its first key and what follows."""
-        keys: list[Any] = []
+    def pack(self, batch: Sequence[Outgoing], source: str) -> tuple[list[Any], str, list[list[Any]]]:
+        """For PUT: all keys, the kind of each destination, and the words of each message."""
+        keys: list[Any] = [source]
         kinds = ""
         known: dict[tuple[Address, int], int] = {}
         packed = []
@@ -164,18 +166,20 @@ class RedisAdapter:
         if len(parts) < 2:
             return await self._send(batch, timeout)
         found = await asyncio.gather(*(self._send([batch[i] for i in part], timeout) for part in parts))
-        results = {i: error for part, errors in zip(parts, found, strict=True) for i, error in zip(part, errors, strict=True)}
+        results = {
+            i: error for part, errors in zip(parts, found, strict=True) for i, error in zip(part, errors, strict=True)
+        }
         return [results[i] for i in range(len(batch))]
 
     async def _send(self, batch: Sequence[Outgoing], timeout: float) -> list[TransportError | None]:
-        link = self._linked(self._place(batch[0].to))
-        keys, kinds, packed = self.pack(batch)
-        arguments: list[Any] = [kinds]
+        place = self._place(batch[0].to)
+        keys, kinds, packed = self.pack(batch, place.first)
+        arguments: list[Any] = ["", "", "", kinds]
         for one in packed:
             arguments += one
         results: list[TransportError | None] = [None] * len(batch)
         try:
-            bad = await link.script(scripts.SEND, keys, arguments, "send", timeout)
+            bad = await self._linked(place).script(scripts.PUT, keys, arguments, "send", timeout)
         except ConnectionLost:
             raise
         except TransportError as error:  # of the script as a whole

@@ -49,14 +49,14 @@ class RedisSubscription:
         self._clock = adapter.clock
         self._lanes = place.lanes
         self._shared = frozenset(place.topic)
-        self._private = isinstance(source.address, Group) and source.address.ephemeral
+        self._private = isinstance(source.address, Inbox) or (
+            isinstance(source.address, Group) and source.address.ephemeral
+        )
         self._in_place = place.ordered or self._private  # what is given back keeps its place in line
         self._ms = round(self._adapter.settings.lease * 1000)
         self._held: dict[Entry, Delivery[Any]] = {}
         self._arrived: deque[Entry] = deque()  # read for a receive that was cancelled, or given back in place
-        self._cursors: list[Any] = []  # of a look for what others held for too long; empty: none is under way
-        self._claim_at = 0.0
-        self._claim_idle = self._ms
+        self._claim_at = 0.0  # when to look for what others held for too long
         self._over: UnibusError | None = None
         self._stopped = self._closed = False
         self._lead_until = 0.0 if place.ordered else inf  # with the work until then
@@ -69,8 +69,7 @@ class RedisSubscription:
     async def start(self) -> None:
         """Raises what the first round of housekeeping says; afterwards a message sent arrives."""
         if lost := self._adapter.orphans.get(self.source.address):
-            keys = (self._place.owner, *self._lanes)
-            await self._script(scripts.ORPHAN, keys, (self._ms, *lost), "take over messages of")
+            await self._take_over(*lost)
             del self._adapter.orphans[self.source.address]
         await self._keep()
         self._keeper = asyncio.create_task(self._keep_on(), name=f"unibus keeps {self.address}")
@@ -103,7 +102,7 @@ class RedisSubscription:
         In a task of its own, which goes on when the receive is cancelled: what it brings belongs to this consumer.
         """
         if self._reading is None:
-            claim = self._cursors or self._clock.monotonic() >= self._claim_at
+            claim = self._clock.monotonic() >= self._claim_at
             self._reading = asyncio.create_task(self._claim(room) if claim else self._read(room, timeout))
         reading = self._reading
         await asyncio.wait([reading], timeout=timeout + 1)
@@ -130,13 +129,9 @@ class RedisSubscription:
 
     async def _claim(self, room: int) -> None:
         lanes = self._lanes
-        cursors = self._cursors or ["0-0"] * len(lanes)
-        answer = await self._script(scripts.CLAIM, lanes, (self._claim_idle, room, *cursors), "take over messages of")
-        cursors, found, gone = answer
-        self._cursors = cursors if any(cursors) else []
-        if not self._cursors:
+        found, gone = await self._script(scripts.CLAIM, lanes, (self._ms, room), "take over messages of")
+        if len(found) < 3 * room:
             self._claim_at = self._clock.monotonic() + self._adapter.settings.lease / 3
-            self._claim_idle = self._ms
         if gone:
             text = "%s: %d messages were deleted or trimmed on the server while they were held; they are lost"
             log.error(text, self.address, gone)
@@ -243,15 +238,14 @@ class RedisSubscription:
     async def _move(self, moves: Sequence[Move]) -> list[TransportError | None]:
         results, mine = held([move.delivery for move in moves], self._has, _LOST)
         for key, indices in by(mine, lambda i: str(moves[i].delivery.token.key)).items():
-            keys, kinds, packed = self._adapter.pack([out for i in indices for out in moves[i].sends])
+            keys, kinds, packed = self._adapter.pack([out for i in indices for out in moves[i].sends], key)
             arguments: list[Any] = [int(key not in self._shared), kinds]
             at = iter(packed)
             for i in indices:
                 arguments += (moves[i].delivery.token.id, len(moves[i].sends))
                 for _ in moves[i].sends:
-                    to, *rest = next(at)
-                    arguments += (to + 1, *rest)  # the first key is the source
-            bad = await self._script(scripts.MOVE, [key, *keys], arguments, "move messages of")
+                    arguments += next(at)
+            bad = await self._script(scripts.PUT, keys, arguments, "move messages of")
             for n, why in zip(bad[::2], bad[1::2], strict=True):
                 doing = f"move {moves[indices[n]].delivery.position} to {moves[indices[n]].sends[0].to}"
                 results[indices[n]] = errors.refusal(why.decode(), doing)
@@ -288,7 +282,7 @@ class RedisSubscription:
 
     async def _keep(self) -> None:
         if self._place.ordered:
-            await self._own(self._ms)
+            await self._take_over()
         if isinstance(self.address, Inbox):
             if not await self._link.call("PEXPIRE", self._lanes[0], round(INBOX_LIFE * 1000)):
                 raise NotFound(f"the inbox {self.address.name!r} is gone")
@@ -298,16 +292,20 @@ class RedisSubscription:
         hint = await self._link.script(scripts.KEEP, keys, arguments, f"keep {self.address}")
         self._due = inf if hint < 0 else hint / 1000
 
-    async def _own(self, ms: int) -> None:
-        """Take the work of an ordered place, or keep it; one consumer has it."""
+    async def _take_over(self, *over: str) -> None:
+        """What the consumers of lost connections held. Of an ordered place one consumer has the work, and all that others hold."""
         asked, leading = self._clock.monotonic(), self._lead_until > 0
-        got = await self._script(scripts.OWN, [self._place.owner], (ms,), "take the lead of")
+        ordered = self._place.ordered
+        arguments = (self._ms, int(ordered), *over)
+        got = await self._script(scripts.TAKE, (self._place.owner, *self._lanes), arguments, "take the lead of")
+        if not ordered:
+            return
         self._lead_until = asked + self._adapter.settings.lease if got else 0.0
         if got == 2:
-            # All that others hold is ours now, before anything new: what those others settle is refused from here on.
-            self._cursors, self._claim_idle, self._claim_at = [], 0, 0.0
+            # Before anything new comes what others held; what those others settle is refused from here on.
+            self._claim_at = 0.0
             self._woken.set()
-        if got != 1 and leading and ms:  # another has taken it, or could have
+        if got != 1 and leading:  # another has taken it, or could have
             log.warning("%s: the lead was lost for a time; what was held is another's now", self.address)
             had, self._held = list(self._held.values()), {}
             self._arrived.clear()
@@ -317,7 +315,7 @@ class RedisSubscription:
 
     async def _tidy(self, idle: float) -> None:
         """`idle` 0: take away this consumer, not those that were not seen for so long."""
-        await self._script(scripts.TIDY, self._lanes, (round(idle * 1000),), "tidy up")
+        await self._script(scripts.TIDY, (self._place.owner, *self._lanes), (round(idle * 1000),), "tidy up")
 
     # -- the end ----------------------------------------------------------------------------------------------
 
@@ -380,8 +378,6 @@ class RedisSubscription:
                 await self._link.call("XGROUP", "DESTROY", stream, self._place.group)
         else:
             await self._tidy(0)
-            if self._place.ordered:
-                await self._own(0)
 
 
 class Browser(OnlyLooks):
@@ -438,4 +434,3 @@ def deliver(entry: Entry, source: Source, place: Place) -> Delivery[Any]:
 def _age(entry: Entry) -> tuple[int, int]:
     ms, _, n = entry.id.partition(b"-")
     return int(ms), int(n)
-

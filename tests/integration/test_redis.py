@@ -228,7 +228,7 @@ async def test_the_rights_in_the_documentation_are_enough(url: str, raw: Any, na
     async def as_user(role: str) -> str:
         patterns = (f"~{name}*", f"~{{{name}*", "~unibus:reply:*")
         allowed = [*rights["everyone"], *rights[role]]
-        known = await raw.execute_command("COMMAND", "LIST")
+        known = await raw.execute_command("COMMAND LIST")
         words = (*patterns, *(right for right in allowed if right[1:].encode() in known))
         await raw.execute_command("ACL", "SETUSER", f"{name}.{role}", "reset", "on", ">pw", *words)
         return f"redis://{name}.{role}:pw@{url.rpartition('@')[2]}"
