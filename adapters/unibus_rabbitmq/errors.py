@@ -46,6 +46,8 @@ _MISMATCH = re.compile(
     r"received (?P<wanted>.+?) but current is (?P<found>.+)$",
     re.DOTALL,
 )
+# What a setting or a feature of the channel decides: queue_type, priorities, ordered, exchange_type.
+_SETTABLE = frozenset(("x-queue-type", "x-max-priority", "x-single-active-consumer", "type"))
 
 
 def largest(exc: BaseException | None) -> int | None:
@@ -98,9 +100,13 @@ def mismatch(exc: BaseException, doing: str) -> UnibusError:
         return translate(exc, doing)
     current, wanted = (re.sub(r"^the value (.*) of type '\w+'$", r"\1", found[part]) for part in ("found", "wanted"))
     what = f"{found['object']} {found['name']!r}"
+    advice = f"use another name, or delete the {found['object']} once it is empty"
+    if found["argument"] in _SETTABLE:
+        advice = f"change the channel's settings to match, or {advice}"
+    else:
+        advice = f"something else has declared it, and RabbitMQ can't change it: {advice}"
     return ConfigError(
-        f"{what} exists with {found['argument']} = {current}, and would be declared with {wanted}; "
-        f"change the channel's settings to match, or use another name, or delete the {found['object']} once it is empty"
+        f"{what} exists with {found['argument']} = {current}, and would be declared with {wanted}; {advice}"
     )
 
 

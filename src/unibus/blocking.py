@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future, wait
@@ -23,7 +24,9 @@ LOOK = 1.0  # seconds between two looks whether the loop is still there
 class Blocking:
     """send, send_many, publish, publish_many and request of a bus, for threads without an event loop.
 
-    Where the bus is open already, its loop does the work; otherwise a thread opens the bus, and closes it at the end.
+    Where the bus is open already, its loop does the work; otherwise a thread opens the bus, and closes it at the end. That
+    takes a connection: a program that sends again and again enters once, and stays inside as long as it lives. It may also end
+    inside, since what was sent is confirmed. After a fork the bus of the parent can't be used: that raises Closed.
     Parameters, results and errors are those of the methods of `Bus`. Correlation ids flow into it as everywhere.
     """
 
@@ -37,10 +40,14 @@ class Blocking:
         if _in_a_loop():
             raise Closed("bus.blocking() would block this thread's event loop; use `await bus.send(...)` here")
         if self._bus._session is not None:
+            self._check_process()
             self._loop = self._bus._loop
             return self
         opened: Future[asyncio.AbstractEventLoop] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._keep_open(opened)), name="unibus blocking")
+        # A daemon, for who never leaves the block: else the program would wait for this thread before its exit handlers run.
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._keep_open(opened)), name="unibus blocking", daemon=True
+        )
         self._thread.start()
         try:
             self._loop = opened.result()
@@ -97,6 +104,11 @@ class Blocking:
             if loop is not None:
                 raise Closed("a blocking call would block this thread's event loop; use `await` here")
             raise Closed("use `with bus.blocking() as sender:`")
+        try:
+            self._check_process()
+        except Closed:
+            coroutine.close()
+            raise
         done: Future[Any] = Future()
         context = copy_context()
 
@@ -122,6 +134,10 @@ class Blocking:
                 coroutine.close()
                 raise Closed("the bus was closed meanwhile")
         return done.result()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._bus._pid:  # the thread of its loop is not here, and the call would wait for ever
+            raise Closed("the bus was opened before this process was forked; open it in each process, after the fork")
 
 
 def _in_a_loop() -> bool:

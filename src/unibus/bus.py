@@ -109,6 +109,7 @@ class Bus(Handlers):
         self._session: Session | None = None
         self._opening = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0  # where it was opened
         self._stack = AsyncExitStack()
         self._stopping: asyncio.Event | None = None
 
@@ -205,7 +206,7 @@ class Bus(Handlers):
             await session.open()
         finally:
             self._opening = False
-        self._session, self._loop = session, asyncio.get_running_loop()
+        self._session, self._loop, self._pid = session, asyncio.get_running_loop(), os.getpid()
         try:
             if self._lifespan is not None:
                 self.state = await self._stack.enter_async_context(self._lifespan(self))

@@ -34,7 +34,9 @@ class Report:
             self.count(telemetry.RETRIED)
             text = "%s: attempt %d of message %s failed, again in %g s: %s"
             log.warning(text, where, delivery.attempt, message_id, verdict.delay, what, exc_info=traceback)
-        elif verdict.action is Action.DISCARD and reason != retry.EXPIRED:
+        elif verdict.action is Action.DISCARD and (
+            by_word or reason != retry.EXPIRED
+        ):  # an expired one is counted as such
             self.count(telemetry.DISCARDED)
             log.info("%s: message %s discarded: %s", where, message_id, reason)
         elif verdict.action is Action.RELEASE:

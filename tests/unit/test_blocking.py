@@ -1,6 +1,9 @@
 """Sending from synchronous code."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -69,6 +72,59 @@ async def test_from_a_thread_of_an_open_bus_all_verbs() -> None:
     async with lab(bus) as it:
         assert await in_thread(work) == ["X"]
         assert len(it.broker.waiting(ORDERS)) == 1
+
+
+PROGRAM = """
+import atexit, os
+from contextlib import ExitStack
+from unibus import Bus, Closed, Queue
+
+orders = Queue("orders", str)
+bus = Bus("memory://", channels=[orders])
+stack = ExitStack()
+sender = stack.enter_context(bus.blocking())
+"""
+
+
+def run_program(rest: str) -> str:
+    """Its output, once it has ended by itself."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("UNIBUS_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM + rest],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_a_program_can_end_inside_of_the_block() -> None:
+    assert run_program("sender.send(orders, 'x'); print('sent')") == "sent\n"
+
+
+def test_an_exit_handler_can_leave_the_block() -> None:
+    assert run_program("atexit.register(lambda: print(bus)); atexit.register(stack.close)") == "<Bus closed>\n"
+
+
+def test_a_bus_that_was_opened_before_a_fork_is_an_error_and_no_hang() -> None:
+    told = run_program("""
+if os.fork() == 0:
+    for use in (lambda: sender.send(orders, "x"), bus.blocking().__enter__):
+        try:
+            use()
+        except Closed as error:
+            print(error, flush=True)
+    os._exit(0)
+os.wait()
+sender.send(orders, "x")
+print("the parent goes on")
+""").splitlines()
+    assert told[-1] == "the parent goes on"
+    assert len(told) == 3
+    assert all("after the fork" in line for line in told[:2])
 
 
 async def test_in_the_thread_of_a_loop_it_is_refused() -> None:

@@ -123,6 +123,22 @@ async def test_the_words_for_fates() -> None:
         }
 
 
+async def test_a_discard_counts_whatever_its_reason() -> None:
+    """Also where the user's word is one of ours: `expired` is what the core calls a request that nobody waits for."""
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        if body == "raised":
+            raise Discard("expired")
+        await delivery.discard("expired")
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["raised", "settled"])
+        await it.idle()
+        assert bus.counts_of(ORDERS)["discarded"] == 2
+
+
 # Timeouts
 
 

@@ -17,29 +17,15 @@ from types import CodeType
 from typing import Any
 
 import pytest
+from tests.unit.snippets import ROOT, blocks, compiled, read, sections
 
 import unibus
 from unibus import Bus, Queue, Topic
 from unibus.config import load
 
-ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "unibus"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DEADLINE = 10.0
-
-
-def read(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def sections(text: str) -> dict[str, str]:
-    """Heading -> text below it; what stands before the first is ''."""
-    parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
-    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
 
 
 GUIDE = sections(read("docs/guide.md"))
@@ -96,7 +82,7 @@ class Section:
         awaiting: list[CodeType] = []
         whole: list[CodeType] = []  # opens the bus itself
         for number, source in enumerate([*PRELUDE, *blocks(GUIDE[title], "python")]):
-            code = compile(source, f"{title} {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            code = compiled(source, f"{title} {number}")
             if source.startswith("async with bus:"):
                 whole.append(code)
             elif code.co_flags & inspect.CO_COROUTINE:
@@ -142,6 +128,7 @@ PRINTED = {
     "Retries and dead letters": ["o-1 non_retryable negative total", "o-2 non_retryable no such card"],
     "Topics and groups": ["bill o-1", "ship o-1", "each process drops o-1"],
     "Receive by hand": ["o-1"],
+    "Other formats and other programs": ["line o-1 7"],
 }
 
 

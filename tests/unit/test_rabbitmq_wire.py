@@ -395,6 +395,13 @@ def test_a_mismatch_names_the_argument_and_what_to_do() -> None:
     error = errors.mismatch(Exception(text), "declare")
     assert isinstance(error, ConfigError)
     assert "queue 'orders' exists with x-max-priority = none, and would be declared with '4'" in str(error)
+    assert "change the channel's settings to match" in str(error)
+    # What another library has declared: no setting of ours makes it fit.
+    text = text.replace("x-max-priority", "x-dead-letter-exchange").replace("'4'", "''")
+    error = errors.mismatch(Exception(text), "declare")
+    assert "settings" not in str(error)
+    assert "something else has declared it" in str(error)
+    assert "use another name, or delete the queue once it is empty" in str(error)
 
 
 def test_capabilities_by_version() -> None:
