@@ -88,19 +88,23 @@ def delay(outgoing: Outgoing, now: float) -> int | str:
 
 def decode(entry: Entry) -> Message:
     fields = entry.fields
-    pairs = dict(zip(fields[::2], fields[1::2], strict=True))
-    if (body := pairs.pop(BODY, None)) is not None:
-        message = Message(body)
-        if headers := _headers(pairs.get(HEADERS)):
-            del pairs[HEADERS]
-        text = dict(found for name, value in pairs.items() if (found := _text(name, value))) if pairs else {}
-        for name, value in headers.items():
-            if type(value) is str:
-                text[name] = value
-        read(text, message)
+    text: dict[str, str] = {}
+    if len(fields) == 4 and fields[0] == BODY and fields[2] == HEADERS and (headers := _headers(fields[3])):
+        message = Message(fields[1])  # as we write it
     else:
-        names = {n.decode(errors="surrogateescape"): v.decode(errors="surrogateescape") for n, v in pairs.items()}
-        message = Message(_dump(names).encode(), content_type=JSON)
+        pairs, headers = dict(zip(fields[::2], fields[1::2], strict=True)), {}
+        if (body := pairs.pop(BODY, None)) is not None:
+            message = Message(body)
+            if headers := _headers(pairs.get(HEADERS)):
+                del pairs[HEADERS]
+            text = dict(found for name, value in pairs.items() if (found := _text(name, value)))
+        else:
+            names = {n.decode(errors="surrogateescape"): v.decode(errors="surrogateescape") for n, v in pairs.items()}
+            message = Message(_dump(names).encode(), content_type=JSON)
+    for name, value in headers.items():
+        if type(value) is str:
+            text[name] = value
+    read(text, message)
     message.id = message.id or entry.position
     if message.timestamp is None:
         message.timestamp = int(entry.id.partition(b"-")[0]) / 1000
