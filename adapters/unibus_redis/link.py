@@ -238,6 +238,8 @@ class Links:
 
     async def close(self) -> None:
         links, self.all, self._last_slots, self._by_slot = self.all, [], [], []
+        for link in links:  # at once: whoever is cancelled below does not come back
+            link.lose(ConnectionLost(f"the connection to Redis at {link.where} is closed"))
         for link in links:
             await link.close()
 

@@ -361,11 +361,15 @@ class RedisSubscription:
             log.debug("%s: the subscription did not close in order: %s", self.address, error)
             if not self._private:
                 self._adapter.orphans.setdefault(self.source.address, []).append(self._consumer)
-        for task in (self._keeper, self._reading):
-            if task is not None:
+        finally:  # also where closing is cancelled: nobody comes back to do the rest
+            over = ConnectionLost(f"the subscription of {self.address} is closed")
+            self._end(over)
+            self._reads.lose(over)
+            tasks = [task for task in (self._keeper, self._reading) if task is not None]
+            for task in tasks:
                 task.cancel()
-                await asyncio.wait([task])
-        self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
+        if tasks:
+            await asyncio.wait(tasks)
         await self._reads.close()
 
     async def _leave(self) -> None:

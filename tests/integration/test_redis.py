@@ -557,6 +557,31 @@ async def test_a_service_survives_the_death_of_the_server(private: Broker, name:
         assert await raw.xlen(name) == 0
 
 
+async def test_closing_that_is_cancelled_leaves_no_connection(private: Broker, name: str) -> None:
+    queue = Queue(name)
+    raw: Any = Redis.from_url(private.url)
+    async with raw, make(private.url, queue) as bus:
+        adapter = adapter_of(bus)
+        subscription = await adapter.subscribe(Source(queue))
+        await bus.send(queue, b"x")
+        await take(subscription)  # to be given back, for which the server has no time
+        await raw.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
+        try:
+            closing = asyncio.create_task(adapter.close())
+            assert not (await asyncio.wait([closing], timeout=0.3))[0]
+            closing.cancel()
+            await asyncio.wait([closing])
+            await adapter.close()
+            ours = f"svc-{adapter._endpoint.instance}"
+
+            async def left() -> list[str]:
+                return [client["name"] for client in await raw.client_list() if client["name"] == ours]
+
+            await eventually(left, lambda found: not found, "all connections are gone")
+        finally:
+            await raw.execute_command("CLIENT", "UNPAUSE")
+
+
 async def test_a_server_that_would_evict_is_refused(private: Broker, name: str) -> None:
     async with Redis.from_url(private.url) as raw:
         await raw.config_set("maxmemory-policy", "allkeys-lru")
