@@ -120,7 +120,7 @@ class Cluster:
     def __init__(self, servers: list[Server], folder: Path) -> None:
         self.servers = servers
         ports = list(free_ports("123456abcdef").values())
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-port")
         for port, bus in zip(ports[:6], ports[6:], strict=True):
             servers.append(Server(folder, port, *options, str(bus)))
         hosts = [f"{LOOPBACK}:{port}" for port in ports[:6]]
