@@ -11,7 +11,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.driver import linked, place_of, send_all
@@ -92,6 +92,23 @@ class KafkaAdapter:
         self._plan.places |= made.places
         self._plan.topics |= made.topics
         self._plan.groups |= made.groups
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        link, made = self._linked(), topology.plan(topology_, self._settings)
+        gone = await link.missing(made.topics, fresh=True)
+        risks = await link.risks([name for name in made.topics if name not in gone])
+        owners = {topic: address for address, place in reversed(made.places.items()) for topic in place.topics}
+        owners |= {place.name: address for address, place in made.places.items() if not isinstance(address, Group)}
+        found = [
+            Inspected(
+                "topic", name, name not in gone, f"Create on topic {name}", owners.get(name), risk=risks.get(name, "")
+            )
+            for name in made.topics
+        ]
+        for group, (place, _, _) in made.groups.items():
+            exists = place.topic not in gone and bool(await link.committed(group))
+            found.append(Inspected("group", group, exists, f"Read on group {group} and its topics", place.address))
+        return found
 
     async def _begin(self, link: Link, group: str, place: Place, start: Any, *, known_before: bool) -> None:
         """Where a new group begins, committed now: what is sent from now on is its. One that is known is left alone.
@@ -289,16 +306,20 @@ class KafkaAdapter:
         topics = [topic for topic, seconds in place.topics.items() if not seconds]
         if gone := await link.missing(topics):
             raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
-        tps = [tp for topic in topics for tp in link.partitions(topic)]
+        tps = [tp for topic in place.topics for tp in link.partitions(topic)]  # rungs that are missing hold nothing
         ends, committed = await link.offsets(tps, LATEST), await link.committed(place.name)
         begins = await link.offsets(tps, EARLIEST)
-        ready = 0
+        ready = delayed = 0
         for tp, end in ends.items():
             at, metadata = committed.get(tp, (0, ""))
             at = max(at, begins[tp])
             beyond = decode(at, metadata)
-            ready += end - at if beyond is None else end - beyond[0] - 1 + len(beyond[1])
-        return Backlog(ready, exact=place.letters)  # what consumers have in hand is in it
+            left = end - at if beyond is None else end - beyond[0] - 1 + len(beyond[1])
+            if place.topics[tp.topic]:
+                delayed += left
+            else:
+                ready += left
+        return Backlog(ready, exact=place.letters, delayed=delayed)  # what consumers have in hand is in it
 
     async def check(self) -> Health:
         return Health(self._link is not None and await self._link.up())

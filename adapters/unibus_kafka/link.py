@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.conn import create_conn
 from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_code
 from aiokafka.partitioner import murmur2
-from aiokafka.protocol.admin import CreateTopicsRequest, ListGroupsRequest
+from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.offset import OffsetRequest
 
@@ -28,6 +28,11 @@ T = TypeVar("T")
 TIMEOUT = 20.0  # of what has no deadline of its own
 _STOP = 2.0  # of each step of a stop
 EARLIEST, LATEST = -2, -1  # times, as the protocol spells them
+_TOPIC = 2  # a resource, as the protocol spells it
+_RISKY = (
+    *("min.insync.replicas", "unclean.leader.election.enable", "cleanup.policy", "retention.bytes", "retention.ms"),
+)
+_WEEK = 7 * 86_400_000  # ms; what a broker keeps unless told otherwise
 
 hash_of = lru_cache(maxsize=10_000)(murmur2)  # in Python it costs more than all else of a send
 
@@ -93,6 +98,32 @@ class Link:
             await self._client.force_metadata_update()
             gone = {name for name in names if not cluster.partitions_for_topic(name)}
         return gone
+
+    async def risks(self, topics: Sequence[str]) -> dict[str, str]:
+        """Topic -> which of its settings can lose messages; what this user may not see stays unsaid."""
+        found = {}
+        request = DescribeConfigsRequest([(_TOPIC, topic, list(_RISKY)) for topic in topics])
+        node = self._client.get_random_node()
+        response = await self.patiently(lambda: self._client.send(node, request), "look at the settings of topics")
+        for code, _, _, topic, entries in response.resources:
+            values = {} if code else {name: value for name, value, *_ in entries}
+            replicas = [len(p.replicas) for p in self._client.cluster._partitions[topic].values()]
+            words = []
+            if min(replicas, default=0) == 1:
+                words.append("one replica: its messages are lost with that disk")
+            elif values.get("min.insync.replicas") == "1":
+                words.append("min.insync.replicas = 1: what one broker alone has confirmed is lost with it")
+            if values.get("unclean.leader.election.enable") == "true":
+                words.append("unclean.leader.election.enable: a leader that has missed messages drops them")
+            if "compact" in values.get("cleanup.policy", ""):
+                words.append("cleanup.policy = compact: only the last message of each key is kept")
+            if int(values.get("retention.bytes") or -1) >= 0:
+                words.append(f"retention.bytes = {values['retention.bytes']}: what is beyond goes, read or not")
+            if 0 <= (ms := int(values.get("retention.ms") or -1)) < _WEEK:
+                words.append(f"retention.ms = {ms}: after {ms / 86_400_000:g} days a message goes, read or not")
+            if words:
+                found[topic] = "; ".join(words)
+        return found
 
     def partitions(self, topic: str) -> list[TopicPartition]:
         """Ascending; empty where the topic is not known."""

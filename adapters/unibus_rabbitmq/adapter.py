@@ -10,7 +10,7 @@ from typing import Any
 
 from yarl import URL
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, stem
 from unibus.driver import linked, no_history, place_of, send_all
@@ -94,6 +94,10 @@ class RabbitMQAdapter:
             await declare.verify(link, made, _TIMEOUT)
         self._plan = made
         self._topology = topology_
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        link = self._link(self._consuming)
+        return await declare.inspect(link, topology.plan(topology_, self._endpoint.prefix, link.version), _TIMEOUT)
 
     def _link(self, link: Link | None) -> Link:
         return linked(link, "RabbitMQ")

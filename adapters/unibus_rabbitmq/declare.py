@@ -10,6 +10,7 @@ from typing import Any
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
 
+from unibus.adapter import Inspected
 from unibus.driver import missing as not_there
 from unibus.waiting import side_by_side
 from unibus_rabbitmq import errors
@@ -31,12 +32,41 @@ async def verify(link: Link, made: Plan, timeout: float) -> None:
     missing: list[str] = []
 
     async def look(channels: _Channels, item: Exchange | QueueSpec) -> None:
-        if not await _exists(channels, item):
+        if await _look(channels, item) is None:
             missing.append(f"{'exchange' if isinstance(item, Exchange) else 'queue'} {item.name!r}")
 
     await _each(link, [*made.exchanges.values(), *made.queues.values()], look, timeout)
     if missing:
         raise not_there("RabbitMQ", sorted(missing))
+
+
+async def inspect(link: Link, made: Plan, timeout: float) -> list[Inspected]:
+    """Exchanges, queues and bindings; of the last nobody can say whether they are there."""
+    there: dict[str, int | None] = {}
+
+    async def look(channels: _Channels, item: Exchange | QueueSpec) -> None:
+        there[f"{type(item)} {item.name}"] = await _look(channels, item)
+
+    items: list[Exchange | QueueSpec] = [*made.exchanges.values(), *made.queues.values()]
+    await _each(link, items, look, timeout)
+    found = []
+    for item in items:
+        count, owner = there[f"{type(item)} {item.name}"], made.owners.get(item.name)
+        kind, risk = ("exchange", "") if isinstance(item, Exchange) else ("queue", _risk(item))
+        shared = owner is None and isinstance(item, QueueSpec)
+        rights = f"configure {item.name}" if not isinstance(item, Exchange) or item.ours else ""
+        found.append(Inspected(kind, item.name, count is not None, rights, owner, count if shared else None, risk))
+    for binding in made.bindings:
+        name = f"{binding.source} -> {binding.destination}" + (f" ({binding.key})" if binding.key else "")
+        rights = f"write {binding.destination}, read {binding.source}"
+        found.append(Inspected("binding", name, None, rights, made.owners.get(binding.destination)))
+    return found
+
+
+def _risk(item: QueueSpec) -> str:
+    if item.arguments.get("x-queue-type") == "classic" and "x-max-length" not in item.arguments:
+        return "a classic queue is on one node only: its messages are lost with that disk"
+    return ""
 
 
 class _Channels:
@@ -70,24 +100,25 @@ async def _each(link: Link, items: Any, act: Callable[[_Channels, Any], Awaitabl
         raise errors.translate(exc, "declare") from exc
 
 
-async def _exists(channels: _Channels, item: Exchange | QueueSpec) -> bool:
-    async def look(channel: AbstractChannel) -> None:
+async def _look(channels: _Channels, item: Exchange | QueueSpec) -> int | None:
+    """How many messages wait there, 0 in an exchange; None where it is missing."""
+
+    async def look(channel: AbstractChannel) -> int:
         if isinstance(item, Exchange):
             await channel.exchange_declare(item.name, exchange_type=item.type, passive=True)
-        else:
-            await channel.queue_declare(item.name, passive=True)
+            return 0
+        return (await channel.queue_declare(item.name, passive=True)).message_count or 0
 
     try:
-        await channels(look)
+        return int(await channels(look))
     except ChannelNotFoundEntity:
-        return False
+        return None
     except Exception as exc:
         raise errors.translate(exc, f"look at {item.name!r}") from exc
-    return True
 
 
 async def _make_exchange(channels: _Channels, item: Exchange) -> None:
-    there = await _exists(channels, item)
+    there = await _look(channels, item) is not None
     if there and not item.ours:
         return
     arguments = dict(item.arguments or {})
@@ -102,7 +133,7 @@ async def _make_exchange(channels: _Channels, item: Exchange) -> None:
 
 
 async def _make_queue(channels: _Channels, item: QueueSpec) -> None:
-    there = await _exists(channels, item)
+    there = await _look(channels, item) is not None
     if there and not item.strict:
         return
     try:

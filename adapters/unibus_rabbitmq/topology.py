@@ -87,6 +87,7 @@ class Plan:
     exchanges: dict[str, Exchange] = field(default_factory=dict)
     queues: dict[str, QueueSpec] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
+    owners: dict[str, Address] = field(default_factory=dict)  # by name of a queue or exchange that isn't shared
     steps: tuple[int, ...] = ()  # delays that have a hold queue, ms, ascending
 
 
@@ -130,6 +131,7 @@ class _Planner:
         made, names = self.made, self.names
         made.exchanges[exchange] = Exchange(exchange, options.exchange_type, ours=options.exchange is None)
         made.routes[topic] = Route(exchange, key, key)
+        made.owners[exchange] = topic
         self.topics[topic] = options.model_copy(update={"exchange": exchange, "routing_key": key})
         if topic.delayed:
             made.bindings.append(Binding(names.returns, exchange, key, to_exchange=True))
@@ -195,13 +197,14 @@ class _Planner:
         made.queues[declared.name] = QueueSpec(declared.name, arguments)
         copies = not features.ordered and not (kind == "quorum" and self.version >= (4, 3))
         made.places[address] = Place(declared.name, counted=kind == "quorum", copies=copies, single=features.ordered)
-        made.logical[declared.name] = address
+        made.logical[declared.name] = made.owners[declared.name] = address
         made.bindings.append(Binding(self.names.returns, declared.name, declared.name))
 
     def _sink(self, address: Address, name: str, *, letters: bool) -> None:
         """Dead letters and invalid messages: kept until someone takes them."""
         made = self.made
         made.queues[name] = QueueSpec(name, self.unlimited, strict=False)
+        made.owners[name] = address
         made.places[address] = Place(name, letters=letters)
         made.routes[address] = Route("", name, name)
 

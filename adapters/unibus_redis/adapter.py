@@ -11,7 +11,7 @@ from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Subscription, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Subscription, Topology
 from unibus.channel import Address, Group, Inbox, Queue
 from unibus.driver import by, place_of
 from unibus.driver import missing as not_there
@@ -88,8 +88,7 @@ class RedisAdapter:
     async def declare(self, topology_: Topology) -> None:
         places = topology.plan(topology_, self.clock.time(), self.settings.retention)
         if topology_.mode != "assume":
-            looks = [self._look(place, *made) for place in places.values() for made in place.made()]
-            missing = [found for found in await asyncio.gather(*looks) if found]
+            missing = await self._missing(places)
             if topology_.mode == "verify" and missing:
                 raise not_there(
                     "Redis", dict.fromkeys(f"{place.address} ({stream})" for place, stream, _, _ in missing)
@@ -99,6 +98,29 @@ class RedisAdapter:
                 if await self._linked(place).script(scripts.MAKE, [stream], arguments, f"declare {place.address}"):
                     log.info("created %s: stream %r%s", place.address, stream, f", group {group!r}" if group else "")
         self._places = places
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        places = topology.plan(topology_, self.clock.time(), self.settings.retention)
+        missing = {(place.address, stream, group) for place, stream, group, _ in await self._missing(places)}
+        found = []
+        for link in self.links.all:
+            name = f"Redis {self.capabilities.version}{f' at {link.where}' if self.links.cluster else ''}"
+            found.append(Inspected("server", name, True, risk=_risk(await link.info())))
+        for address, place in places.items():
+            for stream, group, _ in place.made():
+                name = f"{stream}, group {group}" if group else stream
+                exists = (address, stream, group) not in missing
+                found.append(Inspected("stream", name, exists, f"+xgroup|create on {stream}", address))
+        # What is delayed waits in one set for a channel and all of its groups. It is made by the first delay.
+        for place in places.values():
+            if place.tag == place.first:
+                count = await self._linked(place).call("ZCARD", place.delayed[0])
+                found.append(Inspected("delayed set", place.delayed[0], True, messages=count))
+        return found
+
+    async def _missing(self, places: dict[Address, Place]) -> list[tuple[Place, str, str, str]]:
+        looks = [self._look(place, *made) for place in places.values() for made in place.made()]
+        return [found for found in await asyncio.gather(*looks) if found]
 
     async def _look(self, place: Place, stream: str, group: str, start: str) -> tuple[Place, str, str, str] | None:
         """What is not there. Raises ConfigError for what is there and of another kind."""
@@ -255,3 +277,13 @@ class RedisAdapter:
 
     def reply_to(self, text: str) -> Address:
         return wire.reply_address(text)
+
+
+def _risk(info: dict[str, str]) -> str:
+    """Of what `Link.info` says: by what messages may be lost."""
+    risks = []
+    if info.get("aof_enabled") == "0":
+        risks.append("appendonly is off: what came since the last snapshot is lost with the server")
+    if (policy := info.get("maxmemory_policy", "noeviction")) != "noeviction":
+        risks.append(f"maxmemory-policy {policy}: when memory is short it deletes messages that nobody has read")
+    return "; ".join(risks)

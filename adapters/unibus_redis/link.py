@@ -28,6 +28,7 @@ Reply = Any  # bytes, int, None, a list of these, or an error
 TIMEOUT = 10.0  # of a call, unless it has its own
 _SILENCE = 20  # seconds after which a peer that does not answer is dead, as the operating system sees it
 _OLDEST = (7, 0)
+_SECTIONS = ("server", "memory", "persistence", "replication", "cluster")
 
 
 class Link(asyncio.Protocol):
@@ -127,7 +128,7 @@ class Link(asyncio.Protocol):
                 raise errors.translate(reply, "load the scripts") from reply
 
     async def info(self) -> dict[str, str]:
-        text = (await self.call("INFO", "server", "memory", "replication", "cluster")).decode(errors="replace")
+        text = (await self.call("INFO", *_SECTIONS)).decode(errors="replace")
         return dict(line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
 
     def lose(self, exc: Exception) -> None:

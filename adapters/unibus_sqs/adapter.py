@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.driver import as_result, by, linked, no_history, place_of
@@ -26,6 +26,8 @@ from unibus_sqs.private import Private
 from unibus_sqs.subscription import BATCH, LONGEST_DELAY, SqsSubscription
 
 _REACHED = 60.0  # seconds for which a topic that had a group is taken to have one
+_READY, _IN_FLIGHT = "ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"
+_DELAYED = "ApproximateNumberOfMessagesDelayed"
 _MOST_INBOXES = 1000  # whose URLs are kept
 
 
@@ -80,6 +82,9 @@ class SqsAdapter:
         elif topology_.mode == "verify":
             await topology.verify(link, made)
         self._plan = made
+
+    async def inspect(self, topology_: Topology) -> list[Inspected]:
+        return await topology.inspect(self._linked(), topology.plan(topology_))
 
     # -- send
 
@@ -265,12 +270,11 @@ class SqsAdapter:
             link.sqs.get_queue_attributes,
             f"look at {address}",
             QueueUrl=url,
-            AttributeNames=["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"],
+            AttributeNames=[_READY, _IN_FLIGHT, _DELAYED],
         )
         found = answer["Attributes"]
-        return Backlog(
-            int(found["ApproximateNumberOfMessages"]), int(found["ApproximateNumberOfMessagesNotVisible"]), exact=False
-        )
+        delayed = int(found.get(_DELAYED, 0))
+        return Backlog(int(found[_READY]), int(found[_IN_FLIGHT]), exact=False, delayed=delayed)
 
     async def check(self) -> Health:
         return Health(self._link is not None and self._link.trouble is None)

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from unibus.adapter import Topology
+from unibus.adapter import Inspected, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Topic
 from unibus.driver import missing as not_there
 from unibus.driver import no_history
@@ -176,18 +176,68 @@ async def subscribe(link: Link, topic: TopicPlace, place: Place) -> str:
     return str(answer["SubscriptionArn"])
 
 
+async def _look(link: Link, place: TopicPlace) -> bool:
+    """Is the topic there? Notes its ARN if it is."""
+    arn = await link.topic_arn(place.name)
+    try:
+        await link.call(link.sns.get_topic_attributes, f"look at {place.address}", TopicArn=arn)
+    except NotFound:
+        return False
+    place.arn = arn
+    return True
+
+
+async def inspect(link: Link, made: Plan) -> list[Inspected]:
+    """Topics, queues, and the subscription of each group."""
+    found: dict[str, Inspected] = {}
+
+    async def topic(place: TopicPlace) -> None:
+        there = await _look(link, place)
+        found[f"t {place.name}"] = Inspected("SNS topic", place.name, there, "sns:CreateTopic", place.address)
+
+    async def queue(place: Place) -> None:
+        place.url = await link.exists(place.name)
+        risk, bound = await _risk(link, place), False
+        rights = "sqs:CreateQueue" + (" sqs:GetQueueAttributes" if place.letters is not None else "")
+        found[f"q {place.name}"] = Inspected(
+            "SQS queue", place.name, place.url is not None, rights, place.address, risk=risk
+        )
+        if isinstance(place.address, Group):
+            arn = made.topics[place.address.topic].arn
+            if arn is not None and place.url is not None:
+                bound = bool(await link.subscriptions(arn, arn_of_queue(arn, place.name)))
+            rights = "sns:Subscribe sns:ListSubscriptionsByTopic"
+            name = f"{made.topics[place.address.topic].name} -> {place.name}"
+            found[f"s {place.name}"] = Inspected("SNS subscription", name, bound, rights, place.address)
+
+    await side_by_side(made.topics.values(), topic)
+    await side_by_side(made.places.values(), queue)
+    order = [f"t {place.name}" for place in made.topics.values()]
+    order += [f"{kind} {place.name}" for kind in "qs" for place in made.places.values()]
+    return [found[key] for key in order if key in found]
+
+
+async def _risk(link: Link, place: Place) -> str:
+    """A retention that is much shorter than what can be had."""
+    if place.url is None:
+        return ""
+    doing = f"look at {place.address}"
+    answer = await link.call(
+        link.sqs.get_queue_attributes, doing, QueueUrl=place.url, AttributeNames=["MessageRetentionPeriod"]
+    )
+    seconds = int(answer.get("Attributes", {}).get("MessageRetentionPeriod", config.RETENTION))
+    if seconds < config.RETENTION:
+        return f"retention {seconds / 86400:g} days of 14: after it a message goes, handled or not"
+    return ""
+
+
 async def verify(link: Link, made: Plan) -> None:
     """One NotFound that lists all that is missing."""
     missing: list[str] = []
 
     async def topic(place: TopicPlace) -> None:
-        arn = await link.topic_arn(place.name)
-        try:
-            await link.call(link.sns.get_topic_attributes, f"look at {place.address}", TopicArn=arn)
-        except NotFound:
+        if not await _look(link, place):
             missing.append(f"{place.address} (SNS topic {place.name})")
-        else:
-            place.arn = arn
 
     async def queue(place: Place) -> None:
         place.url = await link.exists(place.name)

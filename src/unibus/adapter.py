@@ -89,12 +89,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """How much waits: `ready` to be received, `in_flight` with consumers, `oldest` waiting, seconds. None: unknown."""
+    """How much waits: `ready` to be received, `in_flight` with consumers, `oldest` waiting, seconds. None: unknown.
+
+    `delayed`: what waits for its time, retries among it; None also where it waits in places that all channels share.
+    """
 
     ready: int
     in_flight: int | None = None
     oldest: float | None = None
     exact: bool = True
+    delayed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,23 @@ class Topology:
             if declared.address == address:
                 return declared
         raise UnknownChannel(getattr(address, "name", str(address)), tuple(d.address.name for d in self.channels))
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """One object on the broker that a topology needs. `exists` None: the broker can't tell.
+
+    `rights`: what its user needs to make it, in the broker's own words; "" where `declare` doesn't make it. `address`: whose it is, None where many share
+    it. `messages`: how many wait in what is shared. `risk`: a setting found on it that can lose messages.
+    """
+
+    kind: str
+    name: str
+    exists: bool | None
+    rights: str = ""
+    address: Address | None = None
+    messages: int | None = None
+    risk: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +257,13 @@ class Adapter(Protocol):
         """Make ready. create: make what is missing, log each. verify: one NotFound that lists all that is missing.
 
         assume: believe. Never alters, never deletes. Addresses are only known to the adapter after this call.
+        """
+        ...
+
+    async def inspect(self, topology: Topology) -> Sequence[Inspected]:
+        """All objects that `declare` would make, whether they are there or not, in that order. Changes nothing.
+
+        The server itself may be one of them, for its risks. Raises ConfigError as `declare` does.
         """
         ...
 

@@ -9,7 +9,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -112,6 +112,9 @@ class Bus(Handlers):
         self._pid = 0  # where it was opened
         self._stack = AsyncExitStack()
         self._stopping: asyncio.Event | None = None
+        self._tool: tuple[Group, ...] | None = (
+            None  # of a tool's copy (`tooling`): groups it asks for beside the handlers'
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._session is None else "running" if self._session.running else "open"
@@ -142,15 +145,20 @@ class Bus(Handlers):
         await self.close()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[Bus]:
-        """Open, with the handlers at work in the background; at the end they are drained. Nests in an open bus."""
+    async def running(self, *, only: Iterable[str] | None = None) -> AsyncIterator[Bus]:
+        """Open, with the handlers at work in the background; at the end they are drained. Nests in an open bus.
+
+        `only`: the handlers of these channels, or of single groups as `topic.group`; UnknownChannel for one without any.
+        """
         opened = self._session is None
         if opened:
-            await self._open()
+            await self._open(only)
         try:
             session = self._opened()
             if session.running:
                 raise ConfigError("this bus runs already")
+            if not opened:
+                session.choose(only)
             session.start()
             try:
                 await session.started(session.intakes)
@@ -161,10 +169,10 @@ class Bus(Handlers):
             if opened:
                 await self.close()
 
-    async def run(self) -> None:
+    async def run(self, *, only: Iterable[str] | None = None) -> None:
         """Run the handlers until SIGTERM or SIGINT, or `stop()`; then drain. A second signal ends the process at once.
 
-        Raises what ended the link for good, such as AuthenticationFailed.
+        `only`: as for `running`. Raises what ended the link for good, such as AuthenticationFailed.
         """
         self._stopping = stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -178,8 +186,13 @@ class Bus(Handlers):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop, number)
         try:
-            async with self.running():
-                link = self._opened().kit.link
+            async with self.running(only=only):
+                session = self._opened()
+                link = session.kit.link
+                log.info(
+                    "at work: %s",
+                    ", ".join(str(consumer.intake.address) for consumer in session.consumers) or "no handlers",
+                )
                 waits = [asyncio.ensure_future(stopping.wait()), asyncio.ensure_future(link.failed.wait())]
                 try:
                     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -188,6 +201,7 @@ class Bus(Handlers):
                         wait.cancel()
                 if link.failure is not None:
                     raise link.failure
+            log.info("drained")
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
@@ -197,12 +211,13 @@ class Bus(Handlers):
         if self._stopping is not None:
             self._stopping.set()
 
-    async def _open(self) -> None:
+    async def _open(self, only: Iterable[str] | None = None) -> None:
         if self._session is not None or self._opening:
             raise ConfigError("this bus is open already")
         self._opening = True
         try:
             session = self._prepare()
+            session.choose(only)
             await session.open()
         finally:
             self._opening = False
@@ -223,7 +238,13 @@ class Bus(Handlers):
             Endpoint(settings.url, settings.service, instance, self._clock, settings.prefix, settings.driver)
         )
         places = stations(self.registrations, channels, settings, instance)
-        return Session(adapter, settings, channels, places, clock=self._clock, layers=self._layers, instance=instance)
+        return Session(
+            *(adapter, settings, channels, places),
+            clock=self._clock,
+            layers=self._layers,
+            instance=instance,
+            groups=self._tool or (),
+        )
 
     def _load(self) -> tuple[Settings, Channels]:
         from unibus.config import load  # costs more than all the rest: paid at start, not at import
@@ -239,6 +260,8 @@ class Bus(Handlers):
         settings = load(
             self._code, bus=self.name, channels=channels, groups=groups, environ=self._environ, file=self._config
         )
+        if self._tool is not None:
+            settings = replace(settings, declare="assume")
         for channel in settings.declared_channels():
             channels.add(channel)
         return settings, channels

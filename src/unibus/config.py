@@ -130,6 +130,16 @@ def load(
     )
 
 
+def app_of(environ: Mapping[str, str], file: str | Path | None = None) -> str | None:
+    """The application that the environment or the file names, for who has to import it before its bus can be asked."""
+    problems: list[str] = []
+    written = read_file(schema(tuple(sorted(_brokers()))), file, environ, problems)
+    if problems:
+        raise ConfigError(joined(problems))
+    app = environ.get("UNIBUS_APP") or written.tree.get("app")
+    return app if isinstance(app, str) else None  # any other kind is told when the settings are read
+
+
 def _brokers() -> frozenset[str]:
     """Whose tables may stand in the file: both sides of a swap, also where the adapter of one isn't installed."""
     return broker_names() | {"rabbitmq", "kafka", "sqs", "redis"}

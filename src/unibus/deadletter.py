@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from math import ceil
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Never
 
@@ -14,13 +16,15 @@ from unibus.adapter import Outgoing, Source
 from unibus.channel import Address, Group, Queue, Topic, dead_letter_queue, invalid_queue, stem
 from unibus.codec import BodyCodec, codec_for
 from unibus.delivery import Delivery
-from unibus.errors import CodecError, Unsupported
+from unibus.errors import CodecError, ConfigError, Unsupported
 from unibus.message import Message
-from unibus.retry import BROKER_LIMIT, CRASH_LOOP, EXPIRED, UNDECODABLE, Verdict
-from unibus.telemetry import REDRIVEN
+from unibus.retry import ACK, BROKER_LIMIT, CRASH_LOOP, EXPIRED, UNDECODABLE, Verdict
+from unibus.telemetry import PURGED, REDRIVEN
 
 if TYPE_CHECKING:
     from unibus.bus import Bus
+    from unibus.intake import Intake
+    from unibus.session import Session
 
 ERROR_BYTES = 1024  # with all the other headers it must fit an AMQP frame and the attributes of SQS
 _READ_CHARS = 8192  # of an error's text, which may hold a whole body
@@ -221,9 +225,9 @@ QUIET = 5.0  # seconds without a message that mean that there are no more
 MOST_HELD = 10_000  # dead letters that one redrive holds back because `where` didn't choose them
 
 
-async def browse(
+def browse(
     bus: Bus, channel: Queue[Any] | Topic[Any] | str, *, group: str | None = None, invalid: bool = False
-) -> AsyncIterator[Delivery[Any]]:
+) -> AsyncGenerator[Delivery[Any], None]:
     """Look at the dead letters of a queue, or of one group of a topic, without taking them.
 
     `invalid`: look at its invalid-message channel instead. The bodies are decoded where that is possible, else bytes. Where the
@@ -232,15 +236,21 @@ async def browse(
     session = bus._opened()
     address = session.address(channel, group)
     queue = invalid_queue(address) if invalid else dead_letter_queue(address)
-    codec = codec_for(session.channels.find(channel))
+    return look(session, queue, codec_for(session.channels.find(channel)))
+
+
+async def look(
+    session: Session, address: Queue[Any] | Group, codec: BodyCodec, page: int = PAGE
+) -> AsyncGenerator[Delivery[Any], None]:
+    """What waits at an address, as `browse` shows it. `page`: how many are looked at in one go."""
     adapter = session.kit.link.adapter
-    waiting = await adapter.backlog(queue)
+    waiting = await adapter.backlog(address)
     left = waiting.ready if waiting.exact else float("inf")
     if not left:
         return
-    subscription = await adapter.subscribe(Source(queue, PAGE, browse=True))
+    subscription = await adapter.subscribe(Source(address, page, browse=True))
     try:
-        while left > 0 and (deliveries := await subscription.receive(PAGE, QUIET)):
+        while left > 0 and (deliveries := await subscription.receive(page, QUIET)):
             for delivery in deliveries:
                 left -= 1
                 delivery.settler = _LOOKING
@@ -259,13 +269,54 @@ async def redrive(
     invalid: bool = False,
     where: Callable[[Delivery[Any]], bool] | None = None,
     limit: int | None = None,
+    rate: float | None = None,
 ) -> int:
     """Send dead letters back to the queue or group where they failed, counts reset; the number of those sent.
 
     Each is gone from the dead-letter channel once its copy is confirmed: interrupted, it loses nothing, and can be run
-    again. `where` chooses by the delivery, as `browse` shows it; `limit`: how many at most; `invalid`: from the invalid-message
-    channel. What is not chosen stays.
+    again. `where` chooses by the delivery, as `browse` shows it; `limit`: how many at most; `rate`: how many a second at most;
+    `invalid`: from the invalid-message channel. What is not chosen stays.
     """
+    address = bus._opened().address(channel, group)
+
+    async def send_back(intake: Intake, chosen: Sequence[Delivery[Any]]) -> None:
+        await intake.relocate([(d, Outgoing(address, redriven(d.message), None, d)) for d in chosen])
+
+    return await _empty(bus, channel, group, send_back, REDRIVEN, invalid, where, limit, rate)
+
+
+async def purge(
+    bus: Bus,
+    channel: Queue[Any] | Topic[Any] | str,
+    *,
+    group: str | None = None,
+    invalid: bool = False,
+    where: Callable[[Delivery[Any]], bool] | None = None,
+    limit: int | None = None,
+    rate: float | None = None,
+) -> int:
+    """Delete dead letters for good; the number of those deleted. Parameters as for `redrive`."""
+
+    async def delete(intake: Intake, chosen: Sequence[Delivery[Any]]) -> None:
+        await asyncio.gather(*(intake.settle(delivery, ACK) for delivery in chosen))
+
+    return await _empty(bus, channel, group, delete, PURGED, invalid, where, limit, rate)
+
+
+async def _empty(
+    bus: Bus,
+    channel: Queue[Any] | Topic[Any] | str,
+    group: str | None,
+    act: Callable[[Intake, Sequence[Delivery[Any]]], Awaitable[None]],
+    event: str,
+    invalid: bool,
+    where: Callable[[Delivery[Any]], bool] | None,
+    limit: int | None,
+    rate: float | None,
+) -> int:
+    """Take the dead letters, and `act` on those that are chosen; the others go back in the end."""
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ConfigError(f"rate={rate}: use messages a second, above 0")
     session = bus._opened()
     address = session.address(channel, group)
     queue = invalid_queue(address) if invalid else dead_letter_queue(address)
@@ -275,14 +326,17 @@ async def redrive(
         left = min(left, limit)
     if left <= 0:
         return 0
-    codec = codec_for(session.channels.find(channel))
-    moved = 0
+    codec, clock = codec_for(session.channels.find(channel)), session.kit.clock
+    page = PAGE if rate is None else min(PAGE, ceil(rate))
+    done, begun = 0, clock.monotonic()
     seen: set[str] = set()  # where the broker only estimates, what dies again meanwhile would be sent back for ever
     intake = session.intake(queue, min(left, MOST_HELD), trusting=True)
     intake.begin()
     try:
-        while left > 0 and (limit is None or moved < limit):
-            batch = await intake.take_some(min(left, PAGE), QUIET)
+        while left > 0 and (limit is None or done < limit):
+            if rate is not None and (early := begun + done / rate - clock.monotonic()) > 0:
+                await clock.sleep(early)
+            batch = await intake.take_some(min(left, page), QUIET)
             if not batch:
                 break
             left -= len(batch)
@@ -290,15 +344,15 @@ async def redrive(
                 delivery.body = readable(codec, delivery.message)
             chosen = [d for d in batch if d.message.id not in seen and (where is None or where(d))]
             if limit is not None:
-                del chosen[limit - moved :]
-            await intake.relocate([(d, Outgoing(address, redriven(d.message), None, d)) for d in chosen])
-            moved += len(chosen)
+                del chosen[limit - done :]
+            await act(intake, chosen)
+            done += len(chosen)
             if not waiting.exact:
                 seen.update(d.message.id for d in chosen)
-            session.kit.counts.add(REDRIVEN, address, len(chosen))
+            session.kit.counts.add(event, address, len(chosen))
     finally:
         await session.end(intake)
-    return moved
+    return done
 
 
 class _Looking:

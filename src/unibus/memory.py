@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from math import inf
 from typing import Any
 
-from unibus.adapter import Backlog, Endpoint, Health, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities, emulated, native, refused
 from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.clock import Clock, SystemClock
@@ -138,25 +138,8 @@ class MemoryAdapter:
     async def declare(self, topology: Topology) -> None:
         self._linked()
         missing = []
-        for declared in topology.channels:
-            address = declared.address
-            if declared.options:
-                raise ConfigError(f"{address}: the memory broker has no setting {next(iter(declared.options))!r}")
-            if declared.start != "new":
-                raise Unsupported(f"{address}: start={declared.start!r}; the memory broker keeps no history")
-            if isinstance(address, Group):
-                topic = self._keys.get(address.topic)
-                if topic is None:
-                    raise ConfigError(f"{address}: declare {address.topic} before its groups")
-                key: Key = ("group", topic[1], declared.name)
-            else:
-                key = ("topic" if isinstance(address, Topic) else "queue", declared.name)
-                other = "queue" if key[0] == "topic" else "topic"
-                if topology.mode != "assume" and self.broker.has((other, declared.name)):
-                    raise Refused(
-                        f"{address}: {declared.name!r} is a {other} on the memory broker; one name is one kind"
-                    )
-            self._keys[address] = key
+        self._keys |= (planned := self._planned(topology))
+        for address, key in planned.items():
             if topology.mode == "assume":
                 continue
             if self.broker.has(key):
@@ -168,6 +151,38 @@ class MemoryAdapter:
                 missing.append(str(address))
         if missing:
             raise NotFound(f"missing on the memory broker: {', '.join(missing)}; create them with `unibus declare`")
+
+    async def inspect(self, topology: Topology) -> Sequence[Inspected]:
+        self._linked()
+        risk = "keeps messages in this process alone: they end with it"
+        found = [Inspected("broker", "memory", exists=True, risk=risk)]
+        for address, key in self._planned(topology).items():
+            found.append(Inspected(key[0], ".".join(key[1:]), self.broker.has(key), "none", address))
+        return found
+
+    def _planned(self, topology: Topology) -> dict[Address, Key]:
+        """What each address is here. Raises what is wrong with it."""
+        planned: dict[Address, Key] = {}
+        for declared in topology.channels:
+            address = declared.address
+            if declared.options:
+                raise ConfigError(f"{address}: the memory broker has no setting {next(iter(declared.options))!r}")
+            if declared.start != "new":
+                raise Unsupported(f"{address}: start={declared.start!r}; the memory broker keeps no history")
+            if isinstance(address, Group):
+                topic = planned.get(address.topic) or self._keys.get(address.topic)
+                if topic is None:
+                    raise ConfigError(f"{address}: declare {address.topic} before its groups")
+                key: Key = ("group", topic[1], declared.name)
+            else:
+                key = ("topic" if isinstance(address, Topic) else "queue", declared.name)
+                other = "queue" if key[0] == "topic" else "topic"
+                if topology.mode != "assume" and self.broker.has((other, declared.name)):
+                    raise Refused(
+                        f"{address}: {declared.name!r} is a {other} on the memory broker; one name is one kind"
+                    )
+            planned[address] = key
+        return planned
 
     def _same(self, address: Address, key: Key) -> None:
         """Nothing is altered, so what is there has to be what was asked for."""
@@ -266,7 +281,7 @@ class MemoryAdapter:
             raise NotFound(f"{address} does not exist on the memory broker; declare it")
         oldest = min((entry.since for entry in place), default=None)
         age = None if oldest is None else self.broker.clock.monotonic() - oldest
-        return Backlog(len(place), self.broker.held_from(place), age)
+        return Backlog(len(place), self.broker.held_from(place), age, delayed=self.broker.delayed_for(place))
 
     async def check(self) -> Health:
         return Health(self._lost is None)

@@ -168,6 +168,9 @@ class MemoryBroker:
     def held_from(self, place: Place) -> int:
         return sum(len(s.held) for s in self._holders if s.place is place)
 
+    def delayed_for(self, place: Place) -> int:
+        return sum(waiting[3] is place for waiting in self._delayed)
+
     def leased(self, until: float) -> None:
         """A lease ends at `until`: have a look then."""
         if until < self._lease_due:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from unibus.adapter import Adapter, Outgoing
-from unibus.channel import Group, Inbox, Queue, Topic
+from unibus.channel import Group, Inbox, Queue, Topic, stem
 from unibus.clock import Clock, within
 from unibus.codec import codec_for, codec_of
 from unibus.consumer import Consumer
 from unibus.correlation import correlate, handling
 from unibus.delivery import Delivery
-from unibus.errors import CodecError, ConfigError, Timeout, Unsupported
+from unibus.errors import CodecError, ConfigError, Timeout, UnknownChannel, Unsupported
 from unibus.handlers import Handler, resolve
 from unibus.intake import Intake
 from unibus.layers import Handling, Layer, compose
@@ -63,11 +64,12 @@ class Session:
         clock: Clock,
         layers: Sequence[Layer],
         instance: str,
+        groups: Sequence[Group] = (),
     ) -> None:
         counts = Counts()
         self.settings = settings
         self.channels = channels
-        self.topology = build(channels, stations, settings)
+        self.topology = build(channels, stations, settings, groups)
         link = Link(adapter, self.topology, clock, counts)
         self.kit = Kit(link, Publisher(link, clock, counts, settings.send_timeout), clock, counts)
         self.consumers: list[Consumer] = []
@@ -83,6 +85,20 @@ class Session:
         self._requester = Requester(self.kit, Inbox(f"{settings.service}.reply.{instance}"))
         # Mistakes in handlers come out here, before any I/O.
         self._handlers = [_resolved(station, layers) for station in stations]
+        self._chosen = list(range(len(stations)))
+
+    def choose(self, only: Iterable[str] | None) -> None:
+        """Which handlers `start` starts: those of these channels, or groups as `topic.group`. Raises UnknownChannel."""
+        names = [{s.channel.name, stem(s.address)} for s in self._stations]
+        wanted = None if only is None else {only} if isinstance(only, str) else set(only)
+        for name in sorted(wanted or ()):
+            if not any(name in own for own in names):
+                error = UnknownChannel(name, known := tuple(sorted(set().union(*names))))
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are handlers of {', '.join(known) or 'none'}"
+                error.args = (f"only={name}: no handler is at work there; {hint}",)
+                raise error
+        self._chosen = [n for n, own in enumerate(names) if wanted is None or own & wanted]
 
     async def open(self) -> None:
         """Connect and declare. Raises what the broker says, or Unsupported."""
@@ -202,8 +218,8 @@ class Session:
     def start(self) -> None:
         """Start the handlers."""
         self.running = True
-        for station, handler in zip(self._stations, self._handlers, strict=True):
-            consumer = self._consumer(station, handler)
+        for n in self._chosen:
+            consumer = self._consumer(self._stations[n], self._handlers[n])
             self.consumers.append(consumer)
             self.intakes.append(consumer.intake)
             consumer.begin()

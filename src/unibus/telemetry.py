@@ -23,6 +23,7 @@ REPLIED = "replied"
 REPLIES_FAILED = "replies_failed"  # refused address, requester gone, or not confirmed
 LATE_REPLIES = "late_replies"
 REDRIVEN = "redriven"
+PURGED = "purged"
 RECONNECTED = "reconnected"
 
 

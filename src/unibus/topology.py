@@ -115,11 +115,12 @@ def stations(
     return found
 
 
-def build(channels: Channels, stations: Sequence[Station], settings: Settings) -> Topology:
-    """Everything the bus will ever need on the broker."""
+def build(channels: Channels, stations: Sequence[Station], settings: Settings, more: Sequence[Group] = ()) -> Topology:
+    """Everything the bus will ever need on the broker. `more`: groups that neither a handler nor unibus.toml names."""
     groups = dict.fromkeys(
         [s.address for s in stations if isinstance(s.address, Group) and not s.address.ephemeral]
         + settings.declared_groups()
+        + list(more)
     )
     declared: list[Declared] = []
     for channel in channels:

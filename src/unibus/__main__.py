@@ -1,0 +1,5 @@
+"""`python -m unibus`: the command line."""
+
+from unibus.cli import main
+
+main()
