@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import socket
+import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
-from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from unibus.adapter import Url
+from unibus.adapter import Secret, Url
 from unibus.config_tables import DriverTable, check_table
 from unibus.errors import ConfigError
-from unibus.tls import TlsTable, check_files
+from unibus.inboxes import plain
+from unibus.tls import TlsTable, client_context
 from unibus_redis.capabilities import LEASE
-
-_SILENCE = 20  # seconds after which a peer that does not answer is dead, as the operating system sees it
 
 
 class Settings(TlsTable):
     """`[redis]`. Times are seconds."""
 
     connect_timeout: float = Field(10.0, gt=0)  # for each host
+    sentinel: str | None = Field(None, min_length=1)  # name of the master; the hosts of the URL are the sentinels
     lease: float = Field(LEASE, ge=1, le=43200)  # the same in every process that consumes from one server
     retention: float = Field(0.0, ge=0)  # how long topics keep what all groups have read
     allow_eviction: bool = False
@@ -33,8 +34,26 @@ class QueueOptions(DriverTable):
     group: str = Field("unibus", min_length=1, max_length=255)  # the consumer group on the queue's stream
 
 
-class NoOptions(DriverTable):
-    """Of topics and groups."""
+@dataclass(frozen=True, slots=True)
+class Login:
+    """How to connect to every server of one installation."""
+
+    name: str
+    timeout: float
+    tls: ssl.SSLContext | None
+    username: str | None
+    password: Secret | None
+    database: int
+
+    def commands(self) -> list[tuple[Any, ...]]:
+        """The last one is answered with the number of the connection."""
+        first: list[tuple[Any, ...]] = []
+        if self.username is not None or self.password is not None:
+            user = () if self.username is None else (self.username,)
+            first.append(("AUTH", *user, "" if self.password is None else self.password.value))
+        if self.database:
+            first.append(("SELECT", self.database))
+        return [*first, ("CLIENT", "SETNAME", self.name), ("CLIENT", "ID")]
 
 
 def settings(table: Mapping[str, object]) -> Settings:
@@ -49,42 +68,26 @@ def database(url: Url) -> int:
     return int(url.path)
 
 
-def connections(url: Url, given: Settings, name: str) -> list[tuple[str, type[AbstractConnection], dict[str, Any]]]:
-    """For each host: its name for people, the client's class and arguments. These hold the password: never to be shown."""
-    secure = check_files("redis", "rediss", url.scheme, given)
-    tls: dict[str, Any] = {
+def login(url: Url, given: Settings, name: str) -> Login:
+    """Reads the TLS files. Raises ConfigError."""
+    context = client_context("redis", "rediss", url.scheme, given)
+    return Login(plain(name), given.connect_timeout, context, url.username, url.password, database(url))
+
+
+def client(given: Settings, login: Login, host: str, port: int, *, cluster: bool) -> Redis | RedisCluster:
+    """redis-py's, for what unibus does not cover."""
+    arguments: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "username": login.username,
+        "password": login.password and login.password.value,
+        "client_name": login.name,
+        "retry": Retry(NoBackoff(), 0),  # its default sends a command again whose answer was lost
+        "ssl": login.tls is not None,
         "ssl_ca_certs": given.ca_file,
         "ssl_certfile": given.cert_file,
         "ssl_keyfile": given.key_file,
         "ssl_cert_reqs": "required" if given.verify else "none",
         "ssl_check_hostname": given.verify,
     }
-    return [
-        (
-            f"{host}:{port}",
-            SSLConnection if secure else Connection,
-            {
-                "host": host,
-                "port": port,
-                "db": database(url),
-                "username": url.username,
-                "password": None if url.password is None else url.password.value,
-                "client_name": "".join(c if c.isalnum() and c.isascii() else "-" for c in name),
-                "protocol": 2,  # the shape of the replies that we read
-                "socket_timeout": None,  # each call has its own, and a blocking read none
-                "socket_connect_timeout": given.connect_timeout,
-                "socket_keepalive": True,
-                "socket_keepalive_options": _keepalive(),
-                "retry": Retry(NoBackoff(), 0),  # its default sends a command again whose answer was lost
-                "health_check_interval": 0,
-                **(tls if secure else {}),
-            },
-        )
-        for host, port in url.targets(6379)
-    ]
-
-
-def _keepalive() -> dict[int, int]:
-    """So that a peer that vanished is noticed, also while nothing is sent. Names that this system does not know are left out."""
-    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": _SILENCE * 1000}
-    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
+    return RedisCluster(**arguments) if cluster else Redis(db=login.database, **arguments)

@@ -1,10 +1,11 @@
-"""Redis' and its client's errors, as unibus': one table, used at every edge of the adapter."""
+"""Redis' errors as unibus': one table, used at every edge of the adapter."""
 
 from __future__ import annotations
 
-from redis import exceptions as native
+from hiredis import ReplyError
 
 from unibus.errors import (
+    AuthenticationFailed,
     ConfigError,
     ConnectionLost,
     LeaseLost,
@@ -18,33 +19,28 @@ from unibus.errors import (
 )
 from unibus.translation import FATAL, common, wrong_password
 
-# By the first word of an error reply. The client takes it off where it has a class of its own.
-_BY_CODE: dict[str, type[TransportError]] = {
-    "LEASELOST": LeaseLost,
-    "NOTFOUND": NotFound,
-    "UNROUTABLE": Unroutable,
-    "NOGROUP": NotFound,
-    "WRONGTYPE": Refused,
-    "NOPERM": PermissionDenied,
-    "OOM": Throttled,  # noeviction: it takes writes again once there is room
-    "MISCONF": Throttled,  # it can't write to its disk
-    "BUSY": Throttled,
-    "TRYAGAIN": Throttled,
-    "NOREPLICAS": Throttled,
-    "READONLY": ConnectionLost,  # a master no more: look for the one that is
-    "MASTERDOWN": ConnectionLost,
-    "CLUSTERDOWN": ConnectionLost,
-    "LOADING": ConnectionLost,
-    "UNBLOCKED": ConnectionLost,  # a failover, while a read was waiting
-}
-_WORDS = {
-    "LEASELOST": "the delivery is no longer held by this consumer",
-    "NOTFOUND": "there is no such stream; declare it",
-    "UNROUTABLE": "the topic has no group",
-    "NOGROUP": "the stream or its consumer group is gone",
-    "WRONGTYPE": "a key that should be a stream is of another type; rename the channel, or move that key",
-    "NOPERM": "the user may not do this; see the rights in docs/brokers/redis.md",
-    "OOM": "the server is at its maxmemory",
+# By the first word of an error reply; what to say, where its own words do not.
+_BY_CODE: dict[str, tuple[type[TransportError], str]] = {
+    "LEASELOST": (LeaseLost, "the delivery is no longer held by this consumer"),
+    "NOTFOUND": (NotFound, "there is no such stream; declare it"),
+    "UNROUTABLE": (Unroutable, "the topic has no group"),
+    "NOGROUP": (NotFound, "the stream or its consumer group is gone"),
+    "WRONGTYPE": (Refused, "a key that should be a stream is of another type; rename the channel, or move that key"),
+    "NOPERM": (PermissionDenied, "the user may not do this; see the rights in docs/brokers/redis.md"),
+    "NOAUTH": (AuthenticationFailed, ""),
+    "WRONGPASS": (AuthenticationFailed, ""),
+    "OOM": (Throttled, "the server is at its maxmemory"),  # noeviction: it takes writes again once there is room
+    "MISCONF": (Throttled, ""),  # it can't write to its disk
+    "BUSY": (Throttled, ""),
+    "TRYAGAIN": (Throttled, ""),
+    "ASK": (Throttled, "the cluster is moving the channel to another master"),
+    "NOREPLICAS": (Throttled, ""),
+    "MOVED": (ConnectionLost, "the cluster has moved the channel to another master"),
+    "READONLY": (ConnectionLost, ""),  # a master no more: look for the one that is
+    "MASTERDOWN": (ConnectionLost, ""),
+    "CLUSTERDOWN": (ConnectionLost, ""),
+    "LOADING": (ConnectionLost, ""),
+    "UNBLOCKED": (ConnectionLost, ""),  # a failover, while a read was waiting
 }
 
 
@@ -53,11 +49,14 @@ def refusal(text: str, doing: str) -> TransportError:
     code, _, rest = text.partition(" ")
     if "ACL failure" in text or "can't run this command" in text or "permissions" in text:  # inside a script
         code = "NOPERM"
-    if text.removeprefix("ERR ").startswith("no such key"):  # what XINFO says of a stream that is not there
+    elif text.startswith("ERR AUTH"):  # a password for a user who has none
+        code = "WRONGPASS"
+    elif text.removeprefix("ERR ").startswith("no such key"):  # what XINFO says of a stream that is not there
         code, text, rest = "NOTFOUND", "", ""
-    kind = _BY_CODE.get(code, Refused)
+    kind, words = _BY_CODE.get(code, (Refused, ""))
+    if kind is AuthenticationFailed:
+        return wrong_password(doing)
     detail = rest.partition(" script: ")[0] if code in _BY_CODE else text
-    words = _WORDS.get(code, "")
     return kind(f"{doing}: {words}{f' ({detail})' if words and detail else detail}")
 
 
@@ -65,23 +64,15 @@ def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. Never called with CancelledError."""
     if (known := common(exc, doing, "Redis")) is not None:
         return known
-    if isinstance(exc, native.AuthenticationError | native.AuthenticationWrongNumberOfArgsError):
-        return wrong_password(doing)
-    if isinstance(exc, native.MovedError | native.ClusterCrossSlotError):
-        return ConfigError(f"{doing}: the server is part of a Redis Cluster, which this adapter does not support")
-    if isinstance(exc, native.ResponseError):
-        code = getattr(exc, "status_code", None)
-        return refusal(f"{code} {exc}" if code in _BY_CODE else str(exc), doing)
+    if isinstance(exc, ReplyError):
+        return refusal(str(exc), doing)
     return ConnectionLost(f"{doing}: {str(exc) or type(exc).__name__}")
 
 
 def connecting(exc: Exception, where: str) -> UnibusError:
     """Of one host during connect."""
     doing = f"connect to Redis at {where}"
-    text = str(exc)
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        return ConfigError(f"{doing}: its certificate is not trusted ({text}); set redis.ca_file")
-    if isinstance(exc, native.ResponseError) and "DB index" in text:
-        return ConfigError(f"{doing}: it has no such database; correct the path of url")
+    if isinstance(exc, ReplyError) and ("DB index" in str(exc) or "SELECT" in str(exc)):
+        return ConfigError(f"{doing}: it has no such database ({exc}); correct the path of url")
     error = translate(exc, doing)
     return error if isinstance(error, FATAL | ConnectionLost) else ConnectionLost(str(error))

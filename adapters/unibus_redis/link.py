@@ -1,77 +1,111 @@
-"""One connection, used by many at once: calls are written as they come, and answered in order.
+"""Connections, each used by many at once: calls are written as they come, and answered in order.
 
 Not the client's pool: there a call that is cancelled costs its connection, and with a blocking read that is cut off the server
-gives entries to nobody. Here the answer of a call whose caller has left is read all the same.
+gives entries to nobody. Here the answer of a call whose caller has left is read all the same. hiredis packs and parses.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
-from hiredis import pack_command
-from redis import exceptions as native
-from redis.asyncio.connection import AbstractConnection
+from hiredis import Reader, pack_command
+from redis.crc import key_slot
 
-from unibus.errors import ConnectionLost, Timeout, TransportError, UnibusError
+from unibus.adapter import Url
+from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, Timeout
+from unibus.translation import first_that_answers
 from unibus_redis import errors
+from unibus_redis.config import Login, Settings
 from unibus_redis.scripts import ALL, Script
 
 Reply = Any  # bytes, int, None, a list of these, or an error
 TIMEOUT = 10.0  # of a call, unless it has its own
-_CLOSE_TIMEOUT = 5.0
+_SILENCE = 20  # seconds after which a peer that does not answer is dead, as the operating system sees it
+_OLDEST = (7, 0)
+_SECTIONS = ("server", "memory", "persistence", "replication", "cluster")
 
 
-class Link:
-    def __init__(self, connection: AbstractConnection, where: str) -> None:
+class Link(asyncio.Protocol):
+    """One connection."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, login: Login, host: str, port: int) -> None:
+        self.login, self.host, self.port = login, host, port
+        self.where = f"{host}:{port}"
         self.lost: ConnectionLost | None = None
         self.number = 0  # by which the server knows the connection
-        self._connection = connection
-        self._where = where
+        self.version: tuple[int, ...] = ()
+        self._ended = asyncio.get_running_loop().create_future()
+        self._reader = Reader()
         self._waiting: deque[tuple[asyncio.Future[list[Reply]], int]] = deque()
-        self._writes: set[asyncio.Task[None]] = set()
-        self._reader: asyncio.Task[None] | None = None
+        self._replies: list[Reply] = []
 
     @classmethod
-    async def open(cls, kind: type[AbstractConnection], arguments: dict[str, Any], where: str, timeout: float) -> Link:
+    async def open(cls, login: Login, host: str, port: int) -> Link:
         """Connected and logged in. Raises the error of that host."""
-        connection = kind(**arguments)
-        link = cls(connection, where)
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(timeout):
-                await connection.connect()  # type: ignore[no-untyped-call]  # the client leaves it untyped
-                link._reader = asyncio.create_task(link._read(), name="unibus redis")
-                link.number = await link.call("CLIENT", "ID")
+            async with asyncio.timeout(login.timeout):
+                _, link = await loop.create_connection(lambda: cls(login, host, port), host, port, ssl=login.tls)
+                try:
+                    for reply in await link.run(*login.commands()):
+                        if isinstance(reply, Exception):
+                            raise reply
+                        link.number = reply
+                except BaseException:
+                    await link.close()
+                    raise
         except Exception as exc:
-            await link.close()
-            raise errors.connecting(exc, where) from exc
-        except BaseException:
-            await link.close()
-            raise
+            raise errors.connecting(exc, f"{host}:{port}") from exc
         return link
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        _keep_alive(transport.get_extra_info("socket"))
+
+    def data_received(self, data: bytes) -> None:
+        reader, replies, waiting = self._reader, self._replies, self._waiting
+        reader.feed(data)
+        while (reply := reader.gets()) is not False:
+            replies.append(reply)
+            if not waiting:
+                self.lose(ConnectionLost(f"Redis at {self.where} sent what nobody asked for"))
+                return
+            if len(replies) == waiting[0][1]:
+                future, _ = waiting.popleft()
+                if not future.done():
+                    future.set_result(replies)
+                self._replies = replies = []
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lose(exc or ConnectionLost(f"Redis at {self.where} has closed the connection"))
+        self._ended.set_result(None)
 
     async def run(self, *commands: tuple[Any, ...], timeout: float = TIMEOUT) -> list[Reply]:
         """The replies in order; an error reply is among them, not raised. Raises ConnectionLost, Timeout."""
         if self.lost is not None:
             raise self.lost
         future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
-        # A task of its own: a caller that is cancelled must not leave half a command on the wire.
-        task = asyncio.get_running_loop().create_task(self._write(commands, future))
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        self._transport.write(b"".join(map(pack_command, commands)))
+        self._waiting.append((future, len(commands)))
         try:
             async with asyncio.timeout(timeout):
                 return await future
         except TimeoutError:
-            raise Timeout(f"no answer from Redis at {self._where} within {timeout:g} s") from None
+            raise Timeout(f"no answer from Redis at {self.where} within {timeout:g} s") from None
 
     async def call(self, *command: Any) -> Reply:
         """The reply of one command. Raises what it answered."""
         (reply,) = await self.run(command)
         if isinstance(reply, Exception):
-            raise errors.translate(reply, f"{command[0]} at {self._where}") from reply
+            raise errors.translate(reply, f"{command[0]} at {self.where}") from reply
         return reply
 
     async def script(
@@ -80,8 +114,8 @@ class Link:
         """The reply of a script. Raises what it answered."""
         command = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
         (reply,) = await self.run(command, timeout=timeout)
-        if isinstance(reply, native.NoScriptError):  # the server has restarted, or flushed them; nothing was done
-            await self.load()
+        if isinstance(reply, Exception) and str(reply).startswith("NOSCRIPT"):
+            await self.load()  # the server has restarted, or flushed them; nothing was done
             (reply,) = await self.run(command, timeout=timeout)
         if isinstance(reply, Exception):
             raise errors.translate(reply, doing) from reply
@@ -93,56 +127,128 @@ class Link:
             if isinstance(reply, Exception):
                 raise errors.translate(reply, "load the scripts") from reply
 
-    async def _write(self, commands: Sequence[tuple[Any, ...]], future: asyncio.Future[list[Reply]]) -> None:
-        if self.lost is not None:
-            future.set_exception(self.lost)
-            return
-        self._waiting.append((future, len(commands)))
-        try:
-            packed = b"".join(map(pack_command, commands))
-            await self._connection.send_packed_command(packed)  # written before the first await inside
-        except Exception as exc:
-            self.lose(errors.translate(exc, f"write to Redis at {self._where}"))
+    async def info(self) -> dict[str, str]:
+        text = (await self.call("INFO", *_SECTIONS)).decode(errors="replace")
+        return dict(line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
 
-    async def _read(self) -> None:
-        replies: list[Reply] = []
-        while True:
-            try:
-                reply = await self._connection.read_response()
-            except native.ResponseError as exc:
-                reply = exc
-            except Exception as exc:
-                self.lose(errors.translate(exc, f"read from Redis at {self._where}"))
-                return
-            if not self._waiting:
-                self.lose(ConnectionLost(f"Redis at {self._where} sent what nobody asked for"))
-                return
-            replies.append(reply)
-            if len(replies) == self._waiting[0][1]:
-                future, _ = self._waiting.popleft()
-                if not future.done():
-                    future.set_result(replies)
-                replies = []
-
-    def lose(self, error: UnibusError) -> None:
+    def lose(self, exc: Exception) -> None:
         """The connection is over: all that wait are told."""
         if self.lost is None:
+            error = errors.translate(exc, f"the connection to Redis at {self.where}")
             self.lost = error if isinstance(error, ConnectionLost) else ConnectionLost(str(error))
-            self.lost.__cause__ = error.__cause__
+            self.lost.__cause__ = None if exc is error else exc
         while self._waiting:
             future, _ = self._waiting.popleft()
             if not future.done():
                 future.set_exception(self.lost)
+        self._transport.abort()
 
     async def close(self) -> None:
         """Idempotent."""
-        self.lose(ConnectionLost(f"the connection to Redis at {self._where} is closed"))
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader])
-            self._reader = None
+        self.lose(ConnectionLost(f"the connection to Redis at {self.where} is closed"))
+        await self._ended
+
+
+class Links:
+    """To every server that takes messages: the one that answers and may be written to, or all masters of a cluster."""
+
+    def __init__(self, url: Url, given: Settings) -> None:
+        self._hosts = url.targets(26379 if given.sentinel else 6379)
+        self._sentinel = given.sentinel
+        self._allow_eviction = given.allow_eviction
+        self.cluster = False
+        self.all: list[Link] = []
+        self._last_slots: list[int] = []  # parallel to `_by_slot`
+        self._by_slot: list[Link] = []
+
+    async def open(self, login: Login) -> str:
+        """The version of the servers. Raises what every host answered, or what makes one unfit."""
+
+        async def use(host: tuple[str, int]) -> str:
+            try:
+                return await self._adopt(login, *(await self._master(login, *host) if self._sentinel else host))
+            except BaseException:
+                await self.close()
+                raise
+
+        return await first_that_answers(self._hosts, use)
+
+    async def _master(self, login: Login, host: str, port: int) -> tuple[str, int]:
+        """As this sentinel sees it. Sentinels have users of their own, or none at all."""
+        login = replace(login, database=0)
         try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT):
-                await self._connection.disconnect()
-        except (OSError, TimeoutError, native.RedisError, TransportError):
-            await self._connection.disconnect(nowait=True)
+            link = await Link.open(login, host, port)
+        except AuthenticationFailed:
+            link = await Link.open(replace(login, username=None, password=None), host, port)
+        try:
+            found = await link.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel)
+        finally:
+            await link.close()
+        if found is None:
+            raise ConfigError(f"redis.sentinel: the sentinel at {link.where} knows no master named {self._sentinel!r}")
+        return found[0].decode(), int(found[1])
+
+    async def _adopt(self, login: Login, host: str, port: int) -> str:
+        link, info = await self._add(login, host, port)
+        self._last_slots, self._by_slot = [0], [link]
+        self.cluster = info.get("cluster_enabled") == "1"
+        if self.cluster:
+            slots = sorted(await link.call("CLUSTER", "SLOTS"))
+            self.all.remove(link)  # it may be a replica
+            await link.close()
+            masters: dict[tuple[str, int], Link] = {}
+            for _, _, (name, at, *_), *_ in slots:
+                if (known := (name.decode() or host, at)) not in masters:
+                    masters[known], _ = await self._add(login, *known)
+            self._by_slot = [masters[name.decode() or host, at] for _, _, (name, at, *_), *_ in slots]
+            self._last_slots = [last for _, last, *_ in slots]
+        elif info.get("role") == "slave":
+            raise ConnectionLost(f"Redis at {link.where} is a replica, which takes no messages")
+        return info["redis_version"]
+
+    async def _add(self, login: Login, host: str, port: int) -> tuple[Link, dict[str, str]]:
+        link = await Link.open(login, host, port)
+        self.all.append(link)
+        info = await link.info()
+        version = info["redis_version"]
+        link.version = tuple(int(part) for part in version.split(".")[:2])
+        if link.version < _OLDEST:
+            raise ConfigError(f"Redis at {link.where} is {version}; 7.0 or newer is needed")
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction" and not self._allow_eviction:
+            raise ConfigError(
+                f"Redis at {link.where} has maxmemory-policy {policy}: when memory is short it deletes messages that nobody has "
+                "read; set it to noeviction, or accept the loss with redis.allow_eviction = true"
+            )
+        await link.load()
+        return link, info
+
+    def slot(self, key: str) -> int:
+        """Keys of one slot can be in one script. 0 for all where there is no cluster."""
+        return key_slot(key.encode()) if self.cluster else 0
+
+    def of(self, key: str) -> Link:
+        """Of the server that has the key. Raises ConnectionLost."""
+        at = bisect_left(self._last_slots, self.slot(key))
+        if at == len(self._by_slot):
+            raise ConnectionLost("not connected to Redis" if not self.all else f"no master of the cluster has {key!r}")
+        link = self._by_slot[at]
+        if link.lost is not None:
+            raise link.lost
+        return link
+
+    async def close(self) -> None:
+        links, self.all, self._last_slots, self._by_slot = self.all, [], [], []
+        for link in links:  # at once: whoever is cancelled below does not come back
+            link.lose(ConnectionLost(f"the connection to Redis at {link.where} is closed"))
+        for link in links:
+            await link.close()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """So that a peer that vanished is noticed, also while nothing is sent. Names that this system does not know are left out."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": _SILENCE * 1000}
+    for name, value in wanted.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -52,7 +52,7 @@ local function why_not(to, kind)   -- nil where a message can be put there
   return known[to] or nil
 end
 local function put(to, delay, first, last)
-  if delay == '' then redis.call('XADD', KEYS[to], '*', unpack(ARGV, first, last)); return end
+  if delay == '' then redis.call('XADD', KEYS[to], unpack(ARGV, first, last)); return end
   local member = string.format('%016d', redis.call('HINCRBY', KEYS[to + 2], 'n', 1))
   redis.call('HSET', KEYS[to + 2], member, cmsgpack.pack({KEYS[to], unpack(ARGV, first, last)}))
   redis.call('ZADD', KEYS[to + 1], string.format('%.0f', now() + delay), member)
@@ -67,50 +67,41 @@ local function mine(id)   -- how often it was delivered, if it is still the call
 end
 """
 
-# ARGV: kinds, then for each message: destination (its first key), delay in ms or '', number of fields, fields.
-# -> what failed: index, why, index, why ...
-SEND = Script(
-    _PUT
-    + """
-local at, i, bad = 2, 0, {}
-while at <= #ARGV do
-  local to, delay, n = tonumber(ARGV[at]), ARGV[at + 1], tonumber(ARGV[at + 2])
-  local why = why_not(to, string.sub(ARGV[1], (to + 2) / 3, (to + 2) / 3))
-  if why == 'UNROUTABLE' and delay ~= '' then why = nil end   -- there may be groups when it is due
-  if why then bad[#bad + 1] = i; bad[#bad + 1] = why else put(to, delay, at + 3, at + 2 + n) end
-  at = at + 3 + n; i = i + 1
-end
-return bad
-"""
-)
-
-# KEYS: source, then destinations. ARGV: group, consumer, '1' to delete what is settled, kinds, then for each move: id, number of
-# messages, and these as in SEND. A move is done or not: what could fail is looked at before. -> as SEND
-MOVE = Script(
+# Settles (or, without a group, settles nothing) and sends in one step. KEYS: source (or any), then destinations. ARGV: group or '',
+# consumer, '1' to delete what is settled, kinds, then for each move: id and number of messages (not without a group), and for each
+# message: destination (its first key), delay in ms or '', number of words, and these words of an XADD behind its key.
+# A move is done or not: what could fail is looked at before. A topic without groups is no reason to keep what is moved, nor to
+# refuse what is due later. -> what failed: index, why, index, why ...
+PUT = Script(
     _PUT
     + _MINE
     + """
-local at, i, bad = 5, 0, {}
+local moves, at, i, bad = ARGV[1] ~= '', 5, 0, {}
 while at <= #ARGV do
-  local id, sends, why, first = ARGV[at], tonumber(ARGV[at + 1]), nil, at + 2
-  if not mine(id) then why = 'LEASELOST' end
-  at = first
+  local id, sends, why = nil, 1, nil
+  if moves then
+    id, sends, at = ARGV[at], tonumber(ARGV[at + 1]), at + 2
+    if not mine(id) then why = 'LEASELOST' end
+  end
+  local first = at
   for _ = 1, sends do
     local to = tonumber(ARGV[at])
     local no = why_not(to, string.sub(ARGV[4], (to + 1) / 3, (to + 1) / 3))
-    if no and no ~= 'UNROUTABLE' then why = why or no end
-    at = at + 3 + tonumber(ARGV[at + 2])
+    if no and not (no == 'UNROUTABLE' and (moves or ARGV[at + 1] ~= '')) then why = why or no end
+    at = at + 3 + ARGV[at + 2]
   end
   if why then bad[#bad + 1] = i; bad[#bad + 1] = why
   else
     at = first
     for _ = 1, sends do
-      local to, n = tonumber(ARGV[at]), tonumber(ARGV[at + 2])
-      if not known[to] then put(to, ARGV[at + 1], at + 3, at + 2 + n) end
+      local to, n = tonumber(ARGV[at]), ARGV[at + 2]
+      if not known[to] or ARGV[at + 1] ~= '' then put(to, ARGV[at + 1], at + 3, at + 2 + n) end
       at = at + 3 + n
     end
-    redis.call('XACK', KEYS[1], ARGV[1], id)
-    if ARGV[3] == '1' then redis.call('XDEL', KEYS[1], id) end
+    if moves then
+      redis.call('XACK', KEYS[1], ARGV[1], id)
+      if ARGV[3] == '1' then redis.call('XDEL', KEYS[1], id) end
+    end
   end
   i = i + 1
 end
@@ -163,53 +154,47 @@ return found
 """
 )
 
-# Takes over what was held for too long. KEYS: streams. ARGV: group, consumer, idle ms, limit, a cursor for each stream.
-# -> {cursors, {index, entry, deliveries ...}, number of entries that were deleted while they were held}
+# Takes over what was held for too long. KEYS: streams. ARGV: group, consumer, idle ms, limit.
+# -> {stream's index, entry, deliveries, index ...}, number of entries that were deleted while they were held
 CLAIM = Script(
     """
-local cursors, found, gone, left = {}, {}, 0, tonumber(ARGV[4])
+local found, gone, left = {}, 0, tonumber(ARGV[4])
 for k, key in ipairs(KEYS) do
-  cursors[k] = ARGV[k + 4]
-  if left > 0 and cursors[k] ~= '' then
-    local got = redis.call('XAUTOCLAIM', key, ARGV[1], ARGV[2], ARGV[3], cursors[k], 'COUNT', left)
-    cursors[k] = got[1] ~= '0-0' and got[1] or ''
+  local cursor = '0-0'
+  while left > 0 and cursor do
+    local got = redis.call('XAUTOCLAIM', key, ARGV[1], ARGV[2], ARGV[3], cursor, 'COUNT', left)
     for _, entry in ipairs(got[2]) do
       local p = redis.call('XPENDING', key, ARGV[1], entry[1], entry[1], 1)
       found[#found + 1] = k - 1; found[#found + 1] = entry; found[#found + 1] = p[1][4]
     end
     left = left - #got[2]
     gone = gone + #got[3]
+    cursor = got[1] ~= '0-0' and got[1]
   end
 end
-return {cursors, found, gone}
+return {found, gone}
 """
 )
 
-# What lost connections of this process held may be taken over at once. KEYS: the key of OWN, streams.
-# ARGV: group, -, lease ms, the consumers of those connections.
-ORPHAN = Script(
+# Lets the caller take over at once what lost connections of its process held and, of an ordered place, have the work: whoever
+# holds the key has it, and all that others hold. KEYS: the key, streams. ARGV: group, consumer, lease ms, '1' of an ordered place,
+# the consumers of those connections. -> 0 another has the work, 1 the caller still has it, 2 has it from now on
+TAKE = Script(
     """
-for n = 4, #ARGV do
-  if redis.call('GET', KEYS[1]) == ARGV[n] then redis.call('DEL', KEYS[1]) end
-  for k = 2, #KEYS do
-    for _, p in ipairs(redis.call('XPENDING', KEYS[k], ARGV[1], '-', '+', 10000, ARGV[n])) do
-      redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[n], 0, p[1], 'IDLE', ARGV[3], 'RETRYCOUNT', p[4], 'JUSTID')
+local over, got, owner = {}, 0, redis.call('GET', KEYS[1])
+for n = 5, #ARGV do over[ARGV[n]] = true end
+if ARGV[4] == '1' and (not owner or owner == ARGV[2] or over[owner]) then
+  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+  got = owner == ARGV[2] and 1 or 2
+end
+for k = 2, (got == 2 or #ARGV > 4) and #KEYS or 1 do
+  for _, p in ipairs(redis.call('XPENDING', KEYS[k], ARGV[1], '-', '+', 10000)) do
+    if got == 2 or over[p[2]] then
+      redis.call('XCLAIM', KEYS[k], ARGV[1], p[2], 0, p[1], 'IDLE', ARGV[3], 'RETRYCOUNT', p[4], 'JUSTID')
     end
   end
 end
-return 0
-"""
-)
-
-# Whoever holds the key has the work. KEYS: key. ARGV: group, consumer, ms (0: give it up).
-# -> 0 another's, 1 still ours, 2 ours from now on
-OWN = Script(
-    """
-local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[2] then return 0 end
-if ARGV[3] == '0' then redis.call('DEL', KEYS[1]); return 0 end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-return owner and 1 or 2
+return got
 """
 )
 
@@ -223,7 +208,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', time, 'LIMI
   local packed = redis.call('HGET', KEYS[2], member)
   if packed then
     local message = cmsgpack.unpack(packed)
-    redis.call('XADD', message[1], '*', unpack(message, 2))
+    redis.call('XADD', message[1], unpack(message, 2))
     redis.call('HDEL', KEYS[2], member)
   end
   redis.call('ZREM', KEYS[1], member)
@@ -257,17 +242,18 @@ return due[2] and math.max(0, due[2] - time) or -1
 """
 )
 
-# Takes away the consumers that hold nothing and were not seen for so long. KEYS: streams. ARGV: group, consumer, ms (0: that one).
+# Takes away the consumers that hold nothing and were not seen for so long, or the caller, who also gives up the work.
+# KEYS: the key of TAKE, streams. ARGV: group, consumer, ms (0: the caller).
 TIDY = Script(
     _LIB
     + """
-for _, key in ipairs(KEYS) do
-  for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', key, ARGV[1])) do
+local leaves = ARGV[3] == '0'
+if leaves and redis.call('GET', KEYS[1]) == ARGV[2] then redis.call('DEL', KEYS[1]) end
+for k = 2, #KEYS do
+  for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[k], ARGV[1])) do
     local one = map(flat)
-    local over = one.idle > tonumber(ARGV[3])
-    if ARGV[3] == '0' then over = one.name == ARGV[2] end
-    if over and one.pending == 0 then
-      redis.call('XGROUP', 'DELCONSUMER', key, ARGV[1], one.name)
+    if one.pending == 0 and (leaves and one.name == ARGV[2] or not leaves and one.idle > tonumber(ARGV[3])) then
+      redis.call('XGROUP', 'DELCONSUMER', KEYS[k], ARGV[1], one.name)
     end
   end
 end
@@ -284,6 +270,7 @@ local group, made = ARGV[1], 0
 if redis.call('EXISTS', KEYS[1]) == 0 then
   redis.call('XGROUP', 'CREATE', KEYS[1], 'unibus', '0', 'MKSTREAM')
   redis.call('XGROUP', 'DESTROY', KEYS[1], 'unibus')
+  redis.pcall('XCFGSET', KEYS[1], 'IDMP-MAXSIZE', 2048)   -- all that one process has on its way; before 8.6 unknown, and not needed
   made = 1
 end
 if group ~= '' and not group_of(KEYS[1], group) then
@@ -342,4 +329,4 @@ return {at, found}
 """
 )
 
-ALL = (SEND, MOVE, SETTLE, HOLD, READ, CLAIM, ORPHAN, OWN, KEEP, TIDY, MAKE, BACKLOG, LOOK)
+ALL = (PUT, SETTLE, HOLD, READ, CLAIM, TAKE, KEEP, TIDY, MAKE, BACKLOG, LOOK)

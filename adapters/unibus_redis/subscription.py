@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
-from unibus.channel import Address, Group, Inbox, Queue
-from unibus.clock import Clock
+from unibus.channel import Group, Inbox, Queue
 from unibus.delivery import Delivery
 from unibus.driver import OnlyLooks, by, held, lease_lost
 from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
@@ -21,6 +19,9 @@ from unibus_redis import errors, scripts, wire
 from unibus_redis.link import TIMEOUT, Link
 from unibus_redis.topology import PRIVATE, Place
 from unibus_redis.wire import Entry
+
+if TYPE_CHECKING:
+    from unibus_redis.adapter import RedisAdapter
 
 log = logging.getLogger("unibus.redis")
 
@@ -32,40 +33,30 @@ _TIDY = 600.0
 _LOST = "its lease is over and another consumer has it"
 
 
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What a subscription needs of its adapter."""
-
-    clock: Clock
-    lease: float
-    retention: float
-    pack: Callable[[Sequence[Outgoing]], tuple[list[Any], str, list[list[Any]]]]  # keys, their kinds, arguments of each
-    closed: Callable[[RedisSubscription], None]
-    orphans: dict[Address, list[str]]  # consumers whose connection was lost, and with it what they held
-
-
 class RedisSubscription:
     """One consumer in a group, with a connection of its own for reads that wait."""
 
-    def __init__(self, source: Source, place: Place, consumer: str, link: Link, reads: Link, hooks: Hooks) -> None:
+    def __init__(
+        self, adapter: RedisAdapter, source: Source, place: Place, consumer: str, link: Link, reads: Link
+    ) -> None:
         self.source = source
         self.address: Queue[Any] | Group | Inbox = source.address
         self._place = place
         self._consumer = consumer
         self._link = link
         self._reads = reads
-        self._hooks = hooks
-        self._clock = hooks.clock
+        self._adapter = adapter
+        self._clock = adapter.clock
         self._lanes = place.lanes
         self._shared = frozenset(place.topic)
-        self._private = isinstance(source.address, Group) and source.address.ephemeral
+        self._private = isinstance(source.address, Inbox) or (
+            isinstance(source.address, Group) and source.address.ephemeral
+        )
         self._in_place = place.ordered or self._private  # what is given back keeps its place in line
-        self._ms = round(hooks.lease * 1000)
+        self._ms = round(self._adapter.settings.lease * 1000)
         self._held: dict[Entry, Delivery[Any]] = {}
         self._arrived: deque[Entry] = deque()  # read for a receive that was cancelled, or given back in place
-        self._cursors: list[Any] = []  # of a look for what others held for too long; empty: none is under way
-        self._claim_at = 0.0
-        self._claim_idle = self._ms
+        self._claim_at = 0.0  # when to look for what others held for too long
         self._over: UnibusError | None = None
         self._stopped = self._closed = False
         self._lead_until = 0.0 if place.ordered else inf  # with the work until then
@@ -77,10 +68,9 @@ class RedisSubscription:
 
     async def start(self) -> None:
         """Raises what the first round of housekeeping says; afterwards a message sent arrives."""
-        if lost := self._hooks.orphans.get(self.source.address):
-            keys = (self._place.owner, *self._lanes)
-            await self._script(scripts.ORPHAN, keys, (self._ms, *lost), "take over messages of")
-            del self._hooks.orphans[self.source.address]
+        if lost := self._adapter.orphans.get(self.source.address):
+            await self._take_over(*lost)
+            del self._adapter.orphans[self.source.address]
         await self._keep()
         self._keeper = asyncio.create_task(self._keep_on(), name=f"unibus keeps {self.address}")
 
@@ -112,7 +102,7 @@ class RedisSubscription:
         In a task of its own, which goes on when the receive is cancelled: what it brings belongs to this consumer.
         """
         if self._reading is None:
-            claim = self._cursors or self._clock.monotonic() >= self._claim_at
+            claim = self._clock.monotonic() >= self._claim_at
             self._reading = asyncio.create_task(self._claim(room) if claim else self._read(room, timeout))
         reading = self._reading
         await asyncio.wait([reading], timeout=timeout + 1)
@@ -139,13 +129,9 @@ class RedisSubscription:
 
     async def _claim(self, room: int) -> None:
         lanes = self._lanes
-        cursors = self._cursors or ["0-0"] * len(lanes)
-        answer = await self._script(scripts.CLAIM, lanes, (self._claim_idle, room, *cursors), "take over messages of")
-        cursors, found, gone = answer
-        self._cursors = cursors if any(cursors) else []
-        if not self._cursors:
-            self._claim_at = self._clock.monotonic() + self._hooks.lease / 3
-            self._claim_idle = self._ms
+        found, gone = await self._script(scripts.CLAIM, lanes, (self._ms, room), "take over messages of")
+        if len(found) < 3 * room:
+            self._claim_at = self._clock.monotonic() + self._adapter.settings.lease / 3
         if gone:
             text = "%s: %d messages were deleted or trimmed on the server while they were held; they are lost"
             log.error(text, self.address, gone)
@@ -154,7 +140,7 @@ class RedisSubscription:
         self._admit([(lanes[n], raw, count) for n, raw, count in triples if (lanes[n], raw[0]) not in ours])
 
     def _admit(self, found: Sequence[tuple[str, list[Any], int]]) -> None:
-        until = self._clock.monotonic() + self._hooks.lease
+        until = self._clock.monotonic() + self._adapter.settings.lease
         self._arrived.extend([Entry(key, raw, count, until) for key, raw, count in found])
 
     def _take(self, room: int) -> list[Delivery[Any]]:
@@ -185,7 +171,7 @@ class RedisSubscription:
 
     async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
         """The server counts from now on; a lease has one length for all."""
-        until = self._clock.monotonic() + min(seconds, self._hooks.lease)
+        until = self._clock.monotonic() + min(seconds, self._adapter.settings.lease)
         results = await self._each(scripts.HOLD, deliveries, take_back=0)
         for delivery, error in zip(deliveries, results, strict=True):
             if error is None:
@@ -196,7 +182,7 @@ class RedisSubscription:
         self, script: scripts.Script, deliveries: Sequence[Delivery[Any]], take_back: int | None = None
     ) -> list[TransportError | None]:
         """One call for each stream. What is not ours any more is LeaseLost."""
-        near = self._clock.monotonic() + self._hooks.lease / 2
+        near = self._clock.monotonic() + self._adapter.settings.lease / 2
         results, mine = held(deliveries, self._has, _LOST)
         for key, indices in by(mine, lambda i: str(deliveries[i].token.key)).items():
             # Looking at the owner takes as long as the rest, so it is left out where nobody can have claimed it yet.
@@ -204,7 +190,12 @@ class RedisSubscription:
             option = take_back if take_back is not None else int(key not in self._shared)
             arguments = (option, int(risky))
             ids = [deliveries[i].token.id for i in indices]
-            for n in await self._script(script, [key], [*arguments, *ids], "settle messages of"):
+            if script is scripts.SETTLE and option and not risky and self._link.version >= (8, 2):
+                answer = await self._link.call("XACKDEL", key, self._place.group, "IDS", len(ids), *ids)
+                lost = [n for n, done in enumerate(answer) if done < 0]
+            else:
+                lost = await self._script(script, [key], [*arguments, *ids], "settle messages of")
+            for n in lost:
                 results[indices[n]] = lease_lost(deliveries[indices[n]], _LOST)
             for i in indices:
                 if take_back != 0 or results[i] is not None:
@@ -216,12 +207,11 @@ class RedisSubscription:
         if not self._in_place:
             now = self._clock.time()
             waits = delays or [0.0] * len(deliveries)
-            return await self.move(
+            return await self._move(
                 [
                     Move(d, [Outgoing(self.address, d.message, now + wait if wait > 0 else None, d)])
                     for d, wait in zip(deliveries, waits, strict=True)
-                ],
-                TIMEOUT,
+                ]
             )
         if any(delays):
             raise Unsupported(f"{self.address} is ordered, or of one process: what is given back comes again at once")
@@ -229,25 +219,33 @@ class RedisSubscription:
         back = [d.token for d, error in zip(deliveries, results, strict=True) if error is None]
         if not self._stopped:
             for entry in sorted(back, key=_age, reverse=True):
-                entry.until = self._clock.monotonic() + self._hooks.lease
+                entry.until = self._clock.monotonic() + self._adapter.settings.lease
                 self._arrived.appendleft(entry)
         return results
 
     def _has(self, delivery: Delivery[Any]) -> bool:
         return delivery.token in self._held
 
-    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
+    async def move(self, moves: Sequence[Move], timeout: float) -> Sequence[TransportError | Unsupported | None]:
+        slot, slot_of = self._adapter.links.slot(self._place.first), self._adapter.slot
+        near = [i for i, move in enumerate(moves) if all(slot_of(out.to) == slot for out in move.sends)]
+        if len(near) == len(moves):
+            return await self._move(moves)
+        far = Unsupported(f"{self.address}: what the messages are moved to is on another master of the cluster")
+        done = dict(zip(near, await self._move([moves[i] for i in near]), strict=True))
+        return [done.get(i, far) for i in range(len(moves))]
+
+    async def _move(self, moves: Sequence[Move]) -> list[TransportError | None]:
         results, mine = held([move.delivery for move in moves], self._has, _LOST)
         for key, indices in by(mine, lambda i: str(moves[i].delivery.token.key)).items():
-            keys, kinds, packed = self._hooks.pack([out for i in indices for out in moves[i].sends])
+            keys, kinds, packed = self._adapter.pack([out for i in indices for out in moves[i].sends], key)
             arguments: list[Any] = [int(key not in self._shared), kinds]
             at = iter(packed)
             for i in indices:
                 arguments += (moves[i].delivery.token.id, len(moves[i].sends))
                 for _ in moves[i].sends:
-                    to, *rest = next(at)
-                    arguments += (to + 1, *rest)  # the first key is the source
-            bad = await self._script(scripts.MOVE, [key, *keys], arguments, "move messages of")
+                    arguments += next(at)
+            bad = await self._script(scripts.PUT, keys, arguments, "move messages of")
             for n, why in zip(bad[::2], bad[1::2], strict=True):
                 doing = f"move {moves[indices[n]].delivery.position} to {moves[indices[n]].sends[0].to}"
                 results[indices[n]] = errors.refusal(why.decode(), doing)
@@ -268,7 +266,7 @@ class RedisSubscription:
     async def _keep_on(self) -> None:
         tidied = self._clock.monotonic()
         while True:
-            await happens(self._nudged, min(self._due, _BEAT, self._hooks.lease / 3))
+            await happens(self._nudged, min(self._due, _BEAT, self._adapter.settings.lease / 3))
             self._nudged.clear()
             try:
                 await self._keep()
@@ -284,26 +282,30 @@ class RedisSubscription:
 
     async def _keep(self) -> None:
         if self._place.ordered:
-            await self._own(self._ms)
+            await self._take_over()
         if isinstance(self.address, Inbox):
             if not await self._link.call("PEXPIRE", self._lanes[0], round(INBOX_LIFE * 1000)):
                 raise NotFound(f"the inbox {self.address.name!r} is gone")
             return
         keys = (*self._place.delayed, *self._place.topic)
-        arguments = (round(self._hooks.retention * 1000), PRIVATE, 2 * self._ms + 60_000)
+        arguments = (round(self._adapter.settings.retention * 1000), PRIVATE, 2 * self._ms + 60_000)
         hint = await self._link.script(scripts.KEEP, keys, arguments, f"keep {self.address}")
         self._due = inf if hint < 0 else hint / 1000
 
-    async def _own(self, ms: int) -> None:
-        """Take the work of an ordered place, or keep it; one consumer has it."""
+    async def _take_over(self, *over: str) -> None:
+        """What the consumers of lost connections held. Of an ordered place one consumer has the work, and all that others hold."""
         asked, leading = self._clock.monotonic(), self._lead_until > 0
-        got = await self._script(scripts.OWN, [self._place.owner], (ms,), "take the lead of")
-        self._lead_until = asked + self._hooks.lease if got else 0.0
+        ordered = self._place.ordered
+        arguments = (self._ms, int(ordered), *over)
+        got = await self._script(scripts.TAKE, (self._place.owner, *self._lanes), arguments, "take the lead of")
+        if not ordered:
+            return
+        self._lead_until = asked + self._adapter.settings.lease if got else 0.0
         if got == 2:
-            # All that others hold is ours now, before anything new: what those others settle is refused from here on.
-            self._cursors, self._claim_idle, self._claim_at = [], 0, 0.0
+            # Before anything new comes what others held; what those others settle is refused from here on.
+            self._claim_at = 0.0
             self._woken.set()
-        if got != 1 and leading and ms:  # another has taken it, or could have
+        if got != 1 and leading:  # another has taken it, or could have
             log.warning("%s: the lead was lost for a time; what was held is another's now", self.address)
             had, self._held = list(self._held.values()), {}
             self._arrived.clear()
@@ -313,7 +315,7 @@ class RedisSubscription:
 
     async def _tidy(self, idle: float) -> None:
         """`idle` 0: take away this consumer, not those that were not seen for so long."""
-        await self._script(scripts.TIDY, self._lanes, (round(idle * 1000),), "tidy up")
+        await self._script(scripts.TIDY, (self._place.owner, *self._lanes), (round(idle * 1000),), "tidy up")
 
     # -- the end ----------------------------------------------------------------------------------------------
 
@@ -346,7 +348,7 @@ class RedisSubscription:
             await self.settle(Outcome.RELEASED, back)
 
     async def close(self) -> None:
-        self._hooks.closed(self)
+        self._adapter.subscriptions.discard(self)
         if self._closed:
             return
         self._closed = True
@@ -358,12 +360,16 @@ class RedisSubscription:
         except TransportError as error:
             log.debug("%s: the subscription did not close in order: %s", self.address, error)
             if not self._private:
-                self._hooks.orphans.setdefault(self.source.address, []).append(self._consumer)
-        for task in (self._keeper, self._reading):
-            if task is not None:
+                self._adapter.orphans.setdefault(self.source.address, []).append(self._consumer)
+        finally:  # also where closing is cancelled: nobody comes back to do the rest
+            over = ConnectionLost(f"the subscription of {self.address} is closed")
+            self._end(over)
+            self._reads.lose(over)
+            tasks = [task for task in (self._keeper, self._reading) if task is not None]
+            for task in tasks:
                 task.cancel()
-                await asyncio.wait([task])
-        self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
+        if tasks:
+            await asyncio.wait(tasks)
         await self._reads.close()
 
     async def _leave(self) -> None:
@@ -376,27 +382,25 @@ class RedisSubscription:
                 await self._link.call("XGROUP", "DESTROY", stream, self._place.group)
         else:
             await self._tidy(0)
-            if self._place.ordered:
-                await self._own(0)
 
 
 class Browser(OnlyLooks):
     """Looks at what waits, stream by stream, and takes nothing."""
 
-    def __init__(self, source: Source, place: Place, link: Link, hooks: Hooks) -> None:
+    def __init__(self, adapter: RedisAdapter, source: Source, place: Place, link: Link) -> None:
         self.source = source
         self.address = source.address
         self._place = place
         self._link = link
-        self._hooks = hooks
+        self._adapter = adapter
         self._lanes = place.lanes
         self._after: list[Any] = ["0-0"] * len(place.lanes)
         self._stopped = False
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
-        clock = self._hooks.clock
+        clock = self._adapter.clock
         deadline = clock.monotonic() + timeout
-        ms = round(self._hooks.lease * 1000)
+        ms = round(self._adapter.settings.lease * 1000)
         while not self._stopped:
             for n, lane in enumerate(self._lanes):
                 while True:

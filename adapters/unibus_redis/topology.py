@@ -11,7 +11,7 @@ from typing import Any
 
 from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, INVALID, Address, Group, Inbox, Queue, Topic, stem
-from unibus.config_tables import check_options
+from unibus.config_tables import DriverTable, check_options
 from unibus.driver import topic_of
 from unibus.errors import ConfigError, Unsupported
 from unibus_redis import config
@@ -32,6 +32,11 @@ class Place:
     ] = ()  # of a topic or its group: shared streams, which are trimmed; from the others what is settled is deleted
     start: str = "0"  # of a group on the shared streams
     ordered: bool = False
+
+    @property
+    def first(self) -> str:
+        """A key of it; all have one slot."""
+        return self.streams[0] if self.streams else self.topic[0]
 
     @property
     def kind(self) -> str:
@@ -86,7 +91,7 @@ def plan(topology: Topology, now: float, retention: float) -> dict[Address, Plac
         if isinstance(address, Group):
             place = _group(declared, address, places, _start(declared, now, retention))
         elif isinstance(address, Topic):
-            check_options(config.NoOptions, declared, "redis")
+            check_options(DriverTable, declared, "redis")
             place = Place(address, name, "", _levels(address, name, name))
         else:
             options = check_options(config.QueueOptions, declared, "redis")
@@ -98,7 +103,7 @@ def plan(topology: Topology, now: float, retention: float) -> dict[Address, Plac
 
 
 def _group(declared: Declared, group: Group, places: dict[Address, Place], start: str) -> Place:
-    check_options(config.NoOptions, declared, "redis")
+    check_options(DriverTable, declared, "redis")
     topic = topic_of(places, group)
     own = _within(topic.tag, declared.name)
     streams = _levels(group.topic, own, own)

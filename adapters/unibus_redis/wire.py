@@ -19,10 +19,7 @@ from unibus.channel import Inbox
 from unibus.envelope import JSON, read, write
 from unibus.inboxes import inbox, inbox_shape
 from unibus.message import (
-    CONTENT_TYPE,
     ENVELOPE_HEADERS,
-    ID,
-    KEY,
     NO_HEADERS,
     Message,
 )
@@ -77,9 +74,6 @@ def encode(outgoing: Outgoing, now: float) -> list[Any]:
         headers |= odd
     if message.headers is not NO_HEADERS:
         headers |= message.headers
-    headers[ID] = message.id
-    if message.key is not None:
-        headers[KEY] = message.key
     stamped = origin is not None or outgoing.not_before or abs(now - (message.timestamp or now)) > 1
     write(message, headers, message.timestamp if stamped else None)
     return [BODY, message.body, HEADERS, _dump(headers), *more]
@@ -95,23 +89,18 @@ def delay(outgoing: Outgoing, now: float) -> int | str:
 def decode(entry: Entry) -> Message:
     fields = entry.fields
     text: dict[str, str] = {}
-    if BODY in fields[::2]:
-        if len(fields) == 4 and fields[0] == BODY:  # what we write
-            body, headers, rest = fields[1], _headers(fields[3]) if fields[2] == HEADERS else {}, {fields[2]: fields[3]}
-        else:
-            rest = dict(zip(fields[::2], fields[1::2], strict=True))
-            body, headers = rest.pop(BODY), _headers(rest.get(HEADERS))
-        if headers:
-            del rest[HEADERS]
-        if rest:
-            text = dict(found for name, value in rest.items() if (found := _text(name, value)))
+    if len(fields) == 4 and fields[0] == BODY and fields[2] == HEADERS and (headers := _headers(fields[3])):
+        message = Message(fields[1])  # as we write it
     else:
-        names = [part.decode(errors="surrogateescape") for part in fields]
-        body, headers = (
-            _dump(dict(zip(names[::2], names[1::2], strict=True))).encode(),
-            {CONTENT_TYPE: JSON},
-        )
-    message = Message(body)
+        pairs, headers = dict(zip(fields[::2], fields[1::2], strict=True)), {}
+        if (body := pairs.pop(BODY, None)) is not None:
+            message = Message(body)
+            if headers := _headers(pairs.get(HEADERS)):
+                del pairs[HEADERS]
+            text = dict(found for name, value in pairs.items() if (found := _text(name, value)))
+        else:
+            names = {n.decode(errors="surrogateescape"): v.decode(errors="surrogateescape") for n, v in pairs.items()}
+            message = Message(_dump(names).encode(), content_type=JSON)
     for name, value in headers.items():
         if type(value) is str:
             text[name] = value

@@ -29,7 +29,7 @@ from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.clock import Clock
 from unibus.delivery import Delivery
-from unibus.errors import TransportError, UnknownChannel
+from unibus.errors import TransportError, UnknownChannel, Unsupported
 from unibus.message import Message
 
 Results = Sequence[TransportError | None]
@@ -50,12 +50,14 @@ class Outgoing:
 
     `not_before` (epoch seconds): not to be delivered earlier; rounded up to what the broker can do, never down.
     `origin`: the delivery that this is a copy of; the driver also copies native headers that the envelope can't hold.
+    `mark`: the driver's own; it is still there when the same message is sent again after an outcome that is unknown.
     """
 
     to: Address
     message: Message
     not_before: float | None = None
     origin: Delivery[Any] | None = None
+    mark: object = None
 
 
 @dataclass(slots=True)
@@ -213,7 +215,7 @@ class Subscription(Protocol):
         """Settle; `delays` runs parallel to `deliveries` (RELEASED only). LeaseLost for what is no longer ours."""
         ...
 
-    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
+    async def move(self, moves: Sequence[Move], timeout: float) -> Sequence[TransportError | Unsupported | None]:
         """All or nothing for each move. Only where `atomic_move` is declared; Unsupported for one pair is legal."""
         ...
 

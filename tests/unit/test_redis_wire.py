@@ -12,7 +12,15 @@ from unibus.adapter import Declared, Outgoing, Source, Topology
 from unibus.channel import Group, Inbox, dead_letter_queue, invalid_queue
 from unibus.channel import Queue as AnyQueue
 from unibus.delivery import Delivery
-from unibus.errors import LeaseLost, NotFound, PermissionDenied, Refused, Throttled
+from unibus.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    LeaseLost,
+    NotFound,
+    PermissionDenied,
+    Refused,
+    Throttled,
+)
 from unibus.inboxes import inbox_name
 from unibus.url import parse
 from unibus_redis import config, errors, topology, wire
@@ -205,11 +213,20 @@ def test_a_group_starts_no_earlier_than_the_topic_keeps() -> None:
 
 def test_a_connection_prints_no_password() -> None:
     url = parse("redis://u:hunter2@h1,h2:7000/3")
-    hosts = config.connections(url, config.settings({}), "svc")
-    assert [where for where, _, _ in hosts] == ["h1:6379", "h2:7000"]
-    for _, kind, arguments in hosts:
-        assert (arguments["db"], arguments["password"]) == (3, "hunter2")
-        assert "hunter2" not in repr(kind(**arguments))
+    login = config.login(url, config.settings({}), "billing/ü")
+    assert login.commands() == [
+        ("AUTH", "u", "hunter2"),
+        ("SELECT", 3),
+        ("CLIENT", "SETNAME", "billing--"),
+        ("CLIENT", "ID"),
+    ]
+    assert "hunter2" not in repr(login)
+
+
+def test_what_is_not_there_is_not_sent() -> None:
+    bare = config.login(parse("redis://h"), config.settings({}), "svc")
+    assert bare.commands() == [("CLIENT", "SETNAME", "svc"), ("CLIENT", "ID")]
+    assert config.login(parse("redis://:pw@h"), config.settings({}), "svc").commands()[0] == ("AUTH", "pw")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +241,7 @@ def test_a_connection_prints_no_password() -> None:
 )
 def test_wrong_settings_are_named(url: str, table: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        config.connections(parse(url), config.settings(table), "svc")
+        config.login(parse(url), config.settings(table), "svc")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +251,11 @@ def test_wrong_settings_are_named(url: str, table: dict[str, object], text: str)
         ("NOGROUP No such key 'q' or consumer group 'g' script: 12ab, on @user_script:3.", NotFound),
         ("LEASELOST", LeaseLost),
         ("WRONGTYPE q", Refused),
+        ("WRONGPASS invalid username-password pair or user is disabled.", AuthenticationFailed),
+        ("ERR AUTH <password> called without any password configured for the default user.", AuthenticationFailed),
+        ("MOVED 3999 127.0.0.1:6381", ConnectionLost),
+        ("ASK 3999 127.0.0.1:6381", Throttled),
+        ("READONLY You can't write against a read only replica.", ConnectionLost),
         ("OOM command not allowed when used memory > 'maxmemory'.", Throttled),
         ("ERR ACL failure in script: User u has no permissions to run the 'xadd' command", PermissionDenied),
         ("ERR something new", Refused),

@@ -39,7 +39,7 @@ maxmemory-policy noeviction
 class Redis:
     name = "redis"
     process = "redis-server"
-    image = "redis:8.4"
+    image = "redis:8.6"
     ports: Sequence[str] = ("redis", "rediss")
     private_ports: Sequence[str] = ()
 
