@@ -15,13 +15,17 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo test unit contracts integration brokers-up brokers-down lint types bench checks lock clean
+.PHONY: help demo demo-all test unit contracts integration brokers-up brokers-down lint types bench checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 demo: $(STAMP) ## the orders example; URL=amqp://... for a real broker (default memory://)
 	@$(BIN)/python -m examples.orders --url "$(URL)"
+
+demo-all: $(STAMP) ## the orders example in memory and on each broker of the supply, and its numbers side by side
+	@trap '$(SUPPLY) down' EXIT; $(BROKERS); \
+	$(BIN)/python -m examples.orders.everywhere memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL"
 
 # Brokers go down whatever happened before, Ctrl-C included; the status is that of the checks, then that of the reports.
 test: $(STAMP) ## everything: lint, types, unit tests, then contracts and integration on real brokers

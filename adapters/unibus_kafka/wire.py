@@ -62,7 +62,10 @@ def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
             ours[TIMESTAMP] = time_text(message.timestamp)
     if message.headers is not NO_HEADERS:
         ours |= message.headers
-    headers: list[tuple[str, bytes | None]] = [(name, text.encode()) for name, text in ours.items()]
+    headers: list[tuple[str, bytes | None]] = []
+    add = headers.append
+    for name, text in ours.items():
+        add((name, text.encode()))
     key = None if message.key is None else message.key.encode("utf-8", "surrogateescape")
     value: bytes | None = message.body
     native: Any = None if origin is None else origin.native

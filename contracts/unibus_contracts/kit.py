@@ -87,14 +87,14 @@ async def leftover(bus: Bus, place: Place) -> list[Delivery[Any]]:
     sentinel = SENTINEL + os.urandom(8).hex().encode()
     found: list[Delivery[Any]] = []
     channel, group = place if isinstance(place, tuple) else (place, None)
-    async with bus.receiver(channel, group=group, prefetch=100) as receiver:
+    async with bus.receiver(channel, group=group, prefetch=100) as receiver, asyncio.TaskGroup() as acks:
         if isinstance(channel, Topic):
             await bus.publish(channel, sentinel)
         else:
             await bus.send(channel, sentinel)
         while True:
             (delivery,) = await take(receiver)
-            await delivery.ack()
+            acks.create_task(delivery.ack())  # beside the next one: a round trip each would be most of the time
             if delivery.body == sentinel:
                 return found
             if not delivery.body.startswith(SENTINEL):  # of another group of this topic

@@ -464,6 +464,17 @@ async def test_features_have_to_be_declared() -> None:
         assert spy_of(bus).batches == []
 
 
+async def test_what_a_foreign_client_sent_with_priority_0_can_be_sent_on() -> None:
+    """Many AMQP clients write it where none was given."""
+    bus = make_bus()
+    async with lab(bus) as it:
+        await bus.send(ORDERS, Message("x", priority=0))
+        [message] = it.broker.waiting(ORDERS)
+        assert message.priority is None
+        with pytest.raises(Unsupported, match="priorities"):
+            await bus.send(ORDERS, Message("x", priority=1))
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
