@@ -251,6 +251,7 @@ class Session:
             policy=settings.retry,
             at_most_once=settings.guarantee == "at-most-once",
             requests=requests,
+            start=registration.start,
         )
         call: Handling = handler.call
         if not handler.is_async:

@@ -316,7 +316,7 @@ async def _wire(play: Play) -> None:
         )
         await play.arrives(play.stream, redis_wire.decode(entry))
     [record] = captured("faststream 0.7.8", "kafka")
-    message = kafka_wire.decode(
+    message, _ = kafka_wire.decode(
         SimpleNamespace(
             topic="orders",
             partition=0,
