@@ -1,4 +1,4 @@
-"""How hypothesis runs here, and the fixtures of the tests of the command line."""
+"""Fixtures of the tests of the command line; and how hypothesis runs: time decides nothing, since a machine may be busy."""
 
 import os
 import sys
@@ -11,7 +11,6 @@ from tests.unit.cli_lab import Cli
 
 from unibus import memory
 
-# Time decides nothing, since a machine may be busy; a failure can be had again with its seed.
 settings.register_profile("unibus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unibus")
 
