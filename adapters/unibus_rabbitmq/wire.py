@@ -10,7 +10,7 @@ content_type, correlation_id, reply_to, timestamp (whole seconds, as AMQP has th
 - A string that is too long for its property (255 bytes) goes into the header of the same meaning.
 
 Written out rather than left to pamqp, for two reasons: pamqp changes foreign headers on the way (a double becomes a float, a
-long name is cut), and it costs a multiple. See docs/decisions/0007.
+long name is cut), and it costs a multiple. See docs/decisions/0007-rabbitmq-reads-its-own-frames.md.
 """
 
 from __future__ import annotations
