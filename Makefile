@@ -15,7 +15,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo test unit contracts integration brokers-up brokers-down lint types bench checks lock clean
+.PHONY: help demo demo-all test unit saboteurs contracts integration brokers-up brokers-down lint types bench checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -23,8 +23,12 @@ help: ## this list
 demo: $(STAMP) ## the orders example; URL=amqp://... for a real broker (default memory://)
 	@$(BIN)/python -m examples.orders --url "$(URL)"
 
+demo-all: $(STAMP) ## the orders example in memory and on each broker of the supply, and its numbers side by side
+	@trap '$(SUPPLY) down' EXIT; $(BROKERS); \
+	$(BIN)/python -m examples.orders.everywhere memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL"
+
 # Brokers go down whatever happened before, Ctrl-C included; the status is that of the checks, then that of the reports.
-test: $(STAMP) ## everything: lint, types, unit tests, then contracts and integration on real brokers
+test: $(STAMP) ## everything: lint, types, unit tests, saboteurs, then contracts and integration on real brokers
 	@rm -rf reports; shopt -s nullglob; \
 	trap '$(SUPPLY) down' EXIT; \
 	status=0; $(MAKE) --no-print-directory checks || status=$$?; \
@@ -32,13 +36,17 @@ test: $(STAMP) ## everything: lint, types, unit tests, then contracts and integr
 	$(BIN)/python -m unibus_contracts.summary reports/*.json || status=$$?; \
 	exit $$status
 
-checks: lint types unit brokers-up contracts integration
+checks: lint types unit saboteurs brokers-up contracts integration
 
 unit: $(STAMP) ## unit tests: core on the memory adapter, no broker
 	$(BIN)/pytest tests/unit
 
+saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by those that are meant to, none that never does
+	$(BIN)/python -m unibus_contracts.saboteurs
+
 contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 4
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" \
+		-n 4 --unibus-pin=contracts/unibus_contracts/answers
 
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.driver import linked, place_of, send_all
 from unibus.driver import missing as not_there
 from unibus.errors import (
+    ConfigError,
     MessageTooLarge,
     NotFound,
     Timeout,
@@ -26,7 +26,7 @@ from unibus.errors import (
 )
 from unibus_kafka import config, errors, topology, wire
 from unibus_kafka.capabilities import known
-from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link
+from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link, by_name
 from unibus_kafka.offsets import decode
 from unibus_kafka.subscription import KafkaSubscription, Kit
 from unibus_kafka.topology import Place
@@ -110,7 +110,7 @@ class KafkaAdapter:
             found.append(Inspected("group", group, exists, f"Read on group {group} and its topics", place.address))
         return found
 
-    async def _begin(self, link: Link, group: str, place: Place, start: Any, *, known_before: bool) -> None:
+    async def _begin(self, link: Link, group: str, place: Place, start: Start, *, known_before: bool) -> None:
         """Where a new group begins, committed now: what is sent from now on is its. One that is known is left alone.
 
         Kafka forgets the offsets of a group without members after a week. Its dead-letter topic is the witness that it is
@@ -119,15 +119,28 @@ class KafkaAdapter:
         if known_before or await link.committed(group):
             return
         tps = [tp for topic in place.topics if topic not in _own(place) for tp in link.partitions(topic)]
-        if start == "all":
-            at = EARLIEST
-        else:
-            at = LATEST if start == "new" else round(float(start) * 1000)
+        at = int(start * 1000) if isinstance(start, float) else EARLIEST if start == "all" else LATEST
         offsets = await link.offsets(tps, at)
         if late := [tp for tp, offset in offsets.items() if offset < 0]:  # nothing since that time
             offsets |= await link.offsets(late, LATEST)
+        if isinstance(start, tuple):
+            offsets |= await self._positions(link, place, start, offsets)
         await link.commit(group, offsets)
         log.info("created group %s", group)
+
+    @staticmethod
+    async def _positions(
+        link: Link, place: Place, start: tuple[str, ...], ends: dict[TopicPartition, int]
+    ) -> dict[TopicPartition, int]:
+        begins, found = await link.offsets(ends, EARLIEST), {}
+        for text in start:
+            topic, number, offset = wire.parsed_position(text) or ("", 0, 0)
+            tp = TopicPartition(topic, number)
+            if topic != place.topic or tp not in ends or not begins[tp] <= offset <= ends[tp]:
+                has = ", ".join(f"{t.topic}/{t.partition}@{begins[t]} to {e}" for t, e in ends.items())
+                raise ConfigError(f"{place.address}: start={text!r} is no position of its topic, which has {has}")
+            found[tp] = offset
+        return found
 
     async def _verify(self, link: Link, made: topology.Plan, gone: set[str]) -> None:
         missing = [f"topic {name!r}" for name in made.topics if name in gone]
@@ -194,10 +207,15 @@ class KafkaAdapter:
     async def _deliver(
         self, link: Link, tp: TopicPartition, made: list[tuple[Any, list[int]]], timeout: float, results: list[Any]
     ) -> None:
-        """The batches of one partition, one after the other, as the producer sends them."""
+        """The batches of one partition, one after the other; behind one that may be sent again the others wait for that."""
         deadline = asyncio.get_running_loop().time() + timeout
+        error: UnibusError | None = None
         for builder, indices in made:
-            error: UnibusError | None = None
+            if error is not None and error.retryable:
+                for i in indices:
+                    results[i] = error
+                continue
+            error = None
             try:
                 builder.close()
                 async with asyncio.timeout_at(deadline):
@@ -257,8 +275,7 @@ class KafkaAdapter:
         try:
             await consumer.start()
             if group is not None:
-                pattern = "^(?:" + "|".join(re.escape(topic) for topic in place.topics) + ")$"
-                consumer.subscribe(pattern=pattern, listener=subscription)  # by name would make a topic that is missing
+                consumer.subscribe(list(place.topics), listener=subscription)
                 subscription.begin()
                 await subscription.joined(_JOIN)
             else:
@@ -287,7 +304,7 @@ class KafkaAdapter:
     def _consumer(self, link: Link, group: str | None) -> Any:
         given = self._settings
         rebalance = round((given.rebalance_grace + given.heartbeat + 5) * 1000)
-        return AIOKafkaConsumer(
+        consumer = AIOKafkaConsumer(
             **link.options,
             group_id=group,
             enable_auto_commit=False,
@@ -300,15 +317,17 @@ class KafkaAdapter:
             max_poll_interval_ms=2**31
             - 1,  # slow handlers don't stop us from polling, and heartbeats tell who is alive
         )
+        by_name(consumer._client)
+        return consumer
 
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link, place = self._linked(), self._place(address)
-        topics = [topic for topic, seconds in place.topics.items() if not seconds]
-        if gone := await link.missing(topics):
-            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
-        tps = [tp for topic in place.topics for tp in link.partitions(topic)]  # rungs that are missing hold nothing
-        ends, committed = await link.offsets(tps, LATEST), await link.committed(place.name)
-        begins = await link.offsets(tps, EARLIEST)
+        gone = await link.missing(place.topics)
+        if needed := [name for name in gone if not place.topics[name]]:  # rungs that are missing hold nothing
+            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(needed)))
+        tps = [tp for topic in place.topics if topic not in gone for tp in link.partitions(topic)]
+        committed = await link.committed(place.name)  # first: what moves meanwhile counts twice, and not never
+        begins, ends = await link.offsets(tps, EARLIEST), await link.offsets(tps, LATEST)
         ready = delayed = 0
         for tp, end in ends.items():
             at, metadata = committed.get(tp, (0, ""))

@@ -22,7 +22,7 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
             limit=LONGEST_DELAY,
         ),
         priority=refused("a partition is read in its order"),
-        replay=native("from the beginning or a time, as far as the topic's retention reaches"),
+        replay=native("from the beginning, a time or offsets, as far as the topic's retention reaches"),
         browse=native("read without a group"),
         reply=emulated(
             "one reply topic a service, read from its end by every process, which drops what is not its own"
@@ -30,7 +30,9 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         release=emulated("handed out again by the same consumer, by another one only when that has left"),
         lease=refused("a partition is a consumer's until the group rebalances; no delivery has an end of its own"),
         atomic_move=refused("the client library's transactions don't fence a consumer that has lost its partition"),
-        delivery_count=refused("a partition has an offset, and no count of how often a record was read"),
+        delivery_count=refused(
+            "a partition has an offset; only after a consumer died is counted, for a minute, what its heir hands out"
+        ),
         attempt=emulated("failures in place are kept in the commit; a crash forgets those since the last one"),
         settle_confirmed=refused(
             "settled messages are committed together, a moment later; a crash in between repeats them"
@@ -40,6 +42,7 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         inbox=refused(
             "the reply topic is the service's: what nobody waits for is dropped by its retention, an hour later"
         ),
+        start_positions=True,
         same_in_names="._",
         max_body=max_request_size - ENVELOPE_BYTES,
         max_header_bytes=32 * 1024,
@@ -47,6 +50,7 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         send_batch=1000,
         receive_batch=1000,
         settle_batch=5000,
+        ordered_batches=True,
         flights=4,
         park_limit=LONGEST_PARK,
     )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_co
 from aiokafka.partitioner import murmur2
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from unibus.errors import ConnectionLost
@@ -50,7 +52,7 @@ class Link:
             max_batch_size=given.batch_size,
             compression_type=given.compression,
         )
-        self._client: Any = self.producer.client
+        self._client: Any = by_name(self.producer.client)
         self._next = 0
 
     @classmethod
@@ -87,17 +89,21 @@ class Link:
         node = self._client.get_random_node()
         return node is not None and await self._client.ready(node)
 
-    # Topics. Always by the full list: to ask for a topic by its name may make it.
+    # Topics
 
     async def missing(self, topics: Iterable[str], *, fresh: bool = False) -> set[str]:
         """Those that are not there, or that we may not see. `fresh`: don't trust what we know."""
-        names = set(topics)
-        cluster = self._client.cluster
-        gone = {name for name in names if not cluster.partitions_for_topic(name)}
-        if gone or fresh:
-            await self._client.force_metadata_update()
-            gone = {name for name in names if not cluster.partitions_for_topic(name)}
-        return gone
+        client = self._client
+        names = {name for name in topics if fresh or not client.cluster.partitions_for_topic(name)}
+        if not names:
+            return names
+        found = await self.patiently(
+            lambda: client.send(client.get_random_node(), MetadataRequest(sorted(names), False)), "look for topics"
+        )
+        there = {topic for error, topic, _, partitions in found.topics if partitions and not error}
+        if there - client._topics:  # whatever else was asked for is not looked up ever after
+            await client.set_topics(client._topics | there)
+        return names - there
 
     async def risks(self, topics: Sequence[str]) -> dict[str, str]:
         """Topic -> which of its settings can lose messages; what this user may not see stays unsaid."""
@@ -162,13 +168,12 @@ class Link:
                 raise errors.translate(native, f"create topic {name!r}") from native
 
         async def led() -> None:
+            leader = self._client.cluster.leader_for_partition
+            if gone := await self.missing(wanted, fresh=True):
+                raise ConnectionLost(f"topics {gone} are not there yet")
             await self._client.force_metadata_update()
-            cluster = self._client.cluster
-            for name in wanted:
-                if not self.partitions(name) or any(
-                    cluster.leader_for_partition(tp) in {None, -1} for tp in self.partitions(name)
-                ):
-                    raise ConnectionLost(f"topic {name!r} has no leader yet")
+            if any(leader(tp) in {None, -1} for name in wanted for tp in self.partitions(name)):
+                raise ConnectionLost("not all new topics have a leader yet")
 
         await self.patiently(led, "wait for new topics")
 
@@ -251,6 +256,22 @@ class Link:
                         await self._client.force_metadata_update()
         except Exception as exc:
             raise errors.translate(exc, doing) from exc
+
+
+def by_name(client: Any) -> Any:
+    """Let a client of the library look up its topics by name; it would make those that are missing, or ask for all."""
+    everything = client._metadata_update
+
+    async def update(cluster: Any, topics: set[str]) -> bool:
+        if topics and (node := client.get_random_node()) is not None:
+            with suppress(KafkaError):  # of that node; the library tries them all
+                metadata = await client.send(node, MetadataRequest(list(topics), False))
+                cluster.update_metadata(metadata)
+                return True
+        return bool(await everything(cluster, ()))
+
+    client._metadata_update = update
+    return client
 
 
 async def put_away(*steps: Callable[[], Awaitable[None]]) -> None:

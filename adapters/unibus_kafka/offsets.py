@@ -3,49 +3,57 @@
 The committed offset is the first unfinished one. What is finished beyond it stands in the commit's metadata, so that a
 restart runs nothing again that had finished:
 
-    u1: base64( varint highest - offset, then for each unfinished one up to `highest`: varint (distance to the one before
-    << 1 | failed), and if it failed in place: varint failures; then the CRC of all that and of the offset ) NUL
+    u2: base64( varint ((highest - offset + 1) << 1 | open), then for each unfinished one up to `highest`: varint (distance
+    to the one before << 1 | noted), and if noted: varint failures in place, varint starts; then the CRC of all that and of
+    the offset ) NUL
 
 The NUL is for clients that read metadata as C strings. What can't be read is ignored: the records are handled again.
+
+`open` stands there from the first record that is handed out until the partition is given up in order. Whoever finds it
+follows one that died, and commits for a while what it hands out before it does so: these are the starts, from which the
+crash guard of the core sees a record that kills whoever handles it. Elsewhere nothing is counted, and costs nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
+from unibus.adapter import Source
 from unibus.deadletter import retry_count
 from unibus.delivery import Delivery
-from unibus.tracker import Tracker
+from unibus.message import CRASH_COUNT
+from unibus_kafka import wire
 
 LIMIT = 4096  # characters: offset.metadata.max.bytes of a broker, by default
 FULL = LIMIT * 3 // 4  # beyond this the partition is paused until more of it is finished
-_MARK = "u1:"
+_MARK = "u2:"
 _BYTES = (LIMIT - len(_MARK) - 1) // 4 * 3 - 4  # without the CRC
 
 
-def encode(offset: int, highest: int, unfinished: Iterable[tuple[int, int]]) -> str:
-    """The metadata of a commit of `offset`. `unfinished`: (offset, failures), ascending, up to `highest`.
+def encode(offset: int, highest: int, unfinished: Iterable[tuple[int, int, int]], *, open: bool = False) -> str:
+    """The metadata of a commit of `offset`. `unfinished`: (offset, failures, starts), ascending, up to `highest`.
 
     What doesn't fit is left out from the end: it counts as unfinished.
     """
     entries, last = bytearray(), offset
-    for number, failures in unfinished:
-        entry = _varint((number - last) << 1 | bool(failures)) + (_varint(failures) if failures else b"")
+    for number, failures, starts in unfinished:
+        noted = bool(failures or starts)
+        entry = _varint((number - last) << 1 | noted) + (_varint(failures) + _varint(starts) if noted else b"")
         if len(entries) + len(entry) + 9 > _BYTES:
             highest = last
             break
         entries += entry
         last = number
-    data = _varint(highest - offset) + bytes(entries)
+    data = _varint((highest - offset + 1) << 1 | open) + bytes(entries)
     return _MARK + base64.b64encode(data + _checksum(offset, data)).decode() + "\0"
 
 
-def decode(offset: int, text: str) -> tuple[int, dict[int, int]] | None:
-    """(highest, unfinished offset -> failures) of a commit's metadata; None where it isn't ours, or damaged."""
+def decode(offset: int, text: str) -> tuple[int, dict[int, tuple[int, int]], bool] | None:
+    """(highest, unfinished offset -> failures and starts, open); None where it isn't ours, or damaged."""
     if not text.startswith(_MARK):
         return None
     try:
@@ -62,12 +70,12 @@ def decode(offset: int, text: str) -> tuple[int, dict[int, int]] | None:
         if byte < 128:
             numbers.append(value)
             value = shift = 0
-    found: dict[int, int] = {}
+    found: dict[int, tuple[int, int]] = {}
     number, rest = offset, iter(numbers[1:])
     for step in rest:
         number += step >> 1
-        found[number] = next(rest, 0) if step & 1 else 0
-    return offset + numbers[0], found
+        found[number] = (next(rest, 0), next(rest, 0)) if step & 1 else (0, 0)
+    return offset + (numbers[0] >> 1) - 1, found, bool(numbers[0] & 1)
 
 
 def _checksum(offset: int, data: bytes) -> bytes:
@@ -87,76 +95,119 @@ class Partition:
     """One that is assigned to us, until `owned` is False. `seconds`: the rung it belongs to, 0 for none."""
 
     __slots__ = (
-        "committed", "failures", "full", "held", "highest", "name", "open", "out", "owned", "seconds", "start", "tp", "tracker"
+        "_highest", "_name", "_notes", "careful", "committed", "failures", "full", "held", "next", "open", "opened", "orphan",
+        "owned", "seconds", "starts", "tp", "wary",
     )  # fmt: skip
 
     def __init__(self, tp: Any, start: int, metadata: str = "", seconds: float = 0.0) -> None:
         self.tp = tp
-        self.name = f"{tp.topic}/{tp.partition}"
-        self.start = start
+        self.next = start  # where reading goes on
         self.seconds = seconds
         self.owned = True
         self.full = False  # there is no room in the metadata for more
         self.held = 0  # records that wait for their time
-        self.tracker = Tracker()
-        self.out: dict[int, Delivery[Any]] = {}  # handed out, by offset
+        self.open: dict[int, Delivery[Any]] = {}  # read and not finished, by offset, ascending
+        self.opened = False  # something was handed out
+        self.careful = 0.0  # until then, monotonic, starts are counted
+        self.wary = True  # there is something to do when a record is handed out
         self.committed = (start, metadata)
-        # What was finished, or had failed, before this partition was ours.
-        found = decode(start, metadata)
-        self.highest, self.open = found if found is not None else (start - 1, {})
-        self.failures = {number: count for number, count in self.open.items() if count}
+        self._name = f"{tp.topic}/{tp.partition}"
+        # What was finished, or had failed or been started, before this partition was ours.
+        self._highest, self._notes, self.orphan = decode(start, metadata) or (start - 1, {}, False)
+        self.failures = {offset: failures for offset, (failures, _) in self._notes.items() if failures}
+        self.starts = {offset: starts for offset, (_, starts) in self._notes.items() if starts}
 
-    @property
-    def next(self) -> int:
-        """Where reading goes on."""
-        last = self.tracker.last
-        return self.start if last is None else last + 1
+    def read(
+        self, records: Sequence[Any], source: Source, now: float, token: bytes = b""
+    ) -> tuple[list[Delivery[Any]], list[tuple[float, Delivery[Any]]]]:
+        """What there is to do: now, and what is due later. `token`: the key of those that are ours, if not all are."""
+        opened, known, decode = self.open, self._notes, wire.decode
+        highest = self._highest if self.next <= self._highest else -1
+        ready: list[Delivery[Any]] = []
+        later: list[tuple[float, Delivery[Any]]] = []
+        for record in records:
+            offset = record.offset
+            if (offset <= highest and offset not in known) or (token and record.key != token):
+                continue
+            message, due = decode(record)
+            position = f"{self._name}@{offset}"
+            delivery = opened[offset] = Delivery(message, source, self, 0, None, None, record, position)
+            if due is None or due <= now:
+                ready.append(delivery)
+            else:
+                later.append((due, delivery))
+        self.next = records[-1].offset + 1
+        return ready, later
 
-    def take(self, offset: int) -> bool:
-        """A record was read. False if it was finished before."""
-        self.tracker.add(offset)
-        if offset <= self.highest and offset not in self.open:
-            self.tracker.finish(offset)
-            return False
-        return True
+    def begin(self, delivery: Delivery[Any], now: float) -> bool:
+        """It is handed out now (monotonic). Does a commit have to say so first?"""
+        offset = offset_of(delivery)
+        delivery.failures = self.failures.get(offset, 0)
+        counted = self.careful > now or CRASH_COUNT in delivery.message.headers
+        if counted:
+            delivery.deliveries = self.starts[offset] = self.starts.get(offset, 0) + 1
+        first, self.opened = not self.opened, True
+        self.wary = self.careful > now or bool(self.failures)
+        return first or counted
 
-    def finish(self, offset: int) -> None:
-        self.tracker.finish(offset)
-        self.failures.pop(offset, None)
+    def finish(self, delivery: Delivery[Any]) -> None:
+        record: Any = delivery.native
+        offset = record.offset
+        self.open.pop(offset, None)
+        if self.failures or self.starts:
+            self.failures.pop(offset, None)
+            self.starts.pop(offset, None)
 
-    def remember(self, offset: int, delivery: Delivery[Any]) -> None:
+    def again(self, delivery: Delivery[Any]) -> Delivery[Any]:
+        """For what was given back: that start does not count, what failed in place does."""
+        self._came_back(delivery)
+        self._remember(delivery)
+        self.wary = True
+        message, _ = wire.decode(delivery.native)
+        new: Delivery[Any] = Delivery(message, delivery.source, self, 0, None, None, delivery.native, delivery.position)
+        self.open[offset_of(delivery)] = new
+        return new
+
+    def _remember(self, delivery: Delivery[Any]) -> None:
         """Keep what failed in place: the header has only what was counted before it was sent."""
-        failures = delivery.failures - retry_count(native_headers(delivery))
-        if failures > 0:
-            self.failures[offset] = failures
+        message, _ = wire.decode(delivery.native)  # the core rewrites the headers of what failed in place
+        if (failures := delivery.failures - retry_count(message.headers)) > 0:
+            self.failures[offset_of(delivery)] = failures
 
     def point(self) -> tuple[int, str]:
         """What to commit: offset and metadata."""
-        for offset, delivery in self.out.items():
-            self.remember(offset, delivery)
-        tracker = self.tracker
-        last = self.next - 1
-        later = [number for number in self.open if number > last]  # unfinished, and not read again yet
-        first = tracker.first
-        if first is None:
-            first = last + 1
-            if first <= self.highest:  # of what was finished before
-                first = later[0] if later else self.highest + 1
-        finished = max(tracker.highest or -1, self.highest)
-        highest = max(finished, *self.failures) if self.failures else finished
-        if highest <= first and not self.failures:
+        for delivery in self.open.values():
+            if delivery.failures:
+                self._remember(delivery)
+        unfinished = [*self.open, *(offset for offset in self._notes if offset >= self.next)]
+        last = max(self.next - 1, self._highest)
+        first = unfinished[0] if unfinished else last + 1
+        while unfinished and unfinished[-1] == last and not (last in self.failures or last in self.starts):
+            last = unfinished.pop() - 1  # what follows the last finished one need not be told
+        if not (unfinished or self.opened):
             return first, ""
-        unfinished = [*tracker, *later]
-        return first, encode(first, highest, ((n, self.failures.get(n, 0)) for n in unfinished if n <= highest))
+        entries = ((offset, self.failures.get(offset, 0), self.starts.get(offset, 0)) for offset in unfinished)
+        return first, encode(first, last, entries, open=self.opened)
+
+    def end(self, handed: Iterable[Delivery[Any]]) -> None:
+        """It is given up in order: what is still out is not the doing of its handler."""
+        self.opened = False
+        for delivery in handed:
+            if delivery.token is self:
+                self._came_back(delivery)
+
+    def _came_back(self, delivery: Delivery[Any]) -> None:
+        offset = offset_of(delivery)
+        if (count := self.starts.pop(offset, 0)) > 1:
+            self.starts[offset] = count - 1
 
     def lose(self) -> None:
         self.owned = False
-        for delivery in self.out.values():
+        for delivery in self.open.values():
             delivery.lost = True
-        self.out.clear()
+        self.open.clear()
 
 
-def native_headers(delivery: Delivery[Any]) -> Mapping[str, str]:
-    """Of the record as it was read: the core rewrites those of the message when it fails in place."""
+def offset_of(delivery: Delivery[Any]) -> int:
     record: Any = delivery.native
-    return {name: value.decode(errors="replace") for name, value in record.headers if value is not None}
+    return int(record.offset)

@@ -26,10 +26,10 @@ from unibus.adapter import Outcome, Outgoing, Results, Source, Standing
 from unibus.channel import Address, Group, Inbox
 from unibus.clock import Clock, Timer
 from unibus.delivery import Delivery
-from unibus.driver import NoLease, NoMove, lease_lost
+from unibus.driver import NoLease, NoMove, held
 from unibus.errors import ConnectionLost, NotFound, TransportError, UnibusError
 from unibus.waiting import Tasks, Waiter, happens
-from unibus_kafka import config, errors, offsets, wire
+from unibus_kafka import config, errors, offsets
 from unibus_kafka.capabilities import HOLD_BELOW
 from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
 from unibus_kafka.offsets import Partition
@@ -42,8 +42,7 @@ _MANY = 500  # records of one poll
 _LOOK = 1.0  # seconds between looks whether there is anything on the topics beside the main one
 _HELD = 1000  # records of one partition that wait for their time, before it is paused
 _CLOSE = 5.0  # seconds
-
-Read = tuple[Partition, Any]  # a record
+_CAREFUL = 60.0  # seconds after which what killed the owner before us would have done it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +73,15 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         self._group = group
         self._token = token.encode()
         self._parts: dict[TopicPartition, Partition] = {}
-        self._buffer: deque[Read] = deque()
+        self._buffer: deque[Delivery[Any]] = deque()  # read, to be handed out next
+        self._handed: set[Delivery[Any]] = set()
         self._held: list[
-            tuple[float, int, Partition, Any, bool]
-        ] = []  # heap: due, tie-break, partition, record, blocking
+            tuple[float, int, float, Delivery[Any], bool]
+        ] = []  # heap: at, tie-break, due, whose, blocking
         self._count = itertools.count()
-        self._out = 0
         self._waiter = Waiter(kit.clock)
         self._room = asyncio.Event()
+        self._unsaid = False  # what is handed out next has to be committed first
         self._joined = asyncio.Event()
         self._hint = asyncio.Event()
         self._closing = asyncio.Event()
@@ -103,7 +103,6 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
     def assign(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
         """By ourselves: begin here."""
         self._consumer.assign(list(starts))
-        self._consumer._client.set_topics(())  # or the client looks the topics up by name, which may make them
         self._take_over(starts)
 
     async def joined(self, timeout: float) -> None:
@@ -114,7 +113,9 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
 
     def _take_over(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
         for tp, (offset, metadata) in starts.items():
-            self._parts[tp] = Partition(tp, offset, metadata, self._place.topics.get(tp.topic, 0.0))
+            part = self._parts[tp] = Partition(tp, offset, metadata, self._place.topics.get(tp.topic, 0.0))
+            if part.orphan:
+                part.careful = self._kit.clock.monotonic() + _CAREFUL
             self._consumer.seek(tp, offset)
             if tp.topic != self._place.topic:
                 self._consumer.pause(tp)
@@ -142,20 +143,22 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
 
     async def _give_up(self, parts: list[Partition], grace: float) -> None:
         """What waits goes, what runs may end, what has ended is committed; then the partitions are no longer ours."""
-        self._buffer = deque(read for read in self._buffer if read[0] not in parts)
-        self._held = [entry for entry in self._held if entry[2] not in parts]
+        self._buffer = deque(delivery for delivery in self._buffer if delivery.token not in parts)
+        self._held = [entry for entry in self._held if entry[3].token not in parts]
         heapq.heapify(self._held)
         try:
-            if out := [delivery for part in parts for delivery in part.out.values()]:
+            if out := [one for part in parts for one in part.open.values() if one in self._handed]:
                 losing = asyncio.ensure_future(self.source.losing(out, grace))
                 closing = asyncio.ensure_future(self._closing.wait())
                 await asyncio.wait((losing, closing), return_when=asyncio.FIRST_COMPLETED)
                 closing.cancel()
                 losing.cancel()
+            for part in parts:
+                part.end(self._handed)
             await self._commit()
         finally:
+            self._handed = {delivery for delivery in self._handed if delivery.token not in parts}
             for part in parts:
-                self._out -= len(part.out)
                 part.lose()
                 if self._parts.get(part.tp) is part:
                     del self._parts[part.tp]
@@ -177,7 +180,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                     await self._begin_anew(list(exc.args[0]))
                     continue
                 for tp, records in found.items():
-                    if (part := self._parts.get(tp)) is not None:
+                    if records and (part := self._parts.get(tp)) is not None:
                         self._arrived(part, records)
                 topic = self._place.topic
                 forgotten = self._joined.is_set() and consumer.partitions_for_topic(topic) is None
@@ -236,24 +239,17 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 self.assign(dict.fromkeys(new, (0, "")) | {tp: (at, "") for tp, (at, _) in old.items()})
                 self._parts |= {tp: part for tp, (_, part) in old.items()}
 
-    def _arrived(self, part: Partition, records: Iterable[Any]) -> None:
-        now = self._kit.clock.time()
-        for record in records:
-            if not part.take(record.offset):
-                continue
-            if self._token and record.key != self._token:
-                part.finish(record.offset)
-                continue
-            due = wire.not_before(record) if record.headers else None
-            if due is not None and due > now:
-                if part.seconds and self._place.rungs:
-                    due = min(due, record.timestamp / 1000 + part.seconds)
-                self._hold(part, record, due)
-            else:
-                self._buffer.append((part, record))
+    def _arrived(self, part: Partition, records: Sequence[Any]) -> None:
+        ready, later = part.read(records, self.source, self._kit.clock.time(), self._token)
+        self._buffer.extend(ready)
+        for due, delivery in later:
+            on_rung = part.seconds and self._place.rungs
+            record: Any = delivery.native
+            self._hold(min(due, record.timestamp / 1000 + part.seconds) if on_rung else due, due, delivery)
         if part.held and (part.seconds or part.held > _HELD):
             self._pause(part, on=True)
-        self._set_timer()
+        if later:
+            self._set_timer()
         self._waiter.wake()
 
     def _pause(self, part: Partition, *, on: bool) -> None:
@@ -262,9 +258,9 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
 
     # Records that wait for their time
 
-    def _hold(self, part: Partition, record: Any, due: float, *, blocking: bool = True) -> None:
-        part.held += blocking
-        heapq.heappush(self._held, (due, next(self._count), part, record, blocking))
+    def _hold(self, at: float, due: float, delivery: Delivery[Any], *, blocking: bool = True) -> None:
+        delivery.token.held += blocking
+        heapq.heappush(self._held, (at, next(self._count), due, delivery, blocking))
 
     def _set_timer(self) -> None:
         if self._held_timer is not None:
@@ -277,27 +273,26 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
     def _fall_due(self) -> None:
         now = self._kit.clock.time()
         while self._held and self._held[0][0] <= now:
-            _, _, part, record, blocking = heapq.heappop(self._held)
+            _, _, due, delivery, blocking = heapq.heappop(self._held)
+            part: Partition = delivery.token
             part.held -= blocking
-            left = (wire.not_before(record) or 0.0) - now
-            if left <= 0:
-                self._buffer.append((part, record))
-            elif left < HOLD_BELOW or not self._place.rungs:
-                self._hold(part, record, now + left, blocking=False)  # what is behind it on the rung goes on
+            if due <= now:
+                self._buffer.append(delivery)
+            elif due - now < HOLD_BELOW or not self._place.rungs:
+                self._hold(due, due, delivery, blocking=False)  # what is behind it on the rung goes on
             else:
-                self._tasks.start(self._hop(part, record, now + left))
+                self._tasks.start(self._hop(delivery, due))
             if not part.held and not part.full:
                 self._pause(part, on=False)
         self._set_timer()
         self._waiter.wake()
 
-    async def _hop(self, part: Partition, record: Any, due: float) -> None:
+    async def _hop(self, delivery: Delivery[Any], due: float) -> None:
         """To the next rung of a long delay: confirmed there, and only then done here."""
-        delivery = self._delivery(part, record)
         assert not isinstance(self.source.address, Inbox)  # noqa: S101  # for mypy: inboxes have no delays
         (error,) = await self._kit.send([Outgoing(self.source.address, delivery.message, due, delivery)])
         if error is None:
-            part.finish(record.offset)
+            delivery.token.finish(delivery)
             self._commit_soon()
         else:  # it stays here; the core subscribes again, with back-off, and declares what is missing
             self._end(error)
@@ -313,30 +308,36 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 raise self._over
             if self._stopped:
                 return []
-            room = min(limit, self.source.prefetch - self._out)
+            room = min(limit, self.source.prefetch - len(self._handed))
             if self._buffer and room > 0:
-                return self._take(room)
+                return await self._take(room)
             left = deadline - clock.monotonic()
             if left <= 0:
                 return []
             await self._waiter.wait(left)
 
-    def _take(self, limit: int) -> list[Delivery[Any]]:
-        buffer = self._buffer
-        taken = []
-        for _ in range(min(limit, len(buffer))):
-            part, record = buffer.popleft()
-            delivery = part.out[record.offset] = self._delivery(part, record)
-            taken.append(delivery)
-        self._out += len(taken)
+    async def _take(self, limit: int) -> list[Delivery[Any]]:
+        buffer, now = self._buffer, self._kit.clock.monotonic()
+        taken = [buffer.popleft() for _ in range(min(limit, len(buffer)))]
+        self._handed.update(taken)
         if len(buffer) < self.source.prefetch:
             self._room.set()
-        return taken
-
-    def _delivery(self, part: Partition, record: Any) -> Delivery[Any]:
-        failures = part.failures.get(record.offset, 0) if part.failures else 0
-        position = f"{part.name}@{record.offset}"
-        return Delivery(wire.decode(record), self.source, part, failures, None, None, record, position)
+        for delivery in taken:
+            if delivery.token.wary or delivery.message.headers:
+                self._unsaid |= delivery.token.begin(delivery, now)
+        if not self._unsaid or self._group is None:
+            return taken
+        # What these begin is committed before they do. What can't be goes back.
+        said = False
+        try:
+            said = await self._commit()
+        finally:  # also when we are cancelled
+            self._unsaid = not said
+            if not said:
+                await self.settle(Outcome.RELEASED, taken)
+        if not said:
+            await self._kit.clock.sleep(self._kit.settings.commit_interval)
+        return [delivery for delivery in taken if said and not delivery.lost]
 
     async def settle(
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
@@ -344,29 +345,30 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         if self._closed:
             raise ConnectionLost(f"the subscription of {self.address} is closed")
         results: list[TransportError | None] = [None] * len(deliveries)
-        back: list[Read] = []
-        now = self._kit.clock.time()
-        for i, delivery in enumerate(deliveries):
-            part: Partition = delivery.token
-            record: Any = delivery.native
-            if delivery.lost or part.out.pop(record.offset, None) is None:
-                results[i] = lease_lost(delivery, "its partition is no longer ours")
-                continue
-            self._out -= 1
-            if outcome is Outcome.ACCEPTED:
-                part.finish(record.offset)
-                continue
-            part.remember(record.offset, delivery)
-            if delays and delays[i] > 0:
-                self._hold(part, record, now + delays[i])
-            else:
-                back.append((part, record))
-        if back and not self._stopped:
-            self._buffer.extendleft(sorted(back, key=lambda read: -read[1].offset))
-        self._set_timer()
+        mine: Sequence[int] = range(len(deliveries))
+        if not self._handed.issuperset(deliveries):
+            results, mine = held(deliveries, self._handed.__contains__, "its partition is no longer ours")
+        self._handed.difference_update(deliveries)
+        if outcome is Outcome.ACCEPTED:
+            for i in mine:
+                deliveries[i].token.finish(deliveries[i])
+        else:
+            self._give_back([deliveries[i] for i in mine], [delays[i] for i in mine] if delays else [])
         self._waiter.wake()
         self._commit_soon()
         return results
+
+    def _give_back(self, deliveries: Sequence[Delivery[Any]], delays: Sequence[float]) -> None:
+        now, back = self._kit.clock.time(), list[Delivery[Any]]()
+        for i, old in enumerate(deliveries):
+            delivery = old.token.again(old)
+            if delays and delays[i] > 0:
+                self._hold(now + delays[i], now, delivery)
+            else:
+                back.append(delivery)
+        if not self._stopped:
+            self._buffer.extendleft(sorted(back, key=offsets.offset_of, reverse=True))
+        self._set_timer()
 
     # Commits
 
@@ -378,16 +380,16 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         self._commit_timer = None
         self._tasks.start(self._commit())
 
-    async def _commit(self) -> None:
+    async def _commit(self) -> bool:
         """All that has changed. What fails is part of the next one; what is never committed is handled again."""
         if self._group is None or self._fenced:
-            return
+            return False
         async with self._committing:
             points = {
                 part: point for part in self._parts.values() if part.owned and (point := part.point()) != part.committed
             }
             if not points:
-                return
+                return True
             try:
                 async with asyncio.timeout(_CLOSE):
                     await self._consumer.commit({part.tp: point for part, point in points.items()})
@@ -406,6 +408,8 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                     if full or part.full:
                         self._pause(part, on=full or part.held > 0)
                     part.full = full
+                return True
+            return False
 
     # The end
 
@@ -444,6 +448,8 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         for task in self._tasks:
             await asyncio.wait([task], timeout=_CLOSE)
             task.cancel()
+        for part in self._parts.values():
+            part.end(self._handed)
         await self._commit()
         self._closed = True
         for part in self._parts.values():

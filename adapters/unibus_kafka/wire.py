@@ -11,13 +11,14 @@ from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.envelope import JSON, read, read_time, time_text, write
+from unibus.envelope import JSON, read, time_text, write
 from unibus.errors import ConfigError
 from unibus.inboxes import PLAIN, check_inbox, plain
 from unibus.message import CONTENT_TYPE, ID, NO_HEADERS, NOT_BEFORE, RESERVED_HEADERS, TIMESTAMP, Message
 
 _FRESH = 60.0  # seconds
 _INBOX = re.compile(rf"([{PLAIN}]{{0,60}}unibus\.reply\.[{PLAIN}]{{1,60}}):(\d{{1,6}}):([{PLAIN}]{{1,100}})")
+_POSITION = re.compile(rf"([{PLAIN}]{{1,249}})/(\d{{1,9}})@(\d{{1,18}})")
 _NAME = re.compile(rf"[{PLAIN}]{{1,249}}")
 
 Record = tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]], int]  # key, value, headers, milliseconds
@@ -62,7 +63,10 @@ def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
             ours[TIMESTAMP] = time_text(message.timestamp)
     if message.headers is not NO_HEADERS:
         ours |= message.headers
-    headers: list[tuple[str, bytes | None]] = [(name, text.encode()) for name, text in ours.items()]
+    headers: list[tuple[str, bytes | None]] = []
+    add = headers.append
+    for name, text in ours.items():
+        add((name, text.encode()))
     key = None if message.key is None else message.key.encode("utf-8", "surrogateescape")
     value: bytes | None = message.body
     native: Any = None if origin is None else origin.native
@@ -88,36 +92,30 @@ def _text(value: bytes | None) -> str | None:
         return None
 
 
-def decode(record: Any) -> Message:
-    """The envelope of a record."""
-    value, key, at = record.value, record.key, record.timestamp
-    headers: dict[str, str] = {}
-    for name, raw in record.headers:
+def decode(record: Any) -> tuple[Message, float | None]:
+    """The envelope of a record, and when it is due, where it says so."""
+    value, key, headers, at = record.value, record.key, record.headers, record.timestamp
+    value = b"" if value is None else value
+    key = key.decode("utf-8", "surrogateescape") if key else None
+    at = at / 1000 if at >= 0 else None
+    many = len(headers)
+    if 0 < many <= 2 and headers[0][0] == ID and (many == 1 or headers[1][0] == CONTENT_TYPE):  # as nearly all of ours
         try:
-            headers[name] = raw.decode()
-        except (UnicodeDecodeError, AttributeError):  # bytes that are no text, or no value: they stay on the record
-            continue
-    message = Message(b"" if value is None else value)
-    if key:
-        message.key = key.decode("utf-8", "surrogateescape")
-    if at >= 0:
-        message.timestamp = at / 1000
-    if headers:
-        read(headers, message)
+            id, content_type = headers[0][1].decode(), JSON if many == 1 else headers[1][1].decode()
+        except (UnicodeDecodeError, AttributeError):  # not one of ours after all
+            id = content_type = ""
+        if id and content_type:
+            return Message(value, id, None, content_type, NO_HEADERS, key, None, None, None, at), None
+    texts = {name: text for name, raw in headers if (text := _text(raw)) is not None}  # the others stay on the record
+    message = Message(value, "", None, None, NO_HEADERS, key, None, None, None, at)
+    due = read(texts, message)
     if not message.id:
-        message.id = position(record)
+        message.id = f"{record.topic}/{record.partition}@{record.offset}"
     elif message.content_type is None:
         message.content_type = JSON
-    return message
+    return message, due
 
 
-def not_before(record: Any) -> float | None:
-    """When a record is due that was delayed."""
-    for name, value in record.headers:
-        if name == NOT_BEFORE:
-            return read_time(_text(value))
-    return None
-
-
-def position(record: Any) -> str:
-    return f"{record.topic}/{record.partition}@{record.offset}"
+def parsed_position(text: str) -> tuple[str, int, int] | None:
+    found = _POSITION.fullmatch(text)
+    return (found[1], int(found[2]), int(found[3])) if found else None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from yarl import URL
@@ -13,15 +14,15 @@ from yarl import URL
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, stem
-from unibus.driver import linked, no_history, place_of, send_all
+from unibus.config_tables import check_table
+from unibus.driver import linked, no_history, place_of, send_all, topic_of
 from unibus.inboxes import inbox_name
 from unibus.translation import first_that_answers
-from unibus_rabbitmq import config, declare, errors, topology, wire
-from unibus_rabbitmq.browse import Browser
+from unibus_rabbitmq import config, errors, topology, wire
 from unibus_rabbitmq.capabilities import known
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.publisher import Publisher
-from unibus_rabbitmq.subscription import Hooks, RabbitMQSubscription
+from unibus_rabbitmq.subscription import Browser, RabbitMQSubscription
 
 log = logging.getLogger("unibus.rabbitmq")
 
@@ -36,14 +37,14 @@ class RabbitMQAdapter:
         self.capabilities: Capabilities = known()
         self._endpoint = endpoint
         self._clock = endpoint.clock
-        self._settings = config.settings(endpoint.settings)
+        self._settings = check_table(config.Settings, endpoint.settings, "rabbitmq")
         self._names = topology.Names(endpoint.prefix)
         self._publishing: Link | None = None
         self._consuming: Link | None = None
         self._publisher: Publisher | None = None
         self._plan = topology.Plan()
-        self._topology = Topology(mode="assume")
         self._subscriptions: set[RabbitMQSubscription] = set()
+        self._send_back = partial(send_all, self.send, timeout=_TIMEOUT)
 
     @property
     def native(self) -> object:
@@ -68,11 +69,13 @@ class RabbitMQAdapter:
         url, timeout = self._endpoint.url, self._settings.connect_timeout
 
         async def open_(target: URL) -> Link:
+            link = Link(target, context)
             try:
-                return await Link.open(target, context, timeout)
+                await link.open(timeout)
             except Exception as exc:
                 where = f"{target.host}:{target.port}"
-                raise errors.connecting(exc, where, url.path or "/", timeout) from exc
+                raise errors.connecting(exc, where, url.path or "/", timeout, link.said) from exc
+            return link
 
         return await first_that_answers(config.urls(url, self._settings, self._endpoint.service, role), open_)
 
@@ -89,15 +92,14 @@ class RabbitMQAdapter:
         link = self._link(self._consuming)
         made = topology.plan(topology_, self._endpoint.prefix, link.version)
         if topology_.mode == "create":
-            await declare.create(link, made, _TIMEOUT)
+            await topology.declare(link, made, _TIMEOUT)
         elif topology_.mode == "verify":
-            await declare.verify(link, made, _TIMEOUT)
+            await topology.verify(link, made, _TIMEOUT)
         self._plan = made
-        self._topology = topology_
 
     async def inspect(self, topology_: Topology) -> list[Inspected]:
         link = self._link(self._consuming)
-        return await declare.inspect(link, topology.plan(topology_, self._endpoint.prefix, link.version), _TIMEOUT)
+        return await topology.inspect(link, topology.plan(topology_, self._endpoint.prefix, link.version), _TIMEOUT)
 
     def _link(self, link: Link | None) -> Link:
         return linked(link, "RabbitMQ")
@@ -112,10 +114,6 @@ class RabbitMQAdapter:
         assert self._publisher is not None  # noqa: S101  # for mypy: made with the link
         return await self._publisher.send(batch, self._route, self._plan.steps, timeout)
 
-    async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
-        """For subscriptions: what goes on to another hold queue, or back to its own queue as a copy."""
-        return await send_all(self.send, batch, _TIMEOUT)
-
     async def subscribe(self, source: Source) -> RabbitMQSubscription:
         link = self._link(self._consuming)
         no_history("RabbitMQ", source.address, source.start)
@@ -129,12 +127,10 @@ class RabbitMQAdapter:
             raise errors.translate(exc, f"subscribe to {source.address}") from exc
         made = Browser if source.browse else RabbitMQSubscription
         subscription = made(
-            source, place, link, channel, self._clock, self._plan, Hooks(self._send_back, self._subscriptions.discard)
+            source, place, link, channel, self._clock, self._plan, self._send_back, self._subscriptions.discard
         )
-        if isinstance(source.address, Inbox):
-            subscription.address = Inbox(place.queue)
         try:
-            await subscription.consume(_TIMEOUT)
+            await subscription.consume()
         except BaseException:
             await subscription.close()
             raise
@@ -154,12 +150,8 @@ class RabbitMQAdapter:
             name, durable=False, exclusive=True, auto_delete=True, arguments={"x-queue-type": "classic"}
         )
         if isinstance(address, Group):
-            declared = self._topology.find(address.topic)
-            options = config.topic_options(declared)
-            exchange = options.exchange or declared.name
-            route = self._plan.routes[address.topic]
-            key = "#" if options.exchange_type == "topic" else route.routing_key
-            await channel.queue_bind(name, exchange, key)
+            exchange, kind, key = topic_of(self._plan.topics, address)
+            await channel.queue_bind(name, exchange, topology.group_key(kind, key))
             if address.topic.delayed:  # what comes for its next hop goes back to this queue alone
                 await channel.queue_bind(name, self._names.returns, name)
             self._plan.routes[address] = topology.Route("", name, name)
@@ -179,8 +171,8 @@ class RabbitMQAdapter:
 
     async def check(self) -> Health:
         links = (self._publishing, self._consuming)
-        up = all(link is not None and link.up for link in links)
-        blocked = self._publishing.wire.blocked if self._publishing is not None else None
+        up = all(link is not None and link.lost is None for link in links)
+        blocked = self._publishing.blocked if self._publishing is not None else None
         return Health(up, f"RabbitMQ blocks publishing: {blocked}" if up and blocked is not None else None)
 
     def reply_to(self, text: str) -> Address:

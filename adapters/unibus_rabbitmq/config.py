@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
 from yarl import URL
 
-from unibus.adapter import Declared, Url
-from unibus.config_tables import DriverTable, check_options, check_table
+from unibus.adapter import Url
+from unibus.config_tables import DriverTable
 from unibus.errors import ConfigError
 from unibus.tls import TlsTable, client_context
 
@@ -48,22 +47,6 @@ class GroupOptions(DriverTable):
     queue_type: Literal["quorum", "classic"] | None = None
     routing_key: str | None = Field(None, max_length=255)
     arguments: dict[str, str | int | bool] = Field({})  # of the binding
-
-
-def settings(table: Mapping[str, object]) -> Settings:
-    return check_table(Settings, table, "rabbitmq")
-
-
-def queue_options(declared: Declared) -> QueueOptions:
-    return check_options(QueueOptions, declared, "rabbitmq")
-
-
-def topic_options(declared: Declared) -> TopicOptions:
-    return check_options(TopicOptions, declared, "rabbitmq")
-
-
-def group_options(declared: Declared) -> GroupOptions:
-    return check_options(GroupOptions, declared, "rabbitmq")
 
 
 def check_name(name: str, of: object) -> str:

@@ -5,41 +5,28 @@ from __future__ import annotations
 import asyncio
 import re
 
-from aiormq.exceptions import AMQPError, AuthenticationError, ChannelInvalidStateError, ProbableAuthenticationError
+from aiormq import exceptions as amqp
 
-from unibus.errors import (
-    AuthenticationFailed,
-    ConfigError,
-    ConnectionLost,
-    MessageTooLarge,
-    NotFound,
-    PermissionDenied,
-    Refused,
-    Throttled,
-    TransportError,
-    UnibusError,
-)
+from unibus import errors
+from unibus.errors import ConfigError, ConnectionLost, PermissionDenied, UnibusError
 from unibus.translation import common, wrong_password
 
-# By AMQP reply code; what is not here is Refused (a channel) or ConnectionLost (a connection).
-_BY_CODE: dict[int, type[TransportError]] = {
-    311: MessageTooLarge,
+# By AMQP reply code, or by the client's class where it keeps no code; what is not here is Refused.
+_TABLE: dict[object, type[errors.TransportError]] = {
+    311: errors.MessageTooLarge,
     320: ConnectionLost,  # connection-forced: an operator, or a node that shuts down
     403: PermissionDenied,
-    404: NotFound,
+    amqp.ChannelAccessRefused: PermissionDenied,
+    404: errors.NotFound,
+    amqp.ChannelNotFoundEntity: errors.NotFound,
     405: PermissionDenied,  # resource-locked: another connection's exclusive queue
-    406: Refused,
-    506: Throttled,
+    amqp.ChannelLockedResource: PermissionDenied,
+    amqp.ChannelPreconditionFailed: errors.Refused,
+    506: errors.Throttled,
+    amqp.ConnectionResourceError: errors.Throttled,
     530: PermissionDenied,  # not-allowed: the vhost
+    amqp.ConnectionNotAllowed: PermissionDenied,
     541: ConnectionLost,
-}
-_CODE_OF_CLASS = {
-    "ChannelAccessRefused": 403,
-    "ChannelNotFoundEntity": 404,
-    "ChannelLockedResource": 405,
-    "ChannelPreconditionFailed": 406,
-    "ConnectionNotAllowed": 530,
-    "ConnectionResourceError": 506,
 }
 _MISMATCH = re.compile(
     r"inequivalent arg '(?P<argument>[^']+)' for (?P<object>\w+) '(?P<name>[^']+)'.*"
@@ -56,30 +43,24 @@ def largest(exc: BaseException | None) -> int | None:
     return int(found[1]) if found else None
 
 
-def by_code(code: int, text: str, doing: str) -> TransportError:
-    """The error of a reply code. `doing`: what was tried, with the object's name."""
-    return _BY_CODE.get(code, Refused)(f"{doing}: {text or code}")
-
-
 def translate(exc: BaseException, doing: str) -> UnibusError:
-    """The error to raise `from exc`. Never called with CancelledError."""
+    """The error to raise `from exc`. `doing`: what was tried, with the object's name. Never called with CancelledError."""
     if (known := common(exc, doing, "RabbitMQ")) is not None:
         return known
-    if isinstance(exc, AuthenticationError | ProbableAuthenticationError):
+    if isinstance(exc, amqp.AuthenticationError | amqp.ProbableAuthenticationError):
         return wrong_password(doing)
-    code = getattr(exc, "code", None) or _CODE_OF_CLASS.get(type(exc).__name__)
-    if code is not None:
-        return by_code(code, _text(exc), doing)
-    if isinstance(exc, ChannelInvalidStateError | OSError | AMQPError | asyncio.CancelledError | RuntimeError):
-        return ConnectionLost(f"{doing}: {_text(exc) or type(exc).__name__}")
-    return Refused(f"{doing}: {type(exc).__name__}")
-
-
-def connecting(exc: BaseException, where: str, vhost: str, timeout: float) -> UnibusError:
-    """Of one host during connect."""
-    doing = f"connect to RabbitMQ at {where}"
     code = getattr(exc, "code", None)
-    text = _text(exc)
+    if code is not None or type(exc) in _TABLE:
+        return _TABLE.get(code or type(exc), errors.Refused)(f"{doing}: {_text(exc) or code}")
+    if isinstance(exc, OSError | amqp.AMQPError | asyncio.CancelledError | RuntimeError):
+        return ConnectionLost(f"{doing}: {_text(exc) or type(exc).__name__}")
+    return errors.Refused(f"{doing}: {type(exc).__name__}")
+
+
+def connecting(exc: BaseException, where: str, vhost: str, timeout: float, said: tuple[int, str]) -> UnibusError:
+    """Of one host during connect. `said`: reply code and text of the server, where it has closed the connection."""
+    doing = f"connect to RabbitMQ at {where}"
+    code, text = said
     if code == 530 and "not found" in text:
         return ConfigError(f"{doing}: it has no vhost {vhost!r}; create it, or correct the path of url")
     if code == 530 and "refused" in text:
@@ -89,7 +70,7 @@ def connecting(exc: BaseException, where: str, vhost: str, timeout: float) -> Un
     if isinstance(exc, TimeoutError):
         return ConnectionLost(f"{doing}: no answer within {timeout:g} s")
     error = translate(exc, doing)
-    fatal = isinstance(error, AuthenticationFailed | ConfigError | ConnectionLost)
+    fatal = isinstance(error, errors.AuthenticationFailed | ConfigError | ConnectionLost)
     return error if fatal else ConnectionLost(str(error))
 
 

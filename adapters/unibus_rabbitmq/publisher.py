@@ -1,4 +1,4 @@
-"""Confirmed publishing: a batch goes out in few writes, and its confirms are counted as they come.
+"""Confirmed publishing: a batch goes out in one write, and its confirms are counted as they come.
 
 One confirm channel per exchange, because RabbitMQ closes the channel on a publish to a missing or forbidden exchange:
 so it takes no message along that goes elsewhere.
@@ -7,14 +7,17 @@ so it takes no message along that goes elsewhere.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pamqp.frame
+from aiormq.abc import AbstractChannel
+from pamqp.commands import Basic
 
 from unibus.adapter import Outgoing, Results
-from unibus.channel import Address, Inbox
-from unibus.clock import Clock, within
+from unibus.channel import Address, Inbox, Topic
+from unibus.clock import Clock
 from unibus.errors import (
     ConnectionLost,
     MessageTooLarge,
@@ -23,17 +26,35 @@ from unibus.errors import (
     Throttled,
     Timeout,
     TransportError,
+    UnibusError,
+    Unroutable,
 )
-from unibus_rabbitmq import errors, frames, wire
-from unibus_rabbitmq.lane import UNSENT, WAITING, Batch, Lane
-from unibus_rabbitmq.link import Link
+from unibus_rabbitmq import errors, wire
+from unibus_rabbitmq.link import ACK, CHANNEL_CLOSE, HEADER, METHOD, NACK, RETURN, Link, content_frames
 from unibus_rabbitmq.topology import Names, Route, step
 
-log = logging.getLogger("unibus.rabbitmq")
+_tag = struct.Struct(">QB").unpack_from
 
-_CHUNK = 256 * 1024  # bytes written before looking whether the transport is full
+# Of a message that has no result yet.
+_UNSENT = Throttled("not sent: RabbitMQ did not take it in time")
+_WAITING = Timeout("RabbitMQ has not confirmed the message in time; it may or may not have it")
 
-T = TypeVar("T")
+
+class _Batch:
+    """The results of one call of `send`, as they come."""
+
+    __slots__ = ("future", "left", "results")
+
+    def __init__(self, size: int) -> None:
+        self.results: list[TransportError | None] = [_UNSENT] * size
+        self.left = size
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done(self, index: int, error: TransportError | None) -> None:
+        self.results[index] = error
+        self.left -= 1
+        if not self.left and not self.future.done():
+            self.future.set_result(None)
 
 
 class Publisher:
@@ -44,126 +65,216 @@ class Publisher:
         self._names = names
         self._clock = clock
         self._max_body = max_body
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, _Lane] = {}
         self._opening = asyncio.Lock()
 
     async def send(
         self, batch: Sequence[Outgoing], route: Callable[[Address], Route], steps: tuple[int, ...], timeout: float
     ) -> Results:
         """One result for each. Raises ConnectionLost if the link is gone and nothing of the batch was confirmed."""
-        ways = [route(outgoing.to) for outgoing in batch]
-        deadline = self._clock.monotonic() + timeout
-        state = Batch(len(batch))
-        timer = self._clock.call_later(timeout, state.end)
+        state, now = _Batch(len(batch)), self._clock.time()
+        ways = [self._way(state, i, outgoing, route(outgoing.to), steps, now) for i, outgoing in enumerate(batch)]
         try:
-            with contextlib.suppress(TimeoutError):  # what has no result then says so itself
-                if self._link.wire.blocked is not None:
-                    await self._until(self._link.wire.unblocked.wait(), deadline)
-                await self._write(state, batch, ways, steps, deadline)
+            async with asyncio.timeout(timeout):
+                await self._link.unblocked.wait()
+                for exchange in dict.fromkeys(way[0] for way in ways if way is not None):
+                    await self._open(exchange)
+                self._write(state, batch, ways, now)
+                await self._link.drain()
                 if state.left:
                     await state.future
-        finally:
-            timer.cancel()
-        if not state.left:
-            lost = self._link.lost
-            if lost is not None and all(error is lost for error in state.results):
-                raise lost
-            return state.results
-        return [self._undecided(outgoing, error) for outgoing, error in zip(batch, state.results, strict=True)]
+        except TimeoutError:  # what has no result then says so itself
+            return [self._undecided(outgoing, error) for outgoing, error in zip(batch, state.results, strict=True)]
+        lost = self._link.lost
+        if lost is not None and all(error is lost for error in state.results):
+            raise lost
+        return state.results
 
-    def _undecided(self, outgoing: Outgoing, error: TransportError | None) -> TransportError | None:
-        blocked = self._link.wire.blocked
-        why = f"; RabbitMQ blocks publishing: {blocked}" if blocked is not None else ""
-        if error is UNSENT:
-            return Throttled(f"{outgoing.to}: {UNSENT}{why}")
-        return Timeout(f"{outgoing.to}: {WAITING}{why}") if error is WAITING else error
+    def _way(
+        self, state: _Batch, index: int, outgoing: Outgoing, route: Route, steps: tuple[int, ...], now: float
+    ) -> tuple[str, str, float | None] | None:
+        """Exchange, routing key, and when it is due if it still needs another hop then."""
+        if outgoing.not_before is None or outgoing.not_before <= now:
+            return route.exchange, route.routing_key, None
+        if isinstance(outgoing.to, Inbox):
+            state.done(index, Refused("a reply can't be delayed"))
+            return None
+        if not steps:
+            state.done(index, NotFound(f"{outgoing.to}: no hold queue is declared for a delay"))
+            return None
+        ms, last = step(steps, outgoing.not_before - now)
+        return f"{self._names.hold}{ms}", route.hold_key, None if last else outgoing.not_before
 
-    async def _write(
-        self, state: Batch, batch: Sequence[Outgoing], ways: Sequence[Route], steps: tuple[int, ...], deadline: float
-    ) -> None:
-        now = self._clock.time()
-        frame_max, lanes = self._link.frame_max, self._lanes
+    def _write(self, state: _Batch, batch: Sequence[Outgoing], ways: Sequence[Any], now: float) -> None:
+        """Without a pause: the server numbers what comes on a channel, and the lane has to count the same way."""
         out: list[bytes] = []
-        size = 0
-        try:
-            for index, (outgoing, way) in enumerate(zip(batch, ways, strict=True)):
-                try:
-                    exchange, key, hop = way.exchange, way.routing_key, None
-                    if outgoing.not_before is not None and outgoing.not_before > now:
-                        ms, last = self._step(outgoing, steps, now)
-                        exchange, key, hop = self._names.hold(ms), way.hold_key, None if last else outgoing.not_before
-                    lane = lanes.get(exchange)
-                    if lane is None or lane.dead:
-                        self._flush(out)
-                        lane = await self._open(exchange, deadline)
-                    amqp_id = lane.id_for(outgoing)
-                    frames_ = [lane.head(key), *self._content(outgoing, lane.number, amqp_id, hop, now, frame_max)]
-                except ConnectionLost:
-                    raise
-                except TransportError as error:
-                    state.done(index, error)
-                    continue
-                except (TypeError, ValueError) as exc:
-                    state.done(index, _refused(outgoing, exc))
-                    continue
-                # From here on the lane counts the message, so it must be written, whatever happens.
+        for index, (outgoing, way) in enumerate(zip(batch, ways, strict=True)):
+            if way is None:
+                continue
+            exchange, key, hop = way
+            lane = self._lanes[exchange]
+            if lane.dead:  # since a moment ago; undecided is what it would be a moment later
+                state.done(index, self._link.lost or ConnectionLost("the publishing channel was closed"))
+                continue
+            amqp_id = lane.id_for(outgoing.message.id)
+            try:
+                properties = wire.encode(outgoing, amqp_id, hop, now)
+                frames = (lane.head(key), *self._content(outgoing, lane.number, properties))
+            except TransportError as error:
+                state.done(index, error)
+            except (TypeError, ValueError) as exc:
+                state.done(index, Refused(f"{outgoing.to}: the message has no AMQP form: {exc}"))
+            else:
+                out += frames
                 lane.add(state, index, outgoing, amqp_id)
-                out += frames_
-                size += len(outgoing.message.body) + 300
-                if size > _CHUNK:
-                    self._flush(out)
-                    size = 0
-                    await self._until(self._link.drain(), deadline)
-        finally:
-            self._flush(out)
-
-    def _flush(self, out: list[bytes]) -> None:
         if out:
-            data = b"".join(out)
-            out.clear()
-            self._link.write(data)
+            self._link.write(b"".join(out))
 
-    def _content(
-        self, outgoing: Outgoing, number: int, amqp_id: str, hop: float | None, now: float, frame_max: int
-    ) -> list[bytes]:
-        body = outgoing.message.body
+    def _content(self, outgoing: Outgoing, number: int, properties: bytes) -> list[bytes]:
+        body, frame_max = outgoing.message.body, self._link.frame_max
         if type(body) is not bytes:
             raise TypeError(f"its body is {type(body).__name__}, not bytes")
         if len(body) > self._max_body:
             raise MessageTooLarge(f"{outgoing.to}: {len(body)} bytes, RabbitMQ takes {self._max_body}")
-        flags, properties = wire.encode(outgoing, amqp_id, hop, now)
-        if len(properties) > frame_max - 22:
+        if len(properties) > frame_max - 20:
             raise MessageTooLarge(f"{outgoing.to}: {len(properties)} bytes of headers, RabbitMQ takes {frame_max}")
-        return frames.content_frames(number, flags, properties, body, frame_max)
+        return content_frames(number, properties, body, frame_max)
 
-    def _step(self, outgoing: Outgoing, steps: tuple[int, ...], now: float) -> tuple[int, bool]:
-        assert outgoing.not_before is not None  # noqa: S101  # for mypy: the caller looked
-        if isinstance(outgoing.to, Inbox):
-            raise Refused("a reply can't be delayed")
-        if not steps:
-            raise NotFound(f"{outgoing.to}: no hold queue is declared for a delay")
-        return step(steps, outgoing.not_before - now)
-
-    async def _open(self, exchange: str, deadline: float) -> Lane:
+    async def _open(self, exchange: str) -> None:
+        """See to it that there is a lane."""
+        if exchange in self._lanes and not self._lanes[exchange].dead:
+            return
         async with self._opening:
-            lane = self._lanes.get(exchange)
-            if lane is not None and not lane.dead:
-                return lane
+            if exchange in self._lanes and not self._lanes[exchange].dead:
+                return
             try:
-                channel = await self._until(self._link.channel(), deadline)
-                await self._until(channel.confirm_delivery(), deadline)
+                channel = await self._link.channel()
+                await channel.confirm_delivery()
             except TimeoutError:
                 raise
             except Exception as exc:
                 raise errors.translate(exc, "open a channel for publishing") from exc
-            lane = self._lanes[exchange] = Lane(exchange, channel, self._link)
-            return lane
+            self._lanes[exchange] = _Lane(exchange, channel, self._link)
 
-    async def _until(self, awaitable: Awaitable[T], deadline: float) -> T:
-        return await within(self._clock, max(0.0, deadline - self._clock.monotonic()), awaitable)
+    def _undecided(self, outgoing: Outgoing, error: TransportError | None) -> TransportError | None:
+        why = f"; RabbitMQ blocks publishing: {self._link.blocked}" if self._link.blocked is not None else ""
+        if error is _UNSENT or error is _WAITING:
+            return type(error)(f"{outgoing.to}: {error}{why}")
+        return error
 
 
-def _refused(outgoing: Outgoing, exc: Exception) -> TransportError:
-    error = Refused(f"{outgoing.to}: the message has no AMQP form: {exc}")
-    error.__cause__ = exc
-    return error
+class _Lane:
+    """A confirm channel for one exchange: what is published on it, and what the server says to it."""
+
+    def __init__(self, exchange: str, channel: AbstractChannel, link: Link) -> None:
+        self.number = channel.number
+        self.dead = False
+        self._exchange = exchange
+        self._link = link
+        self._next = 1  # the server counts the publishes of a channel from 1
+        self._pending: dict[int, tuple[_Batch, int, str, Outgoing]] = {}  # tag -> place of the result, AMQP message id
+        self._flying: dict[str, int] = {}  # AMQP message id -> tag
+        self._returned: dict[int, str] = {}  # tag -> the server's words; its ack follows
+        self._return_text = ""  # of the return whose content is coming
+        self._heads: dict[str, bytes] = {}  # routing key -> basic.publish frame
+        link.sinks[channel.number] = self._frame
+        channel.closing.add_done_callback(self._closed)
+
+    def id_for(self, message_id: str) -> str:
+        """An AMQP message id that no other unconfirmed message of this channel has."""
+        amqp_id = message_id
+        if len(amqp_id) > 63 or amqp_id in self._flying or not amqp_id:
+            amqp_id = f"{amqp_id[:60]}~{self._next}"
+            while amqp_id in self._flying:  # only where the logical ids look like this themselves
+                amqp_id += "~"
+        return amqp_id
+
+    def add(self, batch: _Batch, index: int, outgoing: Outgoing, amqp_id: str) -> None:
+        """Count it: the caller writes it before anything else can be written to this channel."""
+        batch.results[index] = _WAITING
+        self._pending[self._next] = (batch, index, amqp_id, outgoing)
+        self._flying[amqp_id] = self._next
+        self._next += 1
+
+    def head(self, routing_key: str) -> bytes:
+        head = self._heads.get(routing_key)
+        if head is None:
+            if len(self._heads) > 1000:  # reply addresses come and go
+                self._heads.clear()
+            publish = Basic.Publish(exchange=self._exchange, routing_key=routing_key, mandatory=True)
+            head = self._heads[routing_key] = pamqp.frame.marshal(publish, self.number)
+        return head
+
+    def _frame(self, kind: int, payload: bytes) -> bool:
+        if kind == METHOD:
+            method = payload[:4]
+            if method in (ACK, NACK):
+                tag, multiple = _tag(payload, 4)
+                self._confirm(tag, multiple, refused=method == NACK)
+                return True
+            if method == RETURN:
+                self._return_text = wire.text(payload, 6)[0]
+                return True
+            if method == CHANNEL_CLOSE:
+                self._leave()  # aiormq answers; after the answer the server takes a frame of this channel for a fault
+            return False
+        if kind == HEADER:  # all content on this channel is of returns
+            tag_of = self._flying.get(wire.decode_properties(payload).get("message_id", ""))
+            if tag_of is not None:
+                self._returned[tag_of] = self._return_text
+        return True
+
+    def _confirm(self, tag: int, multiple: int, *, refused: bool) -> None:
+        pending = self._pending
+        tags = [tag]
+        if multiple:
+            tags.clear()
+            for each in pending:  # ascending: in the order of publishing
+                if each > tag:
+                    break
+                tags.append(each)
+        for each in tags:
+            if (entry := pending.pop(each, None)) is None:
+                continue
+            batch, index, amqp_id, outgoing = entry
+            del self._flying[amqp_id]
+            error: TransportError | None = None
+            if refused:
+                error = Throttled(f"RabbitMQ refused a message to {outgoing.to}: a queue is full or has no leader")
+            elif self._returned and (words := self._returned.pop(each, None)) is not None:
+                error = _unrouted(outgoing, words)
+            batch.done(index, error)
+
+    def _leave(self) -> None:
+        self.dead = True
+        self._link.sinks.pop(self.number, None)
+
+    def _closed(self, closing: asyncio.Future[Any]) -> None:
+        """The channel is gone; what is unconfirmed is undecided, unless the server said what was wrong."""
+        if not self.dead:
+            self._leave()
+        cause = None if closing.cancelled() else closing.exception()
+        error: UnibusError
+        if self._link.lost is not None:
+            error = self._link.lost
+        elif cause is None:
+            error = ConnectionLost("the publishing channel was closed")
+        else:
+            error = errors.translate(cause, f"publish to exchange {self._exchange or '(default)'!r}")
+        most = errors.largest(cause)
+        for batch, index, _, outgoing in self._pending.values():
+            mine: UnibusError = error
+            if most is not None and len(outgoing.message.body) > most:
+                mine = MessageTooLarge(f"{outgoing.to}: {len(outgoing.message.body)} bytes, RabbitMQ takes {most}")
+            elif most is not None:
+                mine = ConnectionLost("the channel was closed for another message; this one is undecided")
+            batch.done(index, mine if isinstance(mine, TransportError) else Refused(f"{outgoing.to}: {mine}"))
+        self._pending.clear()
+        self._flying.clear()
+
+
+def _unrouted(outgoing: Outgoing, words: str) -> TransportError:
+    if isinstance(outgoing.to, Topic):
+        return Unroutable(f"{outgoing.to}: no group would get the message ({words})")
+    what = "the inbox is gone" if isinstance(outgoing.to, Inbox) else "there is no queue for it; declare it first"
+    return NotFound(f"{outgoing.to}: {what} ({words})")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from aiormq.abc import AbstractChannel
@@ -17,32 +16,26 @@ from unibus.adapter import Outcome, Outgoing, Results, Source, Standing
 from unibus.channel import Group, Inbox, Queue
 from unibus.clock import Clock
 from unibus.delivery import Delivery
-from unibus.driver import NoLease, NoMove, held
+from unibus.driver import NoLease, NoMove, OnlyLooks, held
 from unibus.errors import ConnectionLost, NotFound, UnibusError, Unsupported
 from unibus.message import ORIGINAL_DESTINATION
 from unibus.retry import SUSPECT_AFTER, handed_out_often
 from unibus.waiting import Tasks, Waiter
 from unibus_rabbitmq import errors, wire
-from unibus_rabbitmq.intake import Intake
-from unibus_rabbitmq.link import Link
+from unibus_rabbitmq.link import CHANNEL_CLOSE, DELIVER, HEADER, METHOD, Link, ack_frame, nack_frame
 from unibus_rabbitmq.topology import Place, Plan
-from unibus_rabbitmq.unsettled import Unsettled
 
 log = logging.getLogger("unibus.rabbitmq")
 
-TIMEOUT = 10.0  # of each call
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What a subscription needs of its adapter."""
-
-    send: Callable[[Sequence[Outgoing]], Awaitable[Results]]
-    closed: Callable[[RabbitMQSubscription], None]
+_TIMEOUT = 10.0  # of each call
+_SEEN_AGAIN = 0.5  # seconds to wait for a queue to count what was handed back
 
 
 class RabbitMQSubscription(NoMove, NoLease):
-    """One consumer on a channel of its own. Delivery tags belong to the channel and end with it."""
+    """One consumer on a channel of its own. Delivery tags belong to the channel and end with it.
+
+    `send` is for what goes on to another hold queue, or back to its own queue as a copy; `closed` hears of the end.
+    """
 
     def __init__(
         self,
@@ -52,53 +45,77 @@ class RabbitMQSubscription(NoMove, NoLease):
         channel: AbstractChannel,
         clock: Clock,
         plan: Plan,
-        hooks: Hooks,
+        send: Callable[[Sequence[Outgoing]], Awaitable[Results]],
+        closed: Callable[[RabbitMQSubscription], None],
     ) -> None:
         self.source = source
-        self.address: Queue[Any] | Group | Inbox = source.address
+        self._inbox = isinstance(source.address, Inbox)
+        self.address: Queue[Any] | Group | Inbox = Inbox(place.queue) if self._inbox else source.address
         self._place = place
         self._link = link
         self._channel = channel
-        self._number = channel.number
         self._clock = clock
         self._plan = plan
-        self._hooks = hooks
-        self._inbox = isinstance(source.address, Inbox)
+        self._send = send
+        self._when_closed = closed
         self._fallback = f"{secrets.token_hex(8)}-"  # of the ids of messages that have none
+        self._method = b""  # of a delivery whose header is still coming
+        self._coming: wire.Received  # one whose body is still coming
+        self._parts: list[bytes] = []
+        self._left = 0
         self._buffer: deque[wire.Received] = deque()
-        self._unsettled = Unsettled(channel.number)
+        # What the server counts as unsettled, by tag, ascending; with its delivery once that was given out. The server closes the
+        # channel on a tag that it does not know (any more), so only what is in here reaches it.
+        self._open: OrderedDict[int, Delivery[Any] | None] = OrderedDict()
         self._waiter = Waiter(clock)
+        self._tasks = Tasks(lambda exc: log.error("subscription of %s: %r", self.address, exc))
+        self._consumers: list[str] = []  # tags
         self._over: UnibusError | None = None  # why nothing comes any more
         self._dead = False  # the channel is gone, and with it all tags
-        self._stopped = False
-        self._handed_back = False
-        self._holds = True  # what came back from a hold queue early goes to the next one
-        self._closing = False
+        self._stopped = self._handed_back = self._closing = False
+        self._stopping: asyncio.Task[None] | None = None
         self._losing: asyncio.Task[None] | None = None
-        self._tags: list[str] = []  # consumer tags
-        self._tasks = Tasks(lambda exc: log.error("subscription of %s: %r", self.address, exc))
-        link.wire.sinks[channel.number] = self._intake = Intake(self._arrived, self._leave)
+        link.sinks[channel.number] = self._frame
         channel.on_consumer_cancel_callbacks.add(self._cancelled)
         channel.closing.add_done_callback(self._closed)
 
-    async def consume(self, timeout: float) -> None:
+    async def consume(self) -> None:
         """Start to receive; returns when a message sent now would arrive."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(_TIMEOUT):
                 await self._channel.basic_qos(prefetch_count=self.source.prefetch)
                 ok = await self._channel.basic_consume(self._place.queue, _never)
         except Exception as exc:
             raise errors.translate(exc, f"consume from {self._place.queue!r}") from exc
-        self._tags.append(str(ok.consumer_tag))
-
-    def _arrived(self, received: wire.Received) -> None:
-        self._unsettled.arrived(received.tag)
-        self._buffer.append(received)
-        if self._handed_back:  # a quorum queue may deliver after its answer to the cancel
-            self._tasks.start(self._hand_back())
-        self._waiter.wake()
+        self._consumers.append(str(ok.consumer_tag))
 
     # -- receive ----------------------------------------------------------------------------------------------
+
+    def _frame(self, kind: int, payload: bytes) -> bool:
+        if kind == METHOD:
+            if payload[:4] == DELIVER:
+                self._method = payload
+                return True
+            if payload[:4] == CHANNEL_CLOSE:
+                self._leave()  # aiormq answers
+            return False
+        if kind == HEADER:
+            self._coming = wire.Received(self._method, payload)
+            self._left = wire.body_size(payload)
+        else:
+            self._parts.append(payload)
+            self._left -= len(payload)
+        if self._left <= 0:
+            received = self._coming
+            if self._parts:
+                received.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+                self._parts.clear()
+            self._open[received.tag] = None
+            self._buffer.append(received)
+            if self._handed_back:  # a quorum queue may deliver after its answer to the cancel
+                self._tasks.start(self._hand_back())
+            self._waiter.wake()
+        return True
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
         await asyncio.sleep(0)  # a consumer that always finds something must not starve the others
@@ -110,17 +127,15 @@ class RabbitMQSubscription(NoMove, NoLease):
                 raise self._over
             if self._stopped:
                 return []
-            if self._buffer:
-                found = self._take(limit)
-                if found:
-                    return found
+            if self._buffer and (found := self._take(limit)):
+                return found
             left = deadline - self._clock.monotonic()
             if left <= 0:
                 return []
-            if not await self._ask_for_more(left):
+            if not await self._ask_for_more():
                 await self._waiter.wait(left)
 
-    async def _ask_for_more(self, timeout: float) -> bool:
+    async def _ask_for_more(self) -> bool:
         """For browsing; elsewhere the server sends by itself."""
         return False
 
@@ -128,15 +143,15 @@ class RabbitMQSubscription(NoMove, NoLease):
         found: list[Delivery[Any]] = []
         buffer = self._buffer
         while buffer and len(found) < limit:
-            delivery = self._delivery(buffer.popleft())
-            headers = delivery.native.properties.headers  # type: ignore[attr-defined]  # we made it
-            if headers:
+            received = buffer.popleft()
+            delivery = self._delivery(received)
+            if headers := received.headers:
                 due = wire.not_before(headers)
-                if due is not None and due > self._clock.time() and self._holds:
+                if due is not None and due > self._clock.time() and not self.source.browse:
                     self._tasks.start(self._hold_again(delivery, due))
                     continue
                 if self._place.letters and wire.DEATH in headers:
-                    self._explain(delivery)
+                    self._explain(delivery, received)
             found.append(delivery)
         return found
 
@@ -145,24 +160,22 @@ class RabbitMQSubscription(NoMove, NoLease):
         message = wire.decode(received, inbox=self._inbox, fallback=self._fallback + position)
         count = wire.deliveries(received, counted=self._place.counted)
         delivery: Delivery[Any] = Delivery(
-            message, self.source, self, deliveries=count, native=received, position=position
+            message, self.source, received.tag, deliveries=count, native=received, position=position
         )
-        self._unsettled.given(received.tag, delivery)
+        self._open[received.tag] = delivery
         return delivery
 
-    def _explain(self, delivery: Delivery[Any]) -> None:
+    def _explain(self, delivery: Delivery[Any], received: wire.Received) -> None:
         """Give what the server dead-lettered the headers that the core would have given it."""
-        added = wire.broker_death(delivery.native)  # type: ignore[arg-type]  # we made it
-        if not added:
-            return
-        origin = self._plan.logical.get(added[ORIGINAL_DESTINATION])
-        if origin is not None:
-            added |= deadletter.origin(origin)
-        delivery.message.headers = {**delivery.message.headers, **added}
+        if added := wire.broker_death(received):
+            origin = self._plan.owners.get(added[ORIGINAL_DESTINATION])
+            if origin is not None:
+                added |= deadletter.origin(origin)
+            delivery.message.headers = {**delivery.message.headers, **added}
 
     async def _hold_again(self, delivery: Delivery[Any], due: float) -> None:
         """The next hop of a long delay: to the next hold queue, confirmed, and only then away from here."""
-        (error,) = await self._hooks.send([self._again(delivery, due)])
+        (error,) = await self._send([Outgoing(self.address, delivery.message, due, delivery)])
         if error is None:
             await self.settle(Outcome.ACCEPTED, [delivery])
             return
@@ -177,10 +190,10 @@ class RabbitMQSubscription(NoMove, NoLease):
     ) -> Results:
         if outcome is Outcome.RELEASED and any(delays):
             raise Unsupported("RabbitMQ gives a message back at once; send a delayed copy, then accept this one")
-        results, mine = held(deliveries, lambda d: not self._dead and self._unsettled.has(d), "its channel is gone")
+        results, mine = held(deliveries, self._has, "its channel is gone")
         try:
             if outcome is Outcome.ACCEPTED:
-                self._accept([_tag(deliveries[index]) for index in mine])
+                self._accept([deliveries[index].token for index in mine])
             else:
                 await self._release([deliveries[index] for index in mine])
             await self._link.drain()
@@ -189,9 +202,21 @@ class RabbitMQSubscription(NoMove, NoLease):
                 results[index] = error
         return results
 
-    def _accept(self, tags: list[int]) -> None:
+    def _has(self, delivery: Delivery[Any]) -> bool:
+        return not self._dead and self._open.get(delivery.token) is delivery
+
+    def _accept(self, tags: list[Any]) -> None:
+        for tag in tags:
+            del self._open[tag]
         if tags:
-            self._link.write(self._unsettled.accept(tags))
+            self._link.write(acks(self._channel.number, sorted(tags), next(iter(self._open), None)))
+
+    def _nack(self, tags: list[Any]) -> None:
+        """Back to the queue, in their order."""
+        for tag in tags:
+            del self._open[tag]
+        if tags:
+            self._link.write(b"".join(nack_frame(self._channel.number, tag) for tag in sorted(tags)))
 
     async def _release(self, deliveries: list[Delivery[Any]]) -> None:
         """Back to the queue. Where the server counts that, one which was handed out often goes back as a fresh copy.
@@ -200,26 +225,14 @@ class RabbitMQSubscription(NoMove, NoLease):
         single active consumer that is about to leave, they go back when the channel ends, in their order.
         """
         if self._place.single and self._stopped:
-            self._unsettled.keep(deliveries)
+            self._open.update(dict.fromkeys(delivery.token for delivery in deliveries))
             return
         # One below the core's limit: what is on its way while the channel ends is counted once more.
-        nack: list[Delivery[Any]] = []
-        copy: list[Delivery[Any]] = []
-        for delivery in deliveries:
-            (copy if self._place.copies and handed_out_often(delivery, SUSPECT_AFTER - 1) else nack).append(delivery)
-        if copy:
-            for delivery, error in zip(copy, await self._hooks.send([self._again(d) for d in copy]), strict=True):
-                if not self._unsettled.has(delivery):
-                    continue  # the channel went meanwhile
-                if error is None:
-                    self._accept([_tag(delivery)])
-                else:
-                    nack.append(delivery)
-        if nack and not self._dead:
-            self._link.write(self._unsettled.release([_tag(delivery) for delivery in nack]))
-
-    def _again(self, delivery: Delivery[Any], not_before: float | None = None) -> Outgoing:
-        return Outgoing(self.address, delivery.message, not_before, delivery)
+        often = [d for d in deliveries if self._place.copies and handed_out_often(d, SUSPECT_AFTER - 1)]
+        errors_ = await self._send([Outgoing(self.address, d.message, None, d) for d in often]) if often else ()
+        copied = [d for d, error in zip(often, errors_, strict=True) if error is None and self._has(d)]
+        self._accept([delivery.token for delivery in copied])
+        self._nack([delivery.token for delivery in deliveries if self._has(delivery)])
 
     # -- the end ----------------------------------------------------------------------------------------------
 
@@ -228,23 +241,30 @@ class RabbitMQSubscription(NoMove, NoLease):
         return "gone" if self._over is not None or self._stopped else "consuming"
 
     async def stop(self) -> None:
-        if self._stopped or self._dead:
+        """Shielded: aiormq closes a channel whose call is cancelled, and what is in hand is still to be settled on it."""
+        if self._stopping is None:
             self._stopped = True
-            return
-        self._stopped = True
-        self._waiter.wake()
-        if self._place.single:
-            # The next consumer would be active at once and overtake what is still in hand here. The end of the channel gives
-            # back the rest and makes it active in one step.
-            return
+            self._waiter.wake()
+            self._stopping = self._tasks.start(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        # With a single active consumer the next one would be active at once and overtake what is still in hand here. The end of
+        # the channel gives back the rest and makes it active in one step.
+        if not self._dead and not self._place.single and await self._cancel():
+            self._handed_back = True
+            await self._hand_back()
+
+    async def _cancel(self) -> bool:
         try:
-            async with asyncio.timeout(TIMEOUT):
-                for consumer in self._tags:
+            async with asyncio.timeout(_TIMEOUT):
+                for consumer in self._consumers:
                     await self._channel.basic_cancel(consumer)
         except Exception as exc:
             log.warning("stop receiving from %s: %s", self.address, errors.translate(exc, "basic.cancel"))
-        self._handed_back = True
-        await self._hand_back()
+            self._lose()  # aiormq closes the channel; whatever is written to it after that costs the connection
+            return False
+        return True
 
     async def _hand_back(self) -> None:
         """What was not given out."""
@@ -254,17 +274,17 @@ class RabbitMQSubscription(NoMove, NoLease):
             await self.settle(Outcome.RELEASED, back)
 
     async def close(self) -> None:
-        self._hooks.closed(self)
+        self._when_closed(self)
         await self.stop()
         for task in self._tasks:
             task.cancel()
         if self._dead:
             return
         self._closing = self._dead = True
-        self._unsettled.lose_all()
+        self._lose()
         self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(_TIMEOUT):
                 await self._channel.close()  # gives back what is still unsettled
         except Exception as exc:
             log.warning("close the channel of %s: %s", self.address, errors.translate(exc, "channel.close"))
@@ -272,8 +292,15 @@ class RabbitMQSubscription(NoMove, NoLease):
 
     def _leave(self) -> None:
         self._dead = True
-        if self._link.wire.sinks.get(self._number) is self._intake:
-            del self._link.wire.sinks[self._number]
+        if self._link.sinks.get(self._channel.number) == self._frame:
+            del self._link.sinks[self._channel.number]
+
+    def _lose(self) -> None:
+        """What was given out is no longer ours."""
+        for delivery in self._open.values():
+            if delivery is not None:
+                delivery.lost = True
+        self._open.clear()
 
     def _cancelled(self, frame: Any) -> None:
         """The server ended the consumer: its queue was deleted, or its node went. What is held can still be settled."""
@@ -293,25 +320,65 @@ class RabbitMQSubscription(NoMove, NoLease):
             error.__cause__ = cause
         self._end(error)
         self._buffer.clear()
-        self._losing = self._tasks.start(self._lose(self._unsettled.given_out()))
+        self._losing = self._tasks.start(self._tell())
+
+    async def _tell(self) -> None:
+        try:
+            if given_out := [delivery for delivery in self._open.values() if delivery is not None]:
+                await self.source.losing(given_out, 0)
+        finally:
+            self._lose()
 
     def _end(self, error: UnibusError) -> None:
-        if self._over is None:
-            self._over = error
+        self._over = self._over or error
         self._waiter.wake()
 
-    async def _lose(self, held: list[Delivery[Any]]) -> None:
-        try:
-            if held:
-                await self.source.losing(held, 0)
-        finally:
-            self._unsettled.lose_all()
+
+class Browser(OnlyLooks, RabbitMQSubscription):
+    """AMQP can't look, so messages are taken, page by page of `prefetch`, and handed back in the end: that reorders the queue."""
+
+    async def _ask_for_more(self) -> bool:
+        if len(self._open) != len(self._consumers) * self.source.prefetch:
+            return False
+        # All of this page is in hand, unsettled, so another consumer gets the next one. Shielded, since aiormq closes a channel
+        # whose call is cancelled.
+        await asyncio.shield(self._tasks.start(self.consume()))
+        return True
+
+    async def stop(self) -> None:
+        self._stopped = True
+        self._waiter.wake()
+
+    async def close(self) -> None:
+        """Hand all back, and wait until the queue counts them again, unless someone else takes them."""
+        self._stopped = True
+        if not self._dead:
+            await self._cancel()
+            try:
+                await self._give_back()
+            except Exception as exc:
+                log.warning("hand back what was looked at in %s: %s", self.address, errors.translate(exc, "basic.nack"))
+        await super().close()
+
+    async def _give_back(self) -> None:
+        tags = list(self._open)
+        self._nack(tags)
+        deadline = self._clock.monotonic() + _SEEN_AGAIN
+        while self._clock.monotonic() < deadline:
+            found = await self._channel.queue_declare(self._place.queue, passive=True, timeout=_TIMEOUT)
+            if (found.message_count or 0) >= len(tags):
+                return
+
+
+def acks(channel: int, tags: list[int], first_open: int | None) -> bytes:
+    """One ack for all tags below the first that stays open, single ones beyond. `tags` ascend."""
+    upto = len(tags)
+    if first_open is not None:
+        upto = next((n for n, tag in enumerate(tags) if tag > first_open), upto)
+    prefix = ack_frame(channel, tags[upto - 1], True) if upto else b""
+    return prefix + b"".join([ack_frame(channel, tag, False) for tag in tags[upto:]])
 
 
 async def _never(message: Any) -> None:
     """The callback that aiormq wants: the tap takes every delivery before aiormq sees it."""
     raise AssertionError(f"a delivery went past the tap: {message.delivery!r}")
-
-
-def _tag(delivery: Delivery[Any]) -> int:
-    return delivery.native.tag if isinstance(delivery.native, wire.Received) else 0

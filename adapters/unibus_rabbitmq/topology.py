@@ -1,22 +1,34 @@
-"""What stands on the broker for a topology: exchanges, queues, bindings. A pure plan; `declare` carries it out.
+"""What stands on the broker for a topology: exchanges, queues, bindings. First a pure plan, then its carrying out.
 
 Arguments are constants: they never depend on a policy, since a changed one would be PRECONDITION_FAILED for ever.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from unibus.adapter import Declared, Topology
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelNotFoundEntity
+
+from unibus.adapter import Declared, Inspected, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
-from unibus.driver import no_history
+from unibus.config_tables import check_options
+from unibus.driver import missing as not_there
+from unibus.driver import no_history, topic_of
 from unibus.errors import ConfigError
-from unibus_rabbitmq import config
+from unibus.waiting import side_by_side
+from unibus_rabbitmq import config, errors
 from unibus_rabbitmq.capabilities import number
+from unibus_rabbitmq.link import Link
+
+_Call = Callable[[Callable[[AbstractChannel], Awaitable[Any]]], Awaitable[Any]]  # do this on some channel
+log = logging.getLogger("unibus.rabbitmq")
 
 DELIVERY_LIMIT = 100  # a backstop far above what the crash guard allows: neighbours of a poison message get counted too
 LADDER = tuple(1000 << n for n in range(13))  # 1 s to 4096 s, in ms
@@ -43,17 +55,13 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class Object:
+    """An exchange or a queue."""
+
+    kind: str  # "exchange" or "queue"
     name: str
     type: str
-    arguments: Mapping[str, Any] | None = None
-    ours: bool = True  # False: named in the settings, taken as it is
-
-
-@dataclass(frozen=True, slots=True)
-class QueueSpec:
-    name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = True  # False: taken as it is where it exists
 
 
@@ -62,31 +70,27 @@ class Binding:
     source: str
     destination: str
     key: str
-    arguments: Mapping[str, Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     to_exchange: bool = False
 
 
 class Names:
-    """The objects that all buses with one prefix share."""
+    """The objects that all buses with one prefix share. `hold` is the beginning of the names of hold queues, in ms."""
 
     def __init__(self, prefix: str) -> None:
-        self.returns = f"{prefix}unibus.return"
-        self.lost = f"{prefix}unibus.lost"
-        self.void = f"{prefix}unibus.void"
-        self.holds = f"{prefix}unibus.hold."
-
-    def hold(self, ms: int) -> str:
-        return f"{self.holds}{ms}"
+        self.returns, self.lost, self.void, self.hold = (
+            f"{prefix}unibus.{end}" for end in ("return", "lost", "void", "hold.")
+        )
 
 
 @dataclass(slots=True)
 class Plan:
     routes: dict[Address, Route] = field(default_factory=dict)
     places: dict[Address, Place] = field(default_factory=dict)
-    logical: dict[str, Address] = field(default_factory=dict)  # by name of its queue
-    exchanges: dict[str, Exchange] = field(default_factory=dict)
-    queues: dict[str, QueueSpec] = field(default_factory=dict)
+    exchanges: dict[str, Object] = field(default_factory=dict)
+    queues: dict[str, Object] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
+    topics: dict[Topic[Any], tuple[str, str, str]] = field(default_factory=dict)  # exchange, its type, routing key
     owners: dict[str, Address] = field(default_factory=dict)  # by name of a queue or exchange that isn't shared
     steps: tuple[int, ...] = ()  # delays that have a hold queue, ms, ascending
 
@@ -101,7 +105,6 @@ class _Planner:
         self.made = Plan()
         self.topology = topology
         self.names = names
-        self.topics: dict[Topic[Any], config.TopicOptions] = {}
         # From 4.0 on a quorum queue has a limit of 20 unless told otherwise. What only waits must not run into it.
         self.version = number(version)
         self.unlimited = {"x-queue-type": "quorum"} | ({"x-delivery-limit": -1} if self.version >= (4, 0) else {})
@@ -125,33 +128,31 @@ class _Planner:
         return self.made
 
     def _topic(self, declared: Declared, topic: Topic[Any]) -> None:
-        options = config.topic_options(declared)
+        options = check_options(config.TopicOptions, declared, "rabbitmq")
         exchange = config.check_exchange(options.exchange or declared.name, topic)
         key = declared.name if options.routing_key is None else options.routing_key
         made, names = self.made, self.names
-        made.exchanges[exchange] = Exchange(exchange, options.exchange_type, ours=options.exchange is None)
+        self._exchange(exchange, options.exchange_type, strict=options.exchange is None)
         made.routes[topic] = Route(exchange, key, key)
+        made.topics[topic] = (exchange, options.exchange_type, key)
         made.owners[exchange] = topic
-        self.topics[topic] = options.model_copy(update={"exchange": exchange, "routing_key": key})
         if topic.delayed:
             made.bindings.append(Binding(names.returns, exchange, key, to_exchange=True))
             # A topic may have no group when a message falls due. Without any route the server would keep the message at
             # the head of the hold queue and, after a few of them, release no other; so there is always one, to nowhere.
-            made.queues[names.void] = QueueSpec(names.void, {"x-queue-type": "classic", "x-max-length": 0})
+            self._make(names.void, {"x-queue-type": "classic", "x-max-length": 0})
             made.bindings.append(Binding(names.returns, names.void, key))
 
     def _group(self, declared: Declared, group: Group) -> None:
-        options = config.group_options(declared)
-        topic = self.topics.get(group.topic)
-        if topic is None or topic.exchange is None:
-            raise ConfigError(f"{group}: its topic is not declared before it")
+        options = check_options(config.GroupOptions, declared, "rabbitmq")
+        exchange, kind, key = topic_of(self.made.topics, group)
         self._work(declared, group, options.queue_type, group.topic)
-        key = group_key(topic, options.routing_key)
-        self.made.bindings.append(Binding(topic.exchange, declared.name, key, options.arguments or None))
+        key = group_key(kind, key) if options.routing_key is None else options.routing_key
+        self.made.bindings.append(Binding(exchange, declared.name, key, options.arguments))
         self.made.routes[group] = Route("", declared.name, declared.name)
 
     def _queue(self, declared: Declared, queue: Queue[Any]) -> None:
-        options = config.queue_options(declared)
+        options = check_options(config.QueueOptions, declared, "rabbitmq")
         key = declared.name if options.routing_key is None else options.routing_key
         self._work(declared, queue, options.queue_type, queue)
         if options.exchange is None:
@@ -160,8 +161,8 @@ class _Planner:
             self.made.routes[queue] = Route("", declared.name, declared.name)
             return
         exchange = config.check_exchange(options.exchange, queue)
-        self.made.exchanges[exchange] = Exchange(exchange, options.exchange_type, ours=False)
-        self.made.bindings.append(Binding(exchange, declared.name, key, options.arguments or None))
+        self._exchange(exchange, options.exchange_type, strict=False)
+        self.made.bindings.append(Binding(exchange, declared.name, key, options.arguments))
         self.made.routes[queue] = Route(exchange, key, declared.name)
 
     def _work(
@@ -178,57 +179,49 @@ class _Planner:
         ):  # over the delivery limit a queue without dead letters drops messages, so there are always some
             sink = declared.name + DEAD_LETTER
             self._sink(letters, sink, letters=True)
-        arguments: dict[str, Any] = {
-            "x-queue-type": kind,
-            "x-dead-letter-exchange": "",
-            "x-dead-letter-routing-key": sink,
-        }
-        if kind == "quorum":  # at-least-once needs reject-publish; without a length limit nothing is ever rejected
-            arguments |= {
-                "x-delivery-limit": DELIVERY_LIMIT,
-                "x-dead-letter-strategy": "at-least-once",
-                "x-overflow": "reject-publish",
-            }
+        arguments: dict[str, Any] = {"x-queue-type": kind, "x-dead-letter-exchange": ""}
+        arguments["x-dead-letter-routing-key"] = sink
+        if kind == "quorum":
+            arguments |= {"x-delivery-limit": DELIVERY_LIMIT} | _safely_to("")
         if features.priorities:
             arguments["x-max-priority"] = features.priorities - 1
         if features.ordered:
             arguments["x-single-active-consumer"] = True
         made = self.made
-        made.queues[declared.name] = QueueSpec(declared.name, arguments)
+        self._make(declared.name, arguments)
         copies = not features.ordered and not (kind == "quorum" and self.version >= (4, 3))
         made.places[address] = Place(declared.name, counted=kind == "quorum", copies=copies, single=features.ordered)
-        made.logical[declared.name] = made.owners[declared.name] = address
+        made.owners[declared.name] = address
         made.bindings.append(Binding(self.names.returns, declared.name, declared.name))
 
     def _sink(self, address: Address, name: str, *, letters: bool) -> None:
         """Dead letters and invalid messages: kept until someone takes them."""
         made = self.made
-        made.queues[name] = QueueSpec(name, self.unlimited, strict=False)
+        self._make(name, self.unlimited, strict=False)
         made.owners[name] = address
         made.places[address] = Place(name, letters=letters)
         made.routes[address] = Route("", name, name)
 
     def _holds(self) -> None:
         made, names = self.made, self.names
-        made.exchanges[names.lost] = Exchange(names.lost, "fanout")
-        made.exchanges[names.returns] = Exchange(names.returns, "direct", {"alternate-exchange": names.lost})
-        made.queues[names.lost] = QueueSpec(names.lost, self.unlimited, strict=False)
+        self._exchange(names.lost, "fanout")
+        self._exchange(names.returns, "direct", {"alternate-exchange": names.lost})
+        self._make(names.lost, self.unlimited, strict=False)
         made.bindings.append(Binding(names.lost, names.lost, ""))
         made.steps = tuple(sorted({max(1, ceil(delay * 1000)) for delay in self.topology.delays} | set(LADDER)))
         for ms in made.steps:
-            name = names.hold(ms)
-            made.exchanges[name] = Exchange(name, "fanout")  # keeps the routing key, the way home
-            made.queues[name] = QueueSpec(
-                name,
-                {
-                    "x-queue-type": "quorum",
-                    "x-message-ttl": ms,
-                    "x-dead-letter-exchange": names.returns,
-                    "x-dead-letter-strategy": "at-least-once",
-                    "x-overflow": "reject-publish",
-                },
-            )
+            name = f"{names.hold}{ms}"
+            self._exchange(name, "fanout")  # keeps the routing key, the way home
+            self._make(name, {"x-queue-type": "quorum", "x-message-ttl": ms} | _safely_to(names.returns))
             made.bindings.append(Binding(name, name, ""))
+
+    def _exchange(
+        self, name: str, kind: str, arguments: Mapping[str, Any] | None = None, *, strict: bool = True
+    ) -> None:
+        self.made.exchanges[name] = Object("exchange", name, kind, arguments or {}, strict)
+
+    def _make(self, name: str, arguments: Mapping[str, Any], *, strict: bool = True) -> None:
+        self.made.queues[name] = Object("queue", name, arguments["x-queue-type"], arguments, strict)
 
     def _check_return_keys(self) -> None:
         """One key at the return exchange is one destination, or a retry would reach another channel too."""
@@ -244,11 +237,18 @@ class _Planner:
                 )
 
 
-def group_key(topic: config.TopicOptions, given: str | None) -> str:
+def _safely_to(exchange: str) -> dict[str, Any]:
+    """Dead-letter at least once. That needs reject-publish; without a length limit nothing is ever rejected."""
+    return {
+        "x-dead-letter-exchange": exchange,
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
+
+
+def group_key(exchange_type: str, routing_key: str) -> str:
     """The binding key with which a group gets all that is published to its topic."""
-    if given is not None:
-        return given
-    return "#" if topic.exchange_type == "topic" else topic.routing_key or ""
+    return "#" if exchange_type == "topic" else routing_key
 
 
 def step(steps: tuple[int, ...], wait: float) -> tuple[int, bool]:
@@ -261,3 +261,115 @@ def step(steps: tuple[int, ...], wait: float) -> tuple[int, bool]:
     if at < len(steps) and (at == 0 or steps[at] - ms < 1000):
         return steps[at], True
     return steps[at - 1], False
+
+
+# Carrying it out
+
+
+async def declare(link: Link, made: Plan, timeout: float) -> None:
+    """Make what is missing, log each; an object that is there and different is a ConfigError."""
+    await _each(link, made.exchanges.values(), _make, timeout)
+    await _each(link, made.queues.values(), _make, timeout)
+    await _each(link, made.bindings, _bind, timeout)
+
+
+async def verify(link: Link, made: Plan, timeout: float) -> None:
+    """One NotFound that lists all exchanges and queues that are missing. AMQP has no way to look at bindings."""
+    found = await inspect(link, made, timeout)
+    if missing := sorted(f"{item.kind} {item.name!r}" for item in found if item.exists is False):
+        raise not_there("RabbitMQ", missing)
+
+
+async def inspect(link: Link, made: Plan, timeout: float) -> list[Inspected]:
+    """Exchanges, queues and bindings; of the last nobody can say whether they are there."""
+    items = [*made.exchanges.values(), *made.queues.values()]
+    counts: dict[int, int | None] = {}
+
+    async def look(call: _Call, item: Object) -> None:
+        counts[id(item)] = await _look(call, item)
+
+    await _each(link, items, look, timeout)
+    found = []
+    for item in items:
+        count, owner = counts[id(item)], made.owners.get(item.name)
+        taken = item.kind == "exchange" and not item.strict and count is not None
+        shared = owner is None and item.kind == "queue"
+        rights = "" if taken else f"configure {item.name}"
+        found.append(
+            Inspected(item.kind, item.name, count is not None, rights, owner, count if shared else None, _risk(item))
+        )
+    for binding in made.bindings:
+        name = f"{binding.source} -> {binding.destination}" + (f" ({binding.key})" if binding.key else "")
+        rights = f"write {binding.destination}, read {binding.source}"
+        found.append(Inspected("binding", name, None, rights, made.owners.get(binding.destination)))
+    return found
+
+
+def _risk(item: Object) -> str:
+    if item.type == "classic" and "x-max-length" not in item.arguments:
+        return "a classic queue is on one node only: its messages are lost with that disk"
+    return ""
+
+
+async def _each(link: Link, items: Any, act: Callable[[_Call, Any], Awaitable[None]], timeout: float) -> None:
+    """`act` on all items, some side by side; the first failure ends it. A channel that a refusal has closed is replaced."""
+    free: list[AbstractChannel] = []
+
+    async def call(what: Callable[[AbstractChannel], Awaitable[Any]]) -> Any:
+        channel = free.pop() if free else await link.channel()
+        try:
+            return await what(channel)
+        finally:
+            if not channel.is_closed:
+                free.append(channel)
+
+    try:
+        async with asyncio.timeout(timeout):
+            await side_by_side(items, lambda item: act(call, item))
+            for channel in free:
+                await channel.close()
+    except Exception as exc:
+        raise errors.translate(exc, "declare") from exc
+
+
+def _declared(item: Object, *, passive: bool) -> Callable[[AbstractChannel], Awaitable[Any]]:
+    arguments = None if passive else dict(item.arguments)
+    if item.kind == "queue":
+        return lambda c: c.queue_declare(item.name, passive=passive, durable=True, arguments=arguments)
+    return lambda c: c.exchange_declare(
+        item.name, exchange_type=item.type, passive=passive, durable=True, arguments=arguments
+    )
+
+
+async def _look(call: _Call, item: Object) -> int | None:
+    """How many messages wait there, 0 in an exchange; None where it is missing."""
+    try:
+        found = await call(_declared(item, passive=True))
+    except ChannelNotFoundEntity:
+        return None
+    except Exception as exc:
+        raise errors.translate(exc, f"look at {item.kind} {item.name!r}") from exc
+    return getattr(found, "message_count", None) or 0
+
+
+async def _make(call: _Call, item: Object) -> None:
+    there = await _look(call, item) is not None
+    if there and not item.strict:
+        return
+    try:
+        await call(_declared(item, passive=False))
+    except Exception as exc:
+        raise errors.mismatch(exc, f"declare {item.kind} {item.name!r}") from exc
+    if not there:
+        log.info("declared %s %s (%s)", item.kind, item.name, item.type)
+
+
+async def _bind(call: _Call, item: Binding) -> None:
+    def bind(channel: AbstractChannel) -> Awaitable[Any]:
+        act = channel.exchange_bind if item.to_exchange else channel.queue_bind
+        return act(item.destination, item.source, item.key, arguments=dict(item.arguments))
+
+    try:
+        await call(bind)
+    except Exception as exc:
+        raise errors.translate(exc, f"bind {item.destination!r} to {item.source!r}") from exc

@@ -1,4 +1,4 @@
-"""The envelope as AMQP properties and headers, and back.
+"""The envelope as AMQP properties and headers, and back; and the bytes of both.
 
 Native properties carry what AMQP has a field for, so that foreign producers and consumers interoperate: message_id, type,
 content_type, correlation_id, reply_to, timestamp (whole seconds, as AMQP has them), priority, and expiration on replies.
@@ -8,192 +8,285 @@ content_type, correlation_id, reply_to, timestamp (whole seconds, as AMQP has th
 - `correlation_id` is the conversation's, except on a request (the request's message id, as every RPC client does it; the
   conversation's goes into `x-correlation-id`) and on a reply (the id of the request that it answers).
 - A string that is too long for its property (255 bytes) goes into the header of the same meaning.
+
+Written out rather than left to pamqp, for two reasons: pamqp changes foreign headers on the way (a double becomes a float, a
+long name is cut), and it costs a multiple. See docs/decisions/0007.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from pamqp.commands import Basic
+from pamqp.decode import embedded_value
+
+from unibus import message as names
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
 from unibus.deadletter import stamp
 from unibus.envelope import read, read_time, time_text
 from unibus.inboxes import inbox, inbox_shape
-from unibus.message import (
-    BROKER_HEADERS,
-    CAUSATION_ID,
-    CONTENT_TYPE,
-    CORRELATION_ID,
-    DLQ_REASON,
-    ENVELOPE_HEADERS,
-    EXPIRES_AT,
-    ID,
-    KEY,
-    MOVED_TO_DLQ_AT,
-    NO_HEADERS,
-    NOT_BEFORE,
-    ORIGINAL_DESTINATION,
-    REPLY_TO,
-    TYPE,
-    Message,
-)
+from unibus.message import BROKER_HEADERS, ENVELOPE_HEADERS, NO_HEADERS, Message
 from unibus.retry import BROKER_LIMIT, EXPIRED
-from unibus_rabbitmq import frames
-from unibus_rabbitmq.tables import Raw
 
 DEATH = "x-death"
 DELIVERY_COUNT = "x-delivery-count"
-# Not the user's: the envelope's, and what the server writes. Never copied onward.
-_OURS = ENVELOPE_HEADERS | BROKER_HEADERS
-# The server sends copies to the addresses in these; a retry must reach one queue only.
-_SENDER_SELECTED = frozenset(("CC", "BCC"))
-_LONGEST = 255
+# Never copied onward: the envelope's and the server's headers, and those that make the server send copies elsewhere.
+_OURS = ENVELOPE_HEADERS | BROKER_HEADERS | {"CC", "BCC"}
 
 # reply_to is untrusted. amq.rabbitmq.reply-to.* is not among these: a forged one makes the server close the connection.
 _INBOX = re.compile(inbox_shape() + r"|amq\.gen-[A-Za-z0-9_-]{22}")
 
+_u16 = struct.Struct(">H").unpack_from
+_u32 = struct.Struct(">I").unpack_from
+_u64 = struct.Struct(">Q").unpack_from
+_tag = struct.Struct(">QB").unpack_from
+_short, _long, _quad = (struct.Struct(form).pack for form in (">H", ">I", ">Q"))
+
+# The properties in their order on the wire: flag, name, type.
+_PROPERTIES = tuple((flag, name, Basic.Properties.amqp_type(name)) for name, flag in Basic.Properties.flags.items())
+_layouts: dict[int, list[tuple[str, str]]] = {}  # flags -> names and kinds; few differ
+
+
+class Raw(bytes):
+    """The value of a header as it came, type letter included: a copy of it is exact."""
+
+    __slots__ = ()
+
 
 class Received:
-    """A delivery as it came: what `Delivery.native` is. `headers` holds the AMQP table with all its types."""
+    """A delivery as it came: what `Delivery.native` is. `headers` holds the AMQP table with all its types.
 
-    __slots__ = ("_header", "_method", "_names_at", "_properties", "body", "redelivered", "tag")
+    `properties` are those that are set, by their names in pamqp; `timestamp` a number.
+    """
 
-    def __init__(self, tag: int, redelivered: bool, method: bytes, names_at: int, header: bytes) -> None:
-        self.tag = tag
-        self.redelivered = redelivered
+    __slots__ = ("_header", "_method", "_properties", "body", "redelivered", "tag")
+
+    def __init__(self, method: bytes, header: bytes) -> None:
+        """Of the payloads of basic.deliver and its content header."""
+        self.tag, self.redelivered = _tag(method, 5 + method[4])
         self.body = b""
         self._method = method
-        self._names_at = names_at
         self._header = header
-        self._properties: frames.Properties | None = None
+        self._properties: dict[str, Any] | None = None
 
     @property
     def exchange(self) -> str:
-        return frames.read_shorts(self._method, self._names_at, 2)[0]
+        return text(self._method, 14 + self._method[4])[0]
 
     @property
     def routing_key(self) -> str:
-        return frames.read_shorts(self._method, self._names_at, 2)[1]
+        return text(self._method, text(self._method, 14 + self._method[4])[1])[0]
 
     @property
-    def properties(self) -> frames.Properties:
+    def properties(self) -> dict[str, Any]:
         if self._properties is None:
-            self._properties = frames.decode_properties(self._header)
+            self._properties = decode_properties(self._header)
         return self._properties
 
     @property
     def headers(self) -> Mapping[str, Any]:
-        return self.properties.headers or NO_HEADERS
+        return self.properties.get("headers") or NO_HEADERS
 
-    def raw_headers(self) -> Mapping[str, Raw]:
+    def raw_headers(self) -> dict[str, Raw]:
         """Those that are no text, exactly as they came."""
-        return frames.raw_headers(self._header)
+        found: dict[str, Raw] = {}
+        decode_properties(self._header, found)
+        return found
 
     def __repr__(self) -> str:
         return f"<Received {self.tag} {len(self.body)} bytes>"
 
 
-def reply_address(text: str) -> Inbox:
+def text(data: bytes, at: int) -> tuple[str, int]:
+    """The short string at `at`, and where the next thing begins. Bytes that are no UTF-8 are kept as surrogates."""
+    stop = at + 1 + data[at]
+    return data[at + 1 : stop].decode(errors="surrogateescape"), stop
+
+
+def body_size(header: bytes) -> int:
+    size: int = _u64(header, 4)[0]
+    return size
+
+
+def encode_properties(properties: Mapping[str, Any]) -> bytes:
+    """Flags and list. Raises ValueError for a string above 255 bytes or a number that is too large."""
+    flags, parts = 0, list[bytes]()
+    for flag, name, kind in _PROPERTIES:
+        value = properties.get(name)
+        if value is None or (not value and kind != "timestamp"):
+            continue
+        flags |= flag
+        if kind == "shortstr":
+            data = value.encode(errors="surrogateescape")
+            parts += (bytes((len(data),)), data)
+        elif kind == "table":
+            table = encode_table(value)
+            parts += (_long(len(table)), table)
+        else:
+            parts.append(bytes((value,)) if kind == "octet" else _quad(value))
+    return _short(flags) + b"".join(parts)
+
+
+def decode_properties(header: bytes, raw: dict[str, Raw] | None = None) -> dict[str, Any]:
+    """Of a content header's payload. `raw` gets the headers that are no text."""
+    flags = _u16(header, 12)[0]
+    layout = _layouts.get(flags)
+    if layout is None:
+        layout = _layouts[flags] = [(name, kind) for flag, name, kind in _PROPERTIES if flags & flag]
+    found: dict[str, Any] = {}
+    at = 14
+    for name, kind in layout:
+        if kind == "shortstr":
+            found[name], at = text(header, at)
+        elif kind == "table":
+            start = at + 4
+            at = start + _u32(header, at)[0]
+            found[name] = decode_table(header, start, at, raw)
+        elif kind == "octet":
+            found[name] = header[at]
+            at += 1
+        else:
+            found[name] = _u64(header, at)[0]
+            at += 8
+    return found
+
+
+def encode_table(headers: Mapping[str, str | Raw]) -> bytes:
+    """A table, without its length."""
+    parts: list[bytes] = []
+    for name, value in headers.items():
+        key = name.encode(errors="surrogateescape")
+        if type(value) is str:
+            data = value.encode(errors="surrogateescape")
+            parts += (bytes((len(key),)), key, b"S", _long(len(data)), data)
+        else:
+            parts += (bytes((len(key),)), key, value)  # type: ignore[arg-type]  # Raw
+    return b"".join(parts)
+
+
+def decode_table(data: bytes, at: int, stop: int, raw: dict[str, Raw] | None = None) -> dict[str, Any]:
+    """A table from `at` (after its length) to `stop`. Text becomes str, or bytes where it is no UTF-8.
+
+    What can't be read hides what stands behind it, and goes along with it as bytes: a foreign header is no poison.
+    """
+    table: dict[str, Any] = {}
+    while at < stop:
+        name, start = text(data, at)
+        if data[start] == 83:  # S, by far the most
+            at = start + 5 + _u32(data, start + 1)[0]
+            try:
+                table[name] = data[start + 5 : at].decode()
+                continue
+            except UnicodeDecodeError:
+                table[name] = data[start + 5 : at]
+        else:
+            try:
+                used, table[name] = embedded_value(data[start:stop])
+                at = start + used
+            except (ValueError, OverflowError):
+                table[name], at = data[start:stop], stop
+        if raw is not None:
+            raw[name] = Raw(data[start:at])
+    return table
+
+
+def reply_address(address: str) -> Inbox:
     """The inbox behind an untrusted reply_to. Raises Refused."""
-    return inbox(_INBOX, text, "...unibus.reply...., or a name made by the server (amq.gen-...)")
+    return inbox(_INBOX, address, "...unibus.reply...., or a name made by the server (amq.gen-...)")
 
 
-def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: float) -> tuple[int, bytes]:
-    """Property flags and bytes. `not_before`: only where the message still needs another hop."""
+def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: float) -> bytes:
+    """The property list. `not_before`: only where the message still needs another hop. Raises ValueError, TypeError."""
     message = outgoing.message
     reply = type(outgoing.to) is Inbox
-    p = frames.Properties()
-    more: dict[str, Any] = {}
-    p.message_id = message_id
-    p.content_type = _fit(message.content_type, CONTENT_TYPE, more)
-    p.type = _fit(message.type, TYPE, more)
-    p.reply_to = _fit(message.reply_to, REPLY_TO, more)
-    p.priority = message.priority
+    more: dict[str, str | Raw] = {}
+    p: dict[str, Any] = {"delivery_mode": 2, "message_id": message_id, "priority": message.priority}
     if message.timestamp is not None:
-        p.timestamp = int(message.timestamp)
+        p["timestamp"] = int(message.timestamp)
+    _put(p, more, "content_type", names.CONTENT_TYPE, message.content_type)
+    _put(p, more, "message_type", names.TYPE, message.type)
+    _put(p, more, "reply_to", names.REPLY_TO, message.reply_to)
     if reply or message.reply_to is not None:
-        p.correlation_id = _fit(message.causation_id if reply else message.id, CAUSATION_ID if reply else ID, more)
+        match = (names.CAUSATION_ID, message.causation_id) if reply else (names.ID, message.id)
+        _put(p, more, "correlation_id", *match)
         if message.correlation_id is not None:
-            more[CORRELATION_ID] = message.correlation_id
+            more[names.CORRELATION_ID] = message.correlation_id
     else:
-        p.correlation_id = _fit(message.correlation_id, CORRELATION_ID, more)
+        _put(p, more, "correlation_id", names.CORRELATION_ID, message.correlation_id)
     if not reply and message.causation_id is not None:
-        more[CAUSATION_ID] = message.causation_id
+        more[names.CAUSATION_ID] = message.causation_id
     if message_id != message.id:
-        more[ID] = message.id
+        more[names.ID] = message.id
     if message.key is not None:
-        more[KEY] = message.key
+        more[names.KEY] = message.key
     if message.expires_at is not None:
-        more[EXPIRES_AT] = time_text(message.expires_at)
+        more[names.EXPIRES_AT] = time_text(message.expires_at)
         if reply:
-            p.expiration = str(max(0, round((message.expires_at - now) * 1000)))
+            p["expiration"] = str(max(0, round((message.expires_at - now) * 1000)))
     if not_before is not None:
-        more[NOT_BEFORE] = time_text(not_before)
+        more[names.NOT_BEFORE] = time_text(not_before)
     if outgoing.origin is not None and isinstance(outgoing.origin.native, Received):
-        _copy_native(outgoing.origin.native, p, more)
-    p.headers = {**message.headers, **more} if more else message.headers
-    return frames.encode_properties(p)
+        native = outgoing.origin.native
+        p["content_encoding"] = native.properties.get("content_encoding")
+        p["app_id"] = native.properties.get("app_id")
+        more |= {name: value for name, value in native.raw_headers().items() if name not in _OURS}
+    p["headers"] = {**message.headers, **more} if more else message.headers
+    return encode_properties(p)
 
 
-def _fit(text: str | None, header: str, more: dict[str, Any]) -> str | None:
-    if text is None or len(text) <= 63 or len(text.encode(errors="surrogateescape")) <= _LONGEST:
-        return text
-    more[header] = text
-    return None
-
-
-def _copy_native(origin: Received, p: frames.Properties, more: dict[str, Any]) -> None:
-    """What a foreign message has beyond the envelope."""
-    p.content_encoding = origin.properties.content_encoding
-    p.app_id = origin.properties.app_id
-    foreign = origin.raw_headers()
-    more.update({n: v for n, v in foreign.items() if n not in _OURS and n not in _SENDER_SELECTED})
+def _put(p: dict[str, Any], more: dict[str, str | Raw], name: str, header: str, value: str | None) -> None:
+    if value is None or len(value) <= 63 or len(value.encode(errors="surrogateescape")) <= 255:
+        p[name] = value
+    else:
+        more[header] = value
 
 
 def decode(received: Received, *, inbox: bool, fallback: str) -> Message:
     """The envelope of a delivery. `fallback`: its id if the producer gave none."""
-    p = received.properties
-    native = p.headers or NO_HEADERS
-    correlation_id, causation_id, message_id = p.correlation_id, None, p.message_id
+    get = received.properties.get
+    native, timestamp, reply_to = get("headers"), get("timestamp"), get("reply_to")
+    correlation_id, message_id = get("correlation_id"), get("message_id")
+    causation_id: str | None = None
     if inbox:
         correlation_id, causation_id = None, correlation_id
-    elif p.reply_to is not None or REPLY_TO in native:
+    elif reply_to is not None or (native and names.REPLY_TO in native):
         # A foreign requester matches on its correlation id, whatever message id it gave.
         message_id = correlation_id or message_id
         correlation_id = None
     message = Message(
         received.body,
         message_id or fallback,
-        p.type,
-        p.content_type,
+        get("message_type"),
+        get("content_type"),
         NO_HEADERS,
         None,
         correlation_id,
         causation_id,
-        p.reply_to,
-        None if p.timestamp is None else float(p.timestamp),
+        reply_to,
+        None if timestamp is None else float(timestamp),
         None,
-        p.priority,
+        get("priority"),
     )
     if native:
         read({n: v for n, v in native.items() if type(v) is str and n not in BROKER_HEADERS}, message)
-        if inbox and p.correlation_id is not None:
-            message.causation_id = p.correlation_id  # what a reply is matched by
+        if causation_id is not None:
+            message.causation_id = causation_id  # what a reply is matched by
     return message
 
 
 def not_before(headers: Mapping[str, Any]) -> float | None:
     """When the message is due, if it came back from a hold queue for another hop."""
-    return read_time(headers.get(NOT_BEFORE))
+    return read_time(headers.get(names.NOT_BEFORE))
 
 
 def deliveries(received: Received, *, counted: bool) -> int:
     """How often it was handed out; a queue that does not count only knows "once" and "more than once"."""
-    headers = received.properties.headers
-    count = headers.get(DELIVERY_COUNT) if headers else None
+    count = received.headers.get(DELIVERY_COUNT)
     if type(count) is int:
         return count + 1
     return 2 if received.redelivered and not counted else 1
@@ -201,15 +294,14 @@ def deliveries(received: Received, *, counted: bool) -> int:
 
 def broker_death(received: Received) -> dict[str, str]:
     """For a message in a dead-letter queue: the headers that are missing because the server itself put it there."""
-    headers = received.properties.headers
-    deaths = headers.get(DEATH) if headers else None
-    if not headers or not isinstance(deaths, list) or DLQ_REASON in headers:
+    deaths = received.headers.get(DEATH)
+    if not isinstance(deaths, list) or names.DLQ_REASON in received.headers:
         return {}
     last = deaths[0] if deaths and isinstance(deaths[0], dict) else {}
     found = {
-        DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT,
-        ORIGINAL_DESTINATION: str(last.get("queue", "")),
+        names.DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT,
+        names.ORIGINAL_DESTINATION: str(last.get("queue", "")),
     }
     if isinstance(moved := last.get("time"), datetime):
-        found[MOVED_TO_DLQ_AT] = stamp(moved.timestamp())
+        found[names.MOVED_TO_DLQ_AT] = stamp(moved.timestamp())
     return found

@@ -51,6 +51,8 @@ def refusal(text: str, doing: str) -> TransportError:
         code = "NOPERM"
     elif text.startswith("ERR AUTH"):  # a password for a user who has none
         code = "WRONGPASS"
+    elif text.removeprefix("ERR ").startswith("no such key"):  # what XINFO says of a stream that is not there
+        code, text, rest = "NOTFOUND", "", ""
     kind, words = _BY_CODE.get(code, (Refused, ""))
     if kind is AuthenticationFailed:
         return wrong_password(doing)

@@ -114,7 +114,7 @@ def _start(declared: Declared, now: float, retention: float) -> str:
     start = declared.start
     if start == "new":
         return "$"
-    if not retention or (start != "all" and start < now - retention):
+    if not retention or isinstance(start, tuple) or (start != "all" and start < now - retention):
         raise Unsupported(
             f"{declared.address}: start={start!r}, but topics keep what was read for {retention:g} s; raise redis.retention"
         )

@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectTimeoutError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-)
-from botocore.exceptions import (
-    ConnectionError as NoConnection,
-)
+from botocore import exceptions as aws
 
 from unibus.errors import (
     AuthenticationFailed,
@@ -57,19 +45,16 @@ _BY_CODE = {code: kind for kind, codes in _CODES.items() for code in codes.split
 def by_code(code: str, text: str, doing: str, status: int = 0) -> TransportError:
     """The error of a code. `doing`: what was tried, with the object's name."""
     code = code.rpartition(".")[2].rpartition("#")[2]
-    kind = _BY_CODE.get(code)
-    if (
-        kind is None and "receipt handle" in text.lower()
-    ):  # InvalidParameterValue: expired, or not available for a change
+    hint = ""
+    if (kind := _BY_CODE.get(code)) is AuthenticationFailed:
+        hint = "; check the access key (user of the URL, or AWS' own chain), its secret, the clock and the region"
+    elif kind is None and "receipt handle" in text.lower():  # InvalidParameterValue: expired, or not to be changed
         kind = LeaseLost
     elif kind is None and "must be shorter than" in text:
         kind = MessageTooLarge
-    elif kind is None and (status >= 500 or status == 429):
-        kind = Throttled
-    hint = ""
-    if kind is AuthenticationFailed:
-        hint = "; check the access key (user of the URL, or AWS' own chain), its secret, the clock and the region"
-    return (kind or Refused)(f"{doing}: {code}: {text}{hint}")
+    elif kind is None:
+        kind = Throttled if status >= 500 or status == 429 else Refused
+    return kind(f"{doing}: {code}: {text}{hint}")
 
 
 def of_entry(failed: Mapping[str, Any], doing: str) -> TransportError:
@@ -82,20 +67,18 @@ def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. Never called with CancelledError."""
     if (known := common(exc, doing, "AWS")) is not None:
         return known
-    if isinstance(exc, ClientError):
+    if isinstance(exc, aws.ClientError):
         error = exc.response.get("Error", {})
         status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return by_code(str(error.get("Code", "")), str(error.get("Message", "")), doing, status)
-    if isinstance(exc, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError):
+    if isinstance(exc, aws.NoCredentialsError | aws.PartialCredentialsError | aws.CredentialRetrievalError):
         return AuthenticationFailed(
             f"{doing}: no AWS credentials: give access key and secret as user and password, or by AWS' own chain"
         )
-    if isinstance(exc, ConnectTimeoutError):
-        return ConnectionLost(f"{doing}: AWS can't be reached in time")
-    if isinstance(exc, ReadTimeoutError):
+    if isinstance(exc, aws.ReadTimeoutError):
         return Timeout(f"{doing}: no answer in time")
-    if isinstance(exc, HTTPClientError | NoConnection | OSError):
+    if isinstance(exc, aws.HTTPClientError | aws.ConnectionError | OSError):
         return ConnectionLost(f"{doing}: {type(exc).__name__}; check the region, the endpoint and the network")
-    if isinstance(exc, BotoCoreError):
+    if isinstance(exc, aws.BotoCoreError):
         return ConfigError(f"{doing}: {exc}")
     return Refused(f"{doing}: {type(exc).__name__}")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import cache
 from typing import Any
 
 from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession, get_session
+from aiobotocore.session import get_session
 from botocore.exceptions import UnknownRegionError
 from botocore.loaders import Loader, create_loader
 
 from unibus.adapter import Url
-from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, UnibusError
+from unibus.driver import as_result
+from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, TransportError, UnibusError
 from unibus_sqs import config, errors
 
+BATCH = 10  # entries that a request takes
 _ANSWER = 10.0  # seconds that a request may take beyond its long poll
 
 
@@ -36,7 +39,8 @@ class Link:
         self._url = url
         self._settings = settings
         self._stack = AsyncExitStack()
-        self._session: AioSession | None = None
+        self._session = get_session()
+        self._session.register_component("data_loader", _loader())
         self._account = settings.account_id
         self._partition = "aws"
 
@@ -46,8 +50,7 @@ class Link:
             logger = logging.getLogger(name)
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.INFO)
-        session = self._session = get_session()
-        session.register_component("data_loader", _loader())
+        session = self._session
         self.region = config.region(self._url) or session.get_config_variable("region") or ""
         if not self.region:
             raise ConfigError("url: there is no region; write it as the host, as in sqs://eu-west-1")
@@ -58,15 +61,14 @@ class Link:
                 raise ConfigError(
                     f"url: {self.region!r} is no region of AWS; write one as the host: sqs://eu-west-1"
                 ) from exc
-        self.sqs = await self._client("sqs", self._stack)
-        self.sns = await self._client("sns", self._stack)
+        self.sqs = await self._client("sqs")
+        self.sns = await self._client("sns")
         try:  # any answer shows that the service is there and knows us; a right to list is not needed
             await self.call(self.sqs.list_queues, "connect", MaxResults=1)
         except PermissionDenied:
             self.trouble = None
 
-    async def _client(self, service: str, stack: AsyncExitStack) -> Any:
-        assert self._session is not None  # noqa: S101  # for mypy: open has made it
+    async def _client(self, service: str) -> Any:
         url, settings = self._url, self._settings
         client = self._session.create_client(
             service,
@@ -82,7 +84,7 @@ class Link:
                 parameter_validation=False,  # a fifth of the time of a request; the service checks as well
             ),
         )
-        return await stack.enter_async_context(client)
+        return await self._stack.enter_async_context(client)
 
     async def call(self, operation: Any, doing: str, **parameters: Any) -> dict[str, Any]:
         """One request. Raises what it came to, as unibus' errors."""
@@ -96,24 +98,38 @@ class Link:
         self.trouble = None
         return answer
 
+    async def batch(
+        self, operation: Any, doing: str, name: str, entries: Sequence[dict[str, Any]], **where: Any
+    ) -> list[TransportError | None]:
+        """One request with up to ten entries, by the `name` of its parameter; one result for each."""
+        numbered = [{"Id": str(i), **entry} for i, entry in enumerate(entries)]
+        try:
+            answer = await self.call(operation, doing, **{name: numbered}, **where)
+        except UnibusError as error:
+            return [as_result(error) for _ in entries]
+        results: list[TransportError | None] = [None] * len(entries)
+        for failed in answer.get("Failed") or ():
+            results[int(failed["Id"])] = errors.of_entry(failed, doing)
+        return results
+
     async def queue_url(self, name: str) -> str:
         """Raises NotFound."""
         answer = await self.call(self.sqs.get_queue_url, f"look for queue {name!r}", QueueName=name)
         return str(answer["QueueUrl"])
 
-    async def queue_arn(self, url: str) -> str:
+    async def attributes(self, url: str, *names: str) -> dict[str, str]:
+        """Of a queue."""
         answer = await self.call(
-            self.sqs.get_queue_attributes, f"look at {url}", QueueUrl=url, AttributeNames=["QueueArn"]
+            self.sqs.get_queue_attributes, f"look at {url}", QueueUrl=url, AttributeNames=list(names)
         )
-        return str(answer["Attributes"]["QueueArn"])
+        return dict(answer["Attributes"])
 
     async def topic_arn(self, name: str) -> str:
         """Of a topic that may not be there: SNS has no way to ask by name."""
         if self._account is None:
             try:
-                async with AsyncExitStack() as stack:
-                    sts = await self._client("sts", stack)
-                    answer = await self.call(sts.get_caller_identity, "look for the account of the topics")
+                sts = await self._client("sts")
+                answer = await self.call(sts.get_caller_identity, "look for the account of the topics")
             except UnibusError as error:
                 raise ConfigError(f"{error}; set sqs.account_id") from error
             self._account = str(answer["Account"])
@@ -132,12 +148,12 @@ class Link:
                 return found
             token = {"NextToken": answer["NextToken"]}
 
-    async def exists(self, name: str) -> str | None:
-        """The URL of a queue, or None."""
+    async def exists(self, name: str) -> str:
+        """The URL of a queue; empty where there is none."""
         try:
             return await self.queue_url(name)
         except NotFound:
-            return None
+            return ""
 
     async def close(self) -> None:
         self.trouble = "closed"

@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any
 
 from unibus.adapter import Endpoint
 from unibus.channel import Group, Inbox
-from unibus.errors import NotFound, UnibusError
-from unibus.inboxes import plain
+from unibus.errors import UnibusError
 from unibus_sqs import topology, wire
 from unibus_sqs.link import Link
+from unibus_sqs.topology import Place
 
 log = logging.getLogger("unibus.sqs")
 
-ALIVE, SERVICE, SUBSCRIPTION = "unibus-alive", "unibus-service", "unibus-subscription"  # tags; ALIVE in epoch seconds
+ALIVE, SUBSCRIPTION = "unibus-alive", "unibus-subscription"  # tags: epoch seconds; the ARN that goes with the queue
 BEAT = 300.0  # seconds between two signs of life
 DEAD = 4 * BEAT  # without any
 _RETENTION = "3600"
@@ -33,96 +33,80 @@ class Private:
 
     def __init__(self, link: Link, endpoint: Endpoint) -> None:
         self._link = link
-        self._service = plain(endpoint.service)[:200]
         self._clock = endpoint.clock
         self._stem = wire.private_stem(endpoint.prefix)
-        self._beats: dict[str, asyncio.Task[None]] = {}  # by URL
-        self._cleaning: asyncio.Task[None] | None = None
+        self._mine: dict[str, str | None] = {}  # URL -> the ARN of its subscription
+        self._keeper: asyncio.Task[None] | None = None
 
-    async def make(self, address: Inbox | Group, topic: topology.TopicPlace | None) -> topology.Place:
+    async def make(self, address: Inbox | Group, topic: Place | None) -> Place:
         """The queue of an inbox, or of an ephemeral group of this topic."""
-        link = self._link
-        fifo = topic is not None and topic.fifo
+        link, fifo = self._link, topic is not None and topic.fifo
         name = f"{self._stem}{'all' if topic else 'reply'}_{secrets.token_hex(8)}{'.fifo' if fifo else ''}"
-        place = topology.Place(Inbox(name) if topic is None else address, name, fifo, private=True)
+        place = Place(Inbox(name) if topic is None else address, name, fifo, private=True)
         attributes = {"MessageRetentionPeriod": _RETENTION, **(topology.FIFO_QUEUE if fifo else {})}
         if topic is not None:
-            attributes["Policy"] = topology.policy(topic, name)
+            attributes["Policy"] = topology.policy(topic, place)
         doing = f"make queue {name!r}, of this process alone"
         answer = await link.call(
-            link.sqs.create_queue,
-            doing,
-            QueueName=name,
-            Attributes=attributes,
-            tags={**self._alive(), SERVICE: self._service},
+            link.sqs.create_queue, doing, QueueName=name, Attributes=attributes, tags=self._alive()
         )
-        url = place.url = str(answer["QueueUrl"])
+        place.target = url = answer["QueueUrl"]
+        self._mine[url] = None
         if topic is not None:
             try:
-                arn = await topology.subscribe(link, topic, place)
+                arn = self._mine[url] = await topology.subscribe(link, topic, place)
+                await link.call(link.sqs.tag_queue, doing, QueueUrl=url, Tags={SUBSCRIPTION: arn})
             except BaseException:
-                await self._delete(url, {})
+                await self.drop(url)
                 raise
-            await link.call(link.sqs.tag_queue, doing, QueueUrl=url, Tags={SUBSCRIPTION: arn})
-        self._beats[url] = asyncio.create_task(self._beat(url))
-        if self._cleaning is None:
-            self._cleaning = asyncio.create_task(self._logged(self._clean_up(), "clean up after processes that died"))
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep())
         return place
 
     def _alive(self) -> dict[str, str]:
         return {ALIVE: f"{self._clock.time():.0f}"}
 
-    async def _beat(self, url: str) -> None:
+    async def _keep(self) -> None:
+        """Look after the dead once, then give signs of life."""
+        await _tried(self._clean_up())
         while True:
             await self._clock.sleep(BEAT)
-            await self._logged(
-                self._link.call(self._link.sqs.tag_queue, f"tag {url}", QueueUrl=url, Tags=self._alive()), f"tag {url}"
-            )
+            for url in tuple(self._mine):
+                await _tried(self._link.call(self._link.sqs.tag_queue, f"tag {url}", QueueUrl=url, Tags=self._alive()))
 
     async def _clean_up(self) -> None:
-        link = self._link
-        doing = "look for queues of processes that died"
-        found = await link.call(link.sqs.list_queues, doing, QueueNamePrefix=self._stem, MaxResults=_MOST_LOOKED_AT)
+        sqs, doing = self._link.sqs, "look for queues of processes that died"
+        found = await self._link.call(sqs.list_queues, doing, QueueNamePrefix=self._stem, MaxResults=_MOST_LOOKED_AT)
         for url in found.get("QueueUrls") or ():
-            if url in self._beats:
-                continue
-            try:
-                tags = (await link.call(link.sqs.list_queue_tags, doing, QueueUrl=url)).get("Tags") or {}
-                alive = tags.get(ALIVE, "")
-                if alive.isdecimal() and int(alive) < self._clock.time() - DEAD:
-                    await self._delete(url, tags)
-                    log.info("deleted %s, which a process that died has left", url.rpartition("/")[2])
-            except NotFound:
-                continue  # its owner was quicker
+            if url not in self._mine:
+                await _tried(self._clean(url, doing))
+
+    async def _clean(self, url: str, doing: str) -> None:
+        tags = (await self._link.call(self._link.sqs.list_queue_tags, doing, QueueUrl=url)).get("Tags") or {}
+        alive = tags.get(ALIVE, "")
+        if alive.isdecimal() and int(alive) < self._clock.time() - DEAD:
+            await self._delete(url, tags.get(SUBSCRIPTION))
+            log.info("deleted %s, which a process that died has left", url.rpartition("/")[2])
 
     async def drop(self, url: str) -> None:
         """The end of a queue of ours."""
-        if (beat := self._beats.pop(url, None)) is not None:
-            beat.cancel()
-        doing = f"delete {url}"
-        await self._logged(self._gone(url, doing), doing)
+        await _tried(self._delete(url, self._mine.pop(url, None)))
 
-    async def _gone(self, url: str, doing: str) -> None:
-        tags = await self._link.call(self._link.sqs.list_queue_tags, doing, QueueUrl=url)
-        await self._delete(url, tags.get("Tags") or {})
-
-    async def _delete(self, url: str, tags: Mapping[str, str]) -> None:
+    async def _delete(self, url: str, subscription: str | None) -> None:
         link = self._link
-        if SUBSCRIPTION in tags:
-            await link.call(link.sns.unsubscribe, f"unsubscribe {url}", SubscriptionArn=tags[SUBSCRIPTION])
+        if subscription is not None:
+            await link.call(link.sns.unsubscribe, f"unsubscribe {url}", SubscriptionArn=subscription)
         await link.call(link.sqs.delete_queue, f"delete {url}", QueueUrl=url)
 
-    async def _logged(self, work: Coroutine[Any, Any, Any], doing: str) -> None:
-        """What others will do again: a failure is no more than a line in the log."""
-        try:
-            await work
-        except UnibusError as error:
-            log.debug("%s: %s", doing, error)
-
     async def close(self) -> None:
-        tasks = [task for task in (*self._beats.values(), self._cleaning) if task is not None]
-        self._beats.clear()
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+
+
+async def _tried(work: Coroutine[Any, Any, Any]) -> None:
+    """What others will do again: a failure is no more than a line in the log."""
+    try:
+        await work
+    except UnibusError as error:
+        log.debug("%s", error)

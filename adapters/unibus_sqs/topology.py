@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unibus.adapter import Inspected, Topology
@@ -20,237 +21,178 @@ log = logging.getLogger("unibus.sqs")
 
 MAX_RECEIVES = 100  # of the redrive policy: a backstop, since the core gives up long before. Constant, so never altered
 FIFO_QUEUE = {"FifoQueue": "true", "DeduplicationScope": "messageGroup", "FifoThroughputLimit": "perMessageGroupId"}
+FIFO_TOPIC = {"FifoTopic": "true", "FifoThroughputScope": "MessageGroup"}
 
 
 @dataclass(slots=True)
 class Place:
-    """A queue, where messages are received from."""
+    """A queue, or a topic of SNS."""
 
     address: Address
     name: str
-    fifo: bool
-    options: config.QueueOptions = field(default_factory=config.QueueOptions)
+    fifo: bool = False
+    options: Any = None  # of its kind: config.QueueOptions, GroupOptions or TopicOptions
+    target: str = ""  # its URL, or the ARN of a topic, once that is known
     letters: Place | None = None  # its dead-letter queue
     dead: Place | None = None  # the place whose dead letters these are
-    url: str | None = None  # once it is known
     private: bool = False  # it ends with its process
+    reached_until: float = 0.0  # of a topic: it isn't worth asking whether it has groups, monotonic seconds
 
 
-@dataclass(slots=True)
-class TopicPlace:
-    """A topic of SNS. `reached_until`: as long as it is not worth asking whether it has groups, monotonic seconds."""
-
-    address: Topic[Any]
-    name: str
-    fifo: bool
-    options: config.TopicOptions
-    arn: str | None = None
-    reached_until: float = 0.0
+Places = dict[Address, Place]
 
 
-@dataclass(slots=True)
-class Plan:
-    places: dict[Address, Place] = field(default_factory=dict)
-    topics: dict[Address, TopicPlace] = field(default_factory=dict)
-
-
-def plan(topology: Topology) -> Plan:
+def plan(topology: Topology) -> Places:
     """Pure. Raises ConfigError, Unsupported."""
-    made = Plan()
+    made: Places = {}
     by_name: dict[str, Place] = {}
     taken: dict[tuple[bool, str], object] = {}
     for declared in topology.channels:
         address = declared.address
         no_history("SQS", address, declared.start)
         channel = address.topic if isinstance(address, Group) else address
-        options = config.options(declared)
         of = by_name.get(declared.name.removesuffix(DEAD_LETTER)) if declared.role == "dead letter" else None
         fifo = channel.ordered or (of is not None and of.fifo)  # a FIFO queue's dead letters go to one, SQS says
         name = wire.physical(declared.name) + (".fifo" if fifo else "")
         other = taken.setdefault((isinstance(address, Topic), name.removesuffix(".fifo")), address)
         if other is not address:
             raise ConfigError(f"{other} and {address} would both be {name!r} on AWS; rename one of them")
-        if isinstance(address, Topic):
-            assert isinstance(options, config.TopicOptions)  # noqa: S101  # for mypy: by the kind of the address
-            made.topics[address] = TopicPlace(address, name, fifo, options)
-            continue
-        assert isinstance(options, config.QueueOptions)  # noqa: S101  # for mypy: by the kind of the address
-        place = made.places[address] = by_name[declared.name] = Place(address, name, fifo, options)
+        place = made[address] = Place(address, name, fifo, config.options(declared), dead=of)
+        if not isinstance(address, Topic):
+            by_name[declared.name] = place
         if of is not None:
-            place.dead, of.letters = of, place
+            of.letters = place
     return made
 
 
-async def create(link: Link, made: Plan) -> None:
+async def create(link: Link, made: Places) -> None:
     """Make what is missing, log each. What is there stays as it is."""
 
+    async def topic(place: Place) -> None:
+        await _make_topic(link, place)
+
     async def queue(place: Place) -> None:
-        place.url = await link.exists(place.name) or await _make_queue(link, made, place)
+        topic = made[place.address.topic] if isinstance(place.address, Group) else None
+        place.target = await link.exists(place.name) or await _make_queue(link, place, topic)
+        if topic is not None:
+            await subscribe(link, topic, place)
 
-    async def topic(place: TopicPlace) -> None:
-        place.arn = await _make_topic(link, place)
-
-    async def group(place: Place) -> None:
-        address = place.address
-        if isinstance(address, Group) and place.url is not None:
-            await subscribe(link, made.topics[address.topic], place)
-
-    places = made.places.values()
-    await side_by_side(made.topics.values(), topic)
-    await side_by_side([place for place in places if place.letters is None], queue)
-    await side_by_side([place for place in places if place.letters is not None], queue)
-    await side_by_side(places, group)
+    queues = [place for place in made.values() if not isinstance(place.address, Topic)]
+    await side_by_side([place for place in made.values() if isinstance(place.address, Topic)], topic)
+    await side_by_side([place for place in queues if place.letters is None], queue)
+    await side_by_side([place for place in queues if place.letters is not None], queue)
 
 
-async def _make_queue(link: Link, made: Plan, place: Place) -> str:
+async def _make_topic(link: Link, place: Place) -> None:
+    attributes = dict(FIFO_TOPIC) if place.fifo else {}
+    if place.options.kms_key is not None:
+        attributes["KmsMasterKeyId"] = place.options.kms_key
+    doing = f"make topic {place.name!r} of {place.address}"
+    answer = await link.call(link.sns.create_topic, doing, Name=place.name, Attributes=attributes)
+    place.target = answer["TopicArn"]
+
+
+async def _make_queue(link: Link, place: Place, topic: Place | None) -> str:
     attributes = {"MessageRetentionPeriod": str(place.options.retention)}
     if place.fifo:
         attributes |= FIFO_QUEUE
     if place.options.kms_key is not None:
         attributes["KmsMasterKeyId"] = place.options.kms_key
-    if place.letters is not None and place.letters.url is not None:
-        target = await link.queue_arn(place.letters.url)
-        attributes["RedrivePolicy"] = json.dumps({"deadLetterTargetArn": target, "maxReceiveCount": MAX_RECEIVES})
-    if isinstance(place.address, Group):
-        attributes["Policy"] = policy(made.topics[place.address.topic], place.name)
-    answer = await link.call(
-        link.sqs.create_queue,
-        f"make queue {place.name!r} of {place.address}",
-        QueueName=place.name,
-        Attributes=attributes,
-    )
+    if place.letters is not None:
+        found = await link.attributes(place.letters.target, "QueueArn")
+        redrive = {"deadLetterTargetArn": found["QueueArn"], "maxReceiveCount": MAX_RECEIVES}
+        attributes["RedrivePolicy"] = json.dumps(redrive)
+    if topic is not None:
+        attributes["Policy"] = policy(topic, place)
+    doing = f"make queue {place.name!r} of {place.address}"
+    answer = await link.call(link.sqs.create_queue, doing, QueueName=place.name, Attributes=attributes)
     log.info("made queue %s", place.name)
     return str(answer["QueueUrl"])
 
 
-def policy(topic: TopicPlace, queue: str) -> str:
+def _queue_arn(topic: Place, queue: Place) -> str:
+    return f"{topic.target.replace(':sns:', ':sqs:', 1).rpartition(':')[0]}:{queue.name}"
+
+
+def policy(topic: Place, queue: Place) -> str:
     """What lets SNS send from this topic to this queue of the same account."""
-    assert topic.arn is not None  # noqa: S101  # for mypy: topics are made first
     statement = {
         "Effect": "Allow",
         "Principal": {"Service": "sns.amazonaws.com"},
         "Action": "sqs:SendMessage",
-        "Resource": arn_of_queue(topic.arn, queue),
-        "Condition": {"ArnEquals": {"aws:SourceArn": topic.arn}},
+        "Resource": _queue_arn(topic, queue),
+        "Condition": {"ArnEquals": {"aws:SourceArn": topic.target}},
     }
     return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
 
-def arn_of_queue(topic_arn: str, queue: str) -> str:
-    return f"{topic_arn.replace(':sns:', ':sqs:', 1).rpartition(':')[0]}:{queue}"
-
-
-async def _make_topic(link: Link, place: TopicPlace) -> str:
-    attributes = {"FifoTopic": "true", "FifoThroughputScope": "MessageGroup"} if place.fifo else {}
-    if place.options.kms_key is not None:
-        attributes["KmsMasterKeyId"] = place.options.kms_key
-    doing = f"make topic {place.name!r} of {place.address}"
-    answer = await link.call(link.sns.create_topic, doing, Name=place.name, Attributes=attributes)
-    return str(answer["TopicArn"])
-
-
-async def subscribe(link: Link, topic: TopicPlace, place: Place) -> str:
+async def subscribe(link: Link, topic: Place, queue: Place) -> str:
     """Bind a queue to a topic, unless it is; the ARN of the subscription."""
-    assert topic.arn is not None  # noqa: S101  # for mypy: topics are made, or looked for, first
     attributes = {"RawMessageDelivery": "true"}
-    if isinstance(place.options, config.GroupOptions) and place.options.filter_policy is not None:
-        attributes["FilterPolicy"] = json.dumps(place.options.filter_policy)
-        attributes["FilterPolicyScope"] = place.options.filter_scope
-    queue_arn = arn_of_queue(topic.arn, place.name)
+    if queue.options is not None and queue.options.filter_policy is not None:
+        attributes["FilterPolicy"] = json.dumps(queue.options.filter_policy)
+        attributes["FilterPolicyScope"] = queue.options.filter_scope
+    where = {"TopicArn": topic.target, "Protocol": "sqs", "Endpoint": _queue_arn(topic, queue)}
     try:
         answer = await link.call(
-            link.sns.subscribe,
-            f"subscribe {place.address}",
-            TopicArn=topic.arn,
-            Protocol="sqs",
-            Endpoint=queue_arn,
-            Attributes=attributes,
-            ReturnSubscriptionArn=True,
+            link.sns.subscribe, f"subscribe {queue.address}", Attributes=attributes, ReturnSubscriptionArn=True, **where
         )
     except Refused:
-        found = await link.subscriptions(topic.arn, queue_arn)
+        found = await link.subscriptions(topic.target, where["Endpoint"])
         if not found:
             raise
-        log.warning("%s is subscribed with other attributes than declared; they are never altered", place.address)
+        log.warning("%s is subscribed with other attributes than declared; they are never altered", queue.address)
         return found[0]
     return str(answer["SubscriptionArn"])
 
 
-async def _look(link: Link, place: TopicPlace) -> bool:
-    """Is the topic there? Notes its ARN if it is."""
-    arn = await link.topic_arn(place.name)
-    try:
-        await link.call(link.sns.get_topic_attributes, f"look at {place.address}", TopicArn=arn)
-    except NotFound:
-        return False
-    place.arn = arn
-    return True
+async def inspect(link: Link, made: Places) -> list[Inspected]:
+    """What is there of it, and what may lose data."""
+    found = await _look(link, made)
+    risks: dict[str, str] = {}
+
+    async def risk(place: Place) -> None:
+        answer = await link.attributes(place.target, "MessageRetentionPeriod")
+        if (seconds := int(answer.get("MessageRetentionPeriod", config.RETENTION))) < config.RETENTION:
+            risks[place.name] = f"retention {seconds / 86400:g} days of 14: after it a message goes, handled or not"
+
+    await side_by_side([p for p in made.values() if p.target and not isinstance(p.address, Topic)], risk)
+    return [replace(one, risk=risks[one.name]) if one.name in risks else one for one in found]
 
 
-async def inspect(link: Link, made: Plan) -> list[Inspected]:
-    """Topics, queues, and the subscription of each group."""
-    found: dict[str, Inspected] = {}
-
-    async def topic(place: TopicPlace) -> None:
-        there = await _look(link, place)
-        found[f"t {place.name}"] = Inspected("SNS topic", place.name, there, "sns:CreateTopic", place.address)
-
-    async def queue(place: Place) -> None:
-        place.url = await link.exists(place.name)
-        risk, bound = await _risk(link, place), False
-        rights = "sqs:CreateQueue" + (" sqs:GetQueueAttributes" if place.letters is not None else "")
-        found[f"q {place.name}"] = Inspected(
-            "SQS queue", place.name, place.url is not None, rights, place.address, risk=risk
-        )
-        if isinstance(place.address, Group):
-            arn = made.topics[place.address.topic].arn
-            if arn is not None and place.url is not None:
-                bound = bool(await link.subscriptions(arn, arn_of_queue(arn, place.name)))
-            rights = "sns:Subscribe sns:ListSubscriptionsByTopic"
-            name = f"{made.topics[place.address.topic].name} -> {place.name}"
-            found[f"s {place.name}"] = Inspected("SNS subscription", name, bound, rights, place.address)
-
-    await side_by_side(made.topics.values(), topic)
-    await side_by_side(made.places.values(), queue)
-    order = [f"t {place.name}" for place in made.topics.values()]
-    order += [f"{kind} {place.name}" for kind in "qs" for place in made.places.values()]
-    return [found[key] for key in order if key in found]
-
-
-async def _risk(link: Link, place: Place) -> str:
-    """A retention that is much shorter than what can be had."""
-    if place.url is None:
-        return ""
-    doing = f"look at {place.address}"
-    answer = await link.call(
-        link.sqs.get_queue_attributes, doing, QueueUrl=place.url, AttributeNames=["MessageRetentionPeriod"]
-    )
-    seconds = int(answer.get("Attributes", {}).get("MessageRetentionPeriod", config.RETENTION))
-    if seconds < config.RETENTION:
-        return f"retention {seconds / 86400:g} days of 14: after it a message goes, handled or not"
-    return ""
-
-
-async def verify(link: Link, made: Plan) -> None:
+async def verify(link: Link, made: Places) -> None:
     """One NotFound that lists all that is missing."""
-    missing: list[str] = []
+    missing = [f"{one.address} ({one.kind} {one.name})" for one in await _look(link, made) if not one.exists]
+    if missing:
+        raise not_there(f"SQS in {link.region}", sorted(missing))
 
-    async def topic(place: TopicPlace) -> None:
-        if not await _look(link, place):
-            missing.append(f"{place.address} (SNS topic {place.name})")
+
+async def _look(link: Link, made: Places) -> list[Inspected]:
+    """Topics, queues, and the subscription of each group; notes the ARNs and URLs of what is there."""
+    topics = [place for place in made.values() if isinstance(place.address, Topic)]
+    queues = [place for place in made.values() if not isinstance(place.address, Topic)]
+    bound: list[Inspected] = []
+
+    async def topic(place: Place) -> None:
+        arn = await link.topic_arn(place.name)
+        with suppress(NotFound):
+            await link.call(link.sns.get_topic_attributes, f"look at {place.address}", TopicArn=arn)
+            place.target = arn
 
     async def queue(place: Place) -> None:
-        place.url = await link.exists(place.name)
-        if place.url is None:
-            missing.append(f"{place.address} (SQS queue {place.name})")
-        elif (
-            isinstance(place.address, Group)
-            and (arn := made.topics[place.address.topic].arn) is not None
-            and not await link.subscriptions(arn, arn_of_queue(arn, place.name))
-        ):
-            missing.append(f"{place.address} (its SNS subscription)")
+        place.target = await link.exists(place.name)
+        if isinstance(place.address, Group):
+            of = made[place.address.topic]
+            there = bool(place.target and of.target and await link.subscriptions(of.target, _queue_arn(of, place)))
+            name, rights = f"{of.name} -> {place.name}", "sns:Subscribe sns:ListSubscriptionsByTopic"
+            bound.append(Inspected("SNS subscription", name, there, rights, place.address))
 
-    await side_by_side(made.topics.values(), topic)
-    await side_by_side(made.places.values(), queue)
-    if missing:
-        raise not_there("SQS", sorted(missing))
+    await side_by_side(topics, topic)
+    await side_by_side(queues, queue)
+    found = [
+        Inspected("SNS topic", place.name, bool(place.target), "sns:CreateTopic", place.address) for place in topics
+    ]
+    for place in queues:
+        rights = "sqs:CreateQueue" + (" sqs:GetQueueAttributes" if place.letters is not None else "")
+        found.append(Inspected("SQS queue", place.name, bool(place.target), rights, place.address))
+    return [*found, *sorted(bound, key=lambda one: one.name)]

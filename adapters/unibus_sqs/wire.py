@@ -8,9 +8,11 @@ SQS carries ten attributes at most, so all headers, ours and the user's, travel 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
@@ -18,13 +20,9 @@ from unibus.adapter import Outgoing
 from unibus.channel import Inbox
 from unibus.envelope import read, time_text, write
 from unibus.inboxes import check_inbox, plain
-from unibus.message import (
-    CRASH_COUNT,
-    NOT_BEFORE,
-    REDRIVE_COUNT,
-    RETRY_COUNT,
-    Message,
-)
+from unibus.message import CRASH_COUNT, NOT_BEFORE, REDRIVE_COUNT, RETRY_COUNT, Message
+
+log = logging.getLogger("unibus.sqs")
 
 HEADERS = "unibus"
 ENCODING = "unibus-encoding"
@@ -95,8 +93,14 @@ def encode(outgoing: Outgoing, not_before: float | None, promoted: Collection[st
             attributes[name] = _text(value)
     if outgoing.origin is not None and isinstance(outgoing.origin.native, Mapping):
         for name, attribute in (outgoing.origin.native.get("MessageAttributes") or {}).items():
-            if "BinaryValue" in attribute and len(attributes) < MOST_ATTRIBUTES:
-                attributes[name] = {"DataType": attribute["DataType"], "BinaryValue": attribute["BinaryValue"]}
+            if "BinaryValue" not in attribute:
+                continue
+            if len(attributes) == MOST_ATTRIBUTES:  # a foreign message may have ten of them, and one place is ours
+                log.warning(
+                    "the copy of message %s leaves out its binary attribute %r: SQS takes ten", message.id, name
+                )
+                continue
+            attributes[name] = {"DataType": attribute["DataType"], "BinaryValue": attribute["BinaryValue"]}
     return body, attributes, len(message.body if encoding is None else body) + size(attributes)
 
 
@@ -107,11 +111,10 @@ def _text(value: str) -> dict[str, Any]:
 def _body(body: bytes) -> tuple[str, str | None]:
     if not body:
         return "-", EMPTY
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        return b64encode(body).decode(), BASE64
-    return (b64encode(body).decode(), BASE64) if _ILLEGAL.search(text) else (text, None)
+    with suppress(UnicodeDecodeError):
+        if not _ILLEGAL.search(text := body.decode()):
+            return text, None
+    return b64encode(body).decode(), BASE64
 
 
 def size(attributes: Attributes) -> int:
@@ -136,14 +139,12 @@ def decode(native: dict[str, Any]) -> tuple[Message, float | None]:
     fields = {name: a["StringValue"] for name, a in attributes.items() if "StringValue" in a}
     encoding = fields.pop(ENCODING, None)
     system = native.get("Attributes") or {}
-    ours = False
-    if (packed := fields.get(HEADERS)) is not None and (found := _unpacked(packed)) is not None:
-        ours = True
+    message = Message(_bytes(text, encoding), native["MessageId"])
+    if (found := _unpacked(fields.get(HEADERS, ""))) is None:
+        message.key = system.get("MessageGroupId")
+    else:
         del fields[HEADERS]
         fields |= found
-    message = Message(_bytes(text, encoding), native["MessageId"])
-    if not ours:
-        message.key = system.get("MessageGroupId")
     if "SentTimestamp" in system:
         message.timestamp = int(system["SentTimestamp"]) / 1000
     return message, read(fields, message)
@@ -155,9 +156,7 @@ def _unpacked(packed: str) -> dict[str, str] | None:
         found = json.loads(packed)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not all(type(value) is str for value in found.values()):
-        return None
-    return found
+    return found if isinstance(found, dict) and all(type(value) is str for value in found.values()) else None
 
 
 def _bytes(text: str, encoding: str | None) -> bytes:

@@ -13,15 +13,12 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from unibus.capabilities import Capabilities, Support
-
 from .kit import Kit
 from .refusals import REFUSALS
 
 Body = Callable[[Kit], Awaitable[None]]
 
 _ID = re.compile(r"[a-z]+\.[a-z0-9_]+")
-FEATURES = tuple(name for name, field in Capabilities.__dataclass_fields__.items() if field.type == Support.__name__)
 
 
 @dataclass(frozen=True, slots=True)

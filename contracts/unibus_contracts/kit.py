@@ -6,14 +6,15 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Generic, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from unibus import Bus, Delivery, NotFound, Queue, RetryPolicy, Topic, deadletter
 from unibus.adapter import Declared, Topology
-from unibus.capabilities import Capabilities
+from unibus.capabilities import Capabilities, Support
 
 from .harness import FaultUnavailable, Harness, nowhere
 
@@ -24,6 +25,7 @@ FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
 SOON = 10.0 * FACTOR  # seconds within which what must happen has happened
 LIMIT = 45.0 * FACTOR  # seconds a contract may take in all
 POLL = 0.005
+FEATURES = tuple(field.name for field in fields(Capabilities) if field.type == Support.__name__)
 SENTINEL = b"sentinel-"
 
 # Few and short, because a broker may need a queue of its own for each different wait of a run.
@@ -87,14 +89,14 @@ async def leftover(bus: Bus, place: Place) -> list[Delivery[Any]]:
     sentinel = SENTINEL + os.urandom(8).hex().encode()
     found: list[Delivery[Any]] = []
     channel, group = place if isinstance(place, tuple) else (place, None)
-    async with bus.receiver(channel, group=group, prefetch=100) as receiver:
+    async with bus.receiver(channel, group=group, prefetch=100) as receiver, asyncio.TaskGroup() as acks:
         if isinstance(channel, Topic):
             await bus.publish(channel, sentinel)
         else:
             await bus.send(channel, sentinel)
         while True:
             (delivery,) = await take(receiver)
-            await delivery.ack()
+            acks.create_task(delivery.ack())  # beside the next one: a round trip each would be most of the time
             if delivery.body == sentinel:
                 return found
             if not delivery.body.startswith(SENTINEL):  # of another group of this topic
@@ -123,7 +125,19 @@ def bodies(deliveries: Iterable[Delivery[Any]]) -> list[Any]:
 def _as_dict(capabilities: Capabilities) -> dict[str, Any]:
     """What a report says of the adapter: it travels as JSON."""
     features = {name: asdict(support) for name, support in capabilities.features().items()}
-    return {"adapter": capabilities.adapter, "version": capabilities.version, "features": features}
+    told = {field.name: getattr(capabilities, field.name) for field in fields(capabilities)}
+    numbers = {name: value for name, value in told.items() if name not in {"adapter", "version", *FEATURES}}
+    return {"adapter": capabilities.adapter, "version": capabilities.version, "features": features, "numbers": numbers}
+
+
+def supported(capabilities: Capabilities, feature: str) -> Support:
+    """What is declared of a feature; fails, saying how it is declared, where it isn't."""
+    declared: object = getattr(capabilities, feature)
+    assert isinstance(declared, Support), (
+        f"{capabilities.adapter} declares {feature}={declared!r}: use native(), emulated(how) or refused(why) "
+        "of unibus.capabilities"
+    )
+    return declared
 
 
 class Kit:
@@ -144,11 +158,12 @@ class Kit:
         async with asyncio.timeout(LIMIT):
             capabilities = await self.capabilities()
             self._note("unibus_capabilities", _as_dict(capabilities))
-            if needs is None or refusal is None or capabilities.features()[needs]:
+            if needs is None or refusal is None or supported(capabilities, needs):
                 try:
                     await contract(self)
                 except FaultUnavailable as error:
-                    pytest.skip(f"not run: {error}")
+                    self._note("unibus_not_tried", str(error))
+                    pytest.skip(f"not tried: {error}")
             else:
                 await refusal(self)
                 self._note("unibus_refused", needs)
@@ -195,6 +210,11 @@ class Kit:
     def nowhere(self, password: str) -> str | None:
         """The tested URL with a port where nobody listens, and this password. None: it names no host."""
         return nowhere(self.harness.url, password)
+
+    def password(self) -> str | None:
+        """The password in the tested URL, if there is one that could be recognised."""
+        password = urlsplit(self.harness.url).password
+        return unquote(password) if password and len(password) > 5 else None
 
     async def alone(self, queue: Queue[Any]) -> str:
         """Make a queue without the channels that belong to it, as far as the adapter does; the text that tells what is missing."""

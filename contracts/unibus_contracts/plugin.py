@@ -35,11 +35,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("unibus", "unibus contract suite")
     group.addoption("--unibus-url", metavar="URL", help="the broker to run the contracts on, for example memory://")
     group.addoption("--unibus-report", metavar="FILE", help="write the outcome of every contract to this file, as JSON")
+    group.addoption("--unibus-pin", metavar="FOLDER", help="fail where a run differs from the answers pinned in FOLDER")
     group.addoption("--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; default: random")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RUN] = _Run()
+    report = config.getoption("--unibus-report")
+    if report and not hasattr(config, "workerinput"):
+        try:  # now, not after ten minutes of contracts
+            Path(report).parent.mkdir(parents=True, exist_ok=True)
+            Path(report).open("a").close()
+        except OSError as error:
+            raise pytest.UsageError(f"--unibus-report {report} can't be written: {error}") from error
     config.pluginmanager.register(_Recorder(config), "unibus-contracts-recorder")
 
 
@@ -114,7 +122,7 @@ class _Recorder:
         terms: Any = properties.get("unibus_contract")
         if terms is None:
             return
-        from .report import FAILED, NOT_RUN, PASSED, REFUSED
+        from .report import FAILED, NOT_RUN, NOT_TRIED, PASSED, REFUSED
 
         self._unheard.discard(report.nodeid)
         id = terms["id"]
@@ -124,6 +132,8 @@ class _Recorder:
         outcome, seconds = self._run.outcomes.get(id, (NOT_RUN, 0.0))
         if report.failed:
             outcome = FAILED
+        elif report.skipped and "unibus_not_tried" in properties:
+            outcome = NOT_TRIED
         elif report.when == "call" and report.passed and outcome != FAILED:
             outcome = REFUSED if "unibus_refused" in properties else PASSED
         self._run.outcomes[id] = (outcome, seconds + report.duration)
@@ -143,17 +153,22 @@ class _Recorder:
         unheard = {id: {"id": id, "promise": "", "chapter": "", "capability": None} for id in sorted(self._unheard)}
         contracts = {**self._run.contracts, **unheard}
         outcomes, capabilities = self._run.outcomes, self._run.capabilities
-        return build(shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished)
+        report = build(shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished)
+        if folder := self._config.getoption("--unibus-pin"):
+            from .pins import differences
+
+            report["differs"] = differences(Path(folder), report)
+        return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         self._finished = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not session.shouldstop
         path = self._config.getoption("--unibus-report")
         report = self._report()
-        if report is not None and report["unexercised"] and session.exitstatus == pytest.ExitCode.OK:
+        wrong = report is not None and (report["unexercised"] or report["differs"])
+        if wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if report is not None and path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

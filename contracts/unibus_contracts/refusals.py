@@ -15,7 +15,7 @@ from unibus.adapter import Move, Outcome, Outgoing, Source
 from unibus.channel import Group
 
 from .kit import Kit, bodies, eventually, leftover, take
-from .spi import receive, starting_at_all, subscribed
+from .spi import receive, starting_at, subscribed
 
 
 async def refused_at_start(bus: Bus) -> None:
@@ -66,14 +66,21 @@ async def reply(kit: Kit) -> None:
 
 
 async def replay(kit: Kit) -> None:
-    """By the SPI, declaring and subscribing alike: a group that silently began now would miss what it asked for."""
+    """At start, and by the SPI as well: a group that silently began now would miss what it asked for."""
     topic = kit.topic()
     group = Group(topic, "g")
     async with kit.bus((topic, "g")) as bus:
         with pytest.raises(Unsupported):
             await bus.adapter.subscribe(Source(group, start="all"))
         with pytest.raises(Unsupported):
-            await bus.adapter.declare(starting_at_all(kit, topic, group))
+            await bus.adapter.declare(starting_at(kit, topic, group, "all"))
+    for start in ("all", 1.0):
+        bus = kit.bus()
+
+        @bus.subscriber(topic, group="later", start=start)
+        async def never(body: bytes) -> None: ...
+
+        await refused_at_start(bus)
 
 
 async def browse(kit: Kit) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 PASSED = "passed"
 REFUSED = "refused-as-declared"
 FAILED = "failed"
-NOT_RUN = "not-run"
+NOT_TRIED = "not-tried"  # it needs a fault that the harness can't inject
+NOT_RUN = "not-run"  # left out, or the run was broken off
 
 # Declared by adapters, and proven only by a crash or an outage: the fault contracts will exercise these.
 NEEDS_FAULTS = frozenset({"attempt"})
@@ -35,9 +36,11 @@ def build(
         "adapter": told.get("adapter"),
         "version": told.get("version"),
         "features": told.get("features", {}),
+        "numbers": told.get("numbers", {}),
         "contracts": entries,
     }
     report["unexercised"] = unexercised(report["features"], entries)
+    report["differs"] = []  # from what is pinned, where that was asked for
     return report
 
 
@@ -59,6 +62,7 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     if not report["finished"]:
         found.append("the run was broken off")
     found += [f"feature {name!r} is declared, and no passed contract has used it" for name in report["unexercised"]]
+    found += report["differs"]
     return found
 
 
@@ -67,6 +71,6 @@ def line(report: Mapping[str, Any]) -> str:
     outcomes = [entry["outcome"] for entry in report.get("contracts", [])]
     name = " ".join(str(part) for part in (report.get("adapter"), report.get("version")) if part) or "no adapter"
     counts = f"{outcomes.count(PASSED)} passed, {outcomes.count(REFUSED)} refused as declared"
-    return (
-        f"{name} at {report.get('url')}: {counts}, {outcomes.count(FAILED)} failed, {outcomes.count(NOT_RUN)} not run"
-    )
+    tried = f", {outcomes.count(NOT_TRIED)} not tried" if NOT_TRIED in outcomes else ""
+    left = f"{outcomes.count(FAILED)} failed{tried}, {outcomes.count(NOT_RUN)} not run"
+    return f"{name} at {report.get('url')}: {counts}, {left}"

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from unibus import Bus, Delivery, Queue, Topic
-from unibus.adapter import Declared, Source, Subscription, Topology
+from unibus.adapter import Declared, Source, Start, Subscription, Topology
 from unibus.channel import Group
 
 from .kit import Kit, eventually
@@ -36,8 +36,8 @@ async def receive(subscription: Subscription, count: int = 1) -> list[Delivery[A
     return taken
 
 
-def starting_at_all(kit: Kit, topic: Topic[Any], group: Group) -> Topology:
-    """A topology whose group is to have the history of its topic."""
+def starting_at(kit: Kit, topic: Topic[Any], group: Group, start: Start) -> Topology:
+    """A topology whose group begins there."""
     prefix = kit.harness.prefix
     of_topic = Declared(topic, prefix + topic.name)
-    return Topology("create", (of_topic, Declared(group, f"{prefix}{topic.name}.{group.name}", start="all")))
+    return Topology("create", (of_topic, Declared(group, f"{prefix}{topic.name}.{group.name}", start=start)))

@@ -33,7 +33,7 @@ from unibus.errors import TransportError, UnknownChannel, Unsupported
 from unibus.message import Message
 
 Results = Sequence[TransportError | None]
-Start = Literal["new", "all"] | float  # a float: seconds since the epoch
+Start = Literal["new", "all"] | float | tuple[str, ...]  # seconds since the epoch; or positions, as Delivery.position
 DeclareMode = Literal["create", "verify", "assume"]
 
 

@@ -60,6 +60,7 @@ class Capabilities:
     share: Support = Support("native")
     inbox: Support = Support("native")  # a reply to a process that has gone is an error, and is kept nowhere
 
+    start_positions: bool = False  # with `replay`: a group may also start at positions
     same_in_names: str = ""  # characters that the broker can't tell apart in names
     max_body: int | None = None
     max_headers: int | None = None  # number of user headers
@@ -69,6 +70,9 @@ class Capabilities:
     send_bytes: int | None = None  # bodies and headers of one call of send
     receive_batch: int = 1000
     settle_batch: int = 1000
+    ordered_batches: bool = (
+        False  # in a call of send, what is behind a failure that may pass fails too, by key at least
+    )
     flights: int = 1  # sends worth having in flight at once, to one unordered destination
     release_counts: bool = False  # the broker counts a delivery that was given back like any other
     receivers: int = 1  # receives the core keeps running at once on one subscription

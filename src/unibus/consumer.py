@@ -135,8 +135,10 @@ class Consumer:
             else:
                 finish(delivery, retry.ACK)
             handling.reset(token)
-            # A context variable that the handler set must not reach the next message.
-            if self._rest(slot) or copy_context() != clean:
+            slot.started = slot.held = None
+            if (slot.expired or slot.released or slot.reported or self._draining) and self._rest(slot):
+                break
+            if copy_context() != clean:  # what the handler set there must not reach the next message
                 break
         self._close_slot(slot)
 

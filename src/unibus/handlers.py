@@ -118,6 +118,8 @@ def _compose(
             return lambda delivery: func(delivery.body)
         if positional == [_itself]:
             return lambda delivery: func(delivery.body, delivery)
+        if positional == [_message]:
+            return lambda delivery: func(delivery.body, delivery.message)
     getters, named = tuple(positional), tuple(keyword)
     if not named:
         return lambda given: func(body(given), *[get(given) for get in getters])

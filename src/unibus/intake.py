@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -516,7 +516,10 @@ class Intake:
 
     def _give_back_waiting(self) -> None:
         """Release all that was not handed out."""
-        for delivery in self._take_waiting():
+        self._give_back(self._take_waiting())
+
+    def _give_back(self, deliveries: Iterable[Delivery[Any]]) -> None:
+        for delivery in deliveries:
             delivery.settled = True
             self._settler.give_back(delivery)
 
@@ -583,12 +586,15 @@ class Intake:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        # Out of the lanes at once, since the driver may take long to stop, and a handler that ends meanwhile would make room
+        # for the next message. Given back only afterwards: this consumer could still get it again.
+        waiting = self._take_waiting()
         if self._subscription is not None:
             try:
                 await self._subscription.stop()
             except Exception as error:
                 self._disorder("stop", error)
-        self._give_back_waiting()
+        self._give_back([*waiting, *self._take_waiting()])
 
     async def close(self) -> None:
         """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself."""

@@ -130,13 +130,15 @@ class Publisher:
 class Lane:
     """The messages to one destination.
 
-    On an ordered one a key has at most one message among `pending` and in flight; later ones wait `behind` it.
+    On an ordered one a key has at most one message among `pending` and in flight; later ones wait `behind` it. Where the
+    adapter's sends are `ordered_batches`, a key may have many in one call: what fails in passing is then the end of it.
     """
 
     def __init__(self, publisher: Publisher, address: Address) -> None:
         channel = address.topic if isinstance(address, Group) else address
         self.address = address
         self.ordered = not isinstance(channel, Inbox) and channel.ordered
+        self._one_by_one = self.ordered and not publisher.link.adapter.capabilities.ordered_batches
         self.pending: deque[_Entry] = deque()
         self.flying: dict[asyncio.Task[None], list[_Entry]] = {}
         self._publisher = publisher
@@ -146,7 +148,7 @@ class Lane:
         self._scheduled = False
         self._waiting = False  # after a failure: nothing is sent until its back-off is over
         self._failures = 0
-        self._behind: dict[str, deque[_Entry]] = {}  # ordered: by key, as long as one of the key is on its way
+        self._behind: dict[str, deque[_Entry]] = {}  # one by one: by key, as long as one of the key is on its way
         self._timer: Timer | None = None
         self._timer_at = float("inf")
         self._said_unrouted = False
@@ -170,7 +172,7 @@ class Lane:
     def add(self, entry: _Entry) -> None:
         if entry.deadline < self._timer_at:
             self._arm(entry.deadline)
-        if self.ordered and (key := entry.outgoing.message.key) is not None:
+        if self._one_by_one and (key := entry.outgoing.message.key) is not None:
             if (behind := self._behind.get(key)) is not None:
                 behind.append(entry)
                 return
@@ -201,7 +203,7 @@ class Lane:
     def _take(self, capabilities: Capabilities) -> list[_Entry]:
         """The next batch, within the adapter's limits."""
         room = capabilities.send_bytes
-        if room is None and not self.ordered and len(self.pending) <= capabilities.send_batch:
+        if room is None and not self._one_by_one and len(self.pending) <= capabilities.send_batch:
             batch = [entry for entry in self.pending if not (entry.over or entry.future.done())]
             self.pending.clear()
             return batch
@@ -221,7 +223,7 @@ class Lane:
 
     def _next_of_key(self, entry: _Entry) -> None:
         """`entry` is through, or given up: let the next message of its key follow."""
-        if not self.ordered or (key := entry.outgoing.message.key) is None or key not in self._behind:
+        if not self._one_by_one or (key := entry.outgoing.message.key) is None or key not in self._behind:
             return
         behind = self._behind[key]
         while behind:
@@ -262,7 +264,7 @@ class Lane:
 
     def _sort_out(self, batch: list[_Entry], results: Sequence[UnibusError | None]) -> None:
         if (
-            len(results) == len(batch) and not self.ordered and not any(results)
+            len(results) == len(batch) and not self._one_by_one and not any(results)
         ):  # the usual case, without a call for each message
             self._sent.n += len(batch)
             self._failures = 0

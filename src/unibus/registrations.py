@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from unibus.adapter import Start
 from unibus.channel import Queue, Topic
 from unibus.errors import ConfigError
 from unibus.handlers import Kind
@@ -28,6 +31,7 @@ class Registration:
     options: dict[str, Any]
     group: str | None = None  # None: the service's name
     broadcast: bool = False
+    start: Start = "new"
     batch: int = 0
 
     def __str__(self) -> str:
@@ -76,6 +80,7 @@ class Handlers:
         topic: Topic[Any] | str,
         *,
         group: str | None = None,
+        start: Literal["new", "all"] | datetime | float | Sequence[str] = "new",
         broadcast: bool = False,
         concurrency: int | None = None,
         prefetch: int | None = None,
@@ -87,12 +92,18 @@ class Handlers:
         """Handle the messages of a topic, as a member of `group` (default: the service's name).
 
         Each group gets every message that is published after the group was declared; members of a group compete.
+        `start`: where a group begins that is made now; one that is there goes on where it was. "all": with what the broker
+        still has; a datetime with its time zone, or seconds since the epoch: with what was published since then; a list of
+        positions (`Delivery.position`): with these messages in their parts of the topic, "new" in all others.
         `broadcast`: no group; each process gets every message while it runs, and keeps no backlog and no dead letters.
         """
+        begin = _start(start, f"subscriber of {topic}")
         if broadcast and group is not None:
             raise ConfigError(f"subscriber of {topic}: broadcast=True has no group; drop group={group!r}")
+        if broadcast and begin != "new":
+            raise ConfigError(f"subscriber of {topic}: broadcast=True keeps no backlog; drop start, or name a group")
         options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
-        return self._register("subscriber", topic, options, group=group, broadcast=broadcast, batch=batch)
+        return self._register("subscriber", topic, options, group=group, broadcast=broadcast, start=begin, batch=batch)
 
     def responder(
         self,
@@ -130,3 +141,19 @@ class Handlers:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _start(given: object, where: str) -> Start:
+    match given:
+        case "new" | "all":
+            return given
+        case datetime() if given.tzinfo is not None:
+            return given.timestamp()
+        case int() | float() if not isinstance(given, bool) and isfinite(given) and given >= 0:
+            return float(given)
+        case list() | tuple() if given and all(isinstance(position, str) for position in given):
+            return tuple(given)
+    raise ConfigError(
+        f'{where}: start={given!r}; use "new", "all", a datetime with a time zone, seconds since the epoch, or a list of '
+        "positions"
+    )

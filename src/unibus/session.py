@@ -185,7 +185,8 @@ class Session:
             _one_line(given.reply_to, "reply_to"),
             now if given.timestamp is None else given.timestamp,
             given.expires_at,
-            given.priority,
+            # 0 is what many clients write for none: what was received from them can be sent on.
+            None if given.priority == 0 and not route.priorities else given.priority,
             given.delay,
         )
 
@@ -250,6 +251,7 @@ class Session:
             policy=settings.retry,
             at_most_once=settings.guarantee == "at-most-once",
             requests=requests,
+            start=registration.start,
         )
         call: Handling = handler.call
         if not handler.is_async:

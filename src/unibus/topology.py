@@ -127,8 +127,10 @@ def build(channels: Channels, stations: Sequence[Station], settings: Settings, m
         declared.append(Declared(channel, settings.physical(channel), options=settings.options(channel)))
         if isinstance(channel, Queue):
             declared += _failures(channel, settings)
+    starts = {station.address: station.registration.start for station in stations}
     for group in groups:
-        declared.append(Declared(group, settings.physical(group), options=settings.options(group)))
+        start, options = starts.get(group, "new"), settings.options(group)
+        declared.append(Declared(group, settings.physical(group), options=options, start=start))
         declared += _failures(group, settings)
     _check_names(declared)
     waits = set(settings.delays)
@@ -180,6 +182,11 @@ def check(channels: Channels, stations: Sequence[Station], capabilities: Capabil
     for station in stations:
         private = isinstance(station.address, Group) and station.address.ephemeral
         place = Place(ordered=station.channel.ordered, private=private)
-        check_policy(station.settings.retry, place, capabilities, f"{station.registration} of {station.address}")
+        what, start = f"{station.registration} of {station.address}", station.registration.start
+        check_policy(station.settings.retry, place, capabilities, what)
+        if start != "new":
+            need(f"{what} has start={start!r}", capabilities.replay)
+        if isinstance(start, tuple) and capabilities.replay and not capabilities.start_positions:
+            problems.append(f'{what} starts at positions: {capabilities.adapter} takes "all" or a time')
     if problems:
         raise Unsupported("; ".join(problems))

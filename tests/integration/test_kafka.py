@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
+from aiokafka.errors import KafkaConnectionError
 
 from unibus import Bus, Delivery, Queue, RetryPolicy, Topic, deadletter
 from unibus.adapter import Outcome, Outgoing, Source
@@ -157,6 +161,28 @@ async def test_what_the_envelope_cannot_hold_survives_retries_and_death(lab: Ben
     assert dict(letter.headers)["x-retry-count"] == b"2"
 
 
+# Order
+
+
+async def test_order_by_key_survives_a_batch_that_failed(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue: Queue[bytes] = Queue("q", ordered=True)
+    numbers = [b"%04d" % n for n in range(400)]
+    async with lab.bus(queue, url=lab.broker.url + "?batch_size=1024") as bus:
+        producer: Any = bus.adapter.native
+        send_batch, calls = producer.send_batch, list[int]()
+
+        async def failing(builder: Any, topic: str, **more: Any) -> Any:
+            calls.append(builder.record_count())
+            if len(calls) in {3, 6}:
+                raise KafkaConnectionError("cut")
+            return await send_batch(builder, topic, **more)
+
+        monkeypatch.setattr(producer, "send_batch", failing)
+        await asyncio.gather(*(bus.send(queue, body, key="k") for body in numbers))
+    assert [record.value for record in await lab.read_raw("q", 400)] == numbers
+    assert max(calls) > 1, "many of a key go together"
+
+
 # Commits
 
 
@@ -228,6 +254,61 @@ async def test_nothing_is_committed_for_a_partition_that_is_no_longer_ours(lab: 
         assert found == [b"2"]
         for made in (first, *seconds):
             await made.close()
+
+
+# The crash guard
+
+
+@pytest.mark.timeout(240)
+async def test_a_message_that_kills_its_process_dies_alone(lab: Bench) -> None:
+    """Each life of the service is a process that has no time to say anything; the last one stops in order."""
+    queue: Queue[bytes] = Queue("q")
+    innocents = [b"%d" % n for n in range(10)]
+    url = lab.broker.url + "?session_timeout=1&heartbeat=0.2"
+    async with lab.bus(queue) as bus:
+        await bus.send_many(queue, [*innocents[:5], POISON, *innocents[5:]])
+        handled: set[bytes] = set()
+        lives = 0
+        while lives < 20:
+            lives += 1
+            child = await asyncio.create_subprocess_exec(
+                *(sys.executable, __file__, lab.prefix), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            output, _ = await asyncio.wait_for(child.communicate(url.encode()), 60)
+            handled.update(output.split())
+            if child.returncode == 0:
+                break
+        assert child.returncode == 0, f"it killed {lives} processes"
+        assert handled == set(innocents)
+        assert lives <= 3 + 1 + 3 + 1, (
+            "seen only after a death; three starts, three more alone, and the one that buries it"
+        )
+        (letter,) = [letter async for letter in deadletter.browse(bus, queue)]
+        assert (letter.message.body, letter.message.headers["x-dlq-reason"]) == (POISON, "crash_loop")
+        async with lab.subscribed(bus, queue) as made:
+            assert await made.receive(1, 1.0) == []
+
+
+POISON = b"poison"
+
+
+async def serve(url: str, prefix: str) -> None:
+    """Until there is nothing to do, or until it is killed."""
+    queue: Queue[bytes] = Queue("q")
+    bus = Bus(url, service="svc", prefix=prefix, config=False, environ={})
+
+    @bus.consumer(queue)
+    async def handle(body: bytes) -> None:
+        if body == POISON:
+            os._exit(9)
+        os.write(1, body + b"\n")
+
+    async with bus.running():
+
+        async def empty() -> bool:
+            return (await bus.backlog(queue)).ready == 0
+
+        await until(empty, "nothing is left", 40)
 
 
 # Delays
@@ -356,7 +437,7 @@ async def test_foreign_commit_metadata_is_a_replay(lab: Bench) -> None:
         consumer = AIOKafkaConsumer(**lab.raw, group_id=name, enable_auto_commit=False)
         await consumer.start()
         consumer.assign([tp])
-        await consumer.commit({tp: (1, "u1:of somebody else")})
+        await consumer.commit({tp: (1, "u2:of somebody else")})
         await consumer.stop()
         async with lab.subscribed(bus, queue) as made:
             assert bodies(await take(made, 2)) == [b"1", b"2"]
@@ -416,6 +497,7 @@ async def test_a_user_without_rights_is_refused(lab: Bench) -> None:
     assert await lab.topics() == set()
 
 
+@pytest.mark.timeout(180)
 async def test_a_broker_that_was_killed_is_found_again() -> None:
     broker = supply.start("kafka", instance="faults")
     lab = Bench(broker)
@@ -462,3 +544,7 @@ async def test_a_message_beyond_the_largest_request(lab: Bench) -> None:
         assert [type(error).__name__ for error in results] == ["NoneType", "MessageTooLarge", "NoneType"]
         async with lab.subscribed(bus, queue) as made:
             assert [d.message.id for d in await take(made, 2)] == ["largest", "s"]
+
+
+if __name__ == "__main__":  # a life of the service above
+    asyncio.run(serve(sys.stdin.readline(), sys.argv[1]))

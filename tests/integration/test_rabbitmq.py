@@ -36,7 +36,6 @@ from unibus.errors import (
     ConfigError,
     ConnectionLost,
     LeaseLost,
-    MessageTooLarge,
     NotFound,
     Refused,
     Throttled,
@@ -163,8 +162,8 @@ async def test_a_foreign_message_is_an_ordinary_message(lab: Bench) -> None:
     kept = {k: again.native.headers[k] for k in ("n", "nested")}
     assert kept == {"n": 7, "nested": {"a": [1, "two"]}}
     assert bytes(again.native.headers["bytes"]) == b"\xff\x00"
-    assert (again.native.properties.content_encoding, again.native.properties.app_id) == ("gzip", "legacy")
-    assert again.native.properties.priority == 3
+    assert (again.native.properties["content_encoding"], again.native.properties["app_id"]) == ("gzip", "legacy")
+    assert again.native.properties["priority"] == 3
 
 
 async def test_a_raw_rpc_client_gets_its_answer(lab: Bench) -> None:
@@ -274,17 +273,23 @@ async def test_what_is_too_large_is_not_sent(lab: Bench) -> None:
     adapter = await lab.adapter(q)
     assert adapter.capabilities.max_body is not None
     adapter._publisher._max_body = 1000  # type: ignore[union-attr] # 128 MB take long
-    batch = [out(q, b"x" * 1001), out(q, headers={"h": "v" * 140_000}), out(q)]
-    results = await adapter.send(batch, SOON)
-    assert [type(error) for error in results] == [MessageTooLarge, MessageTooLarge, type(None)]
+    many = {f"h{n}": "v" * 100 for n in range(1300)}
+    batch = [out(q, b"x" * 1001), out(q, headers={"h": "v" * 140_000}), out(q, headers=many), out(q, key="k" * 140_000)]
+    results = await adapter.send(
+        [*batch, out(q, b"fits", headers=dict(list(many.items())[:1000]), key="k" * 5000)], SOON
+    )
+    assert errors_of(results) == ["MessageTooLarge"] * 4 + ["NoneType"]
+    (got,) = await drink(await adapter.subscribe(source(q)))
+    assert (got.body, len(got.headers), got.key) == (b"fits", 1000, "k" * 5000)
 
 
 async def test_a_message_without_a_wire_form_fails_alone(lab: Bench) -> None:
     """The confirms of the others must still meet their messages."""
     q, gone = lab.queue(), lab.topic()
     adapter = await lab.adapter(q, gone)
-    batch = [out(q), out(q, body="text"), out(q, priority=300), out(gone), out(q)]  # type: ignore[arg-type] # wrong on purpose
-    names = ["NoneType", "Refused", "Refused", "Unroutable", "NoneType"]
+    long = out(q, headers={"n" * 256: "name"})
+    batch = [out(q), out(q, body="text"), long, out(q, priority=300), out(gone), out(q)]  # type: ignore[arg-type] # wrong on purpose
+    names = ["NoneType", "Refused", "Refused", "Refused", "Unroutable", "NoneType"]
     assert errors_of(await adapter.send(batch, SOON)) == names
     with pytest.raises(UnknownChannel):
         await adapter.send([out(q), Outgoing(Queue("never"), Message(b"", "1"))], SOON)
@@ -731,6 +736,27 @@ async def test_a_deleted_queue_ends_its_consumer_with_not_found(lab: Bench) -> N
     await adapter.subscribe(source(q))
 
 
+async def test_a_cancelled_stop_leaves_what_is_in_hand(lab: Bench) -> None:
+    """The client library closes a channel whose call is cancelled; a settle after that would cost the connection."""
+    q = lab.queue()
+    async with Proxy(lab.url) as proxy:
+        adapter = await lab.adapter(q, endpoint=lab.endpoint(proxy.url()))
+        await adapter.send([out(q)], SOON)
+        subscription = await adapter.subscribe(source(q))
+        held = await take(subscription)
+        proxy.freeze()
+        stopping = asyncio.ensure_future(subscription.stop())
+        await until(lambda: list(subscription._tasks), "basic.cancel is under way")
+        stopping.cancel()
+        await asyncio.wait([stopping])
+        assert stopping.cancelled()
+        proxy.thaw()
+        assert await subscription.settle(Outcome.ACCEPTED, held) == [None]
+        await subscription.close()
+        assert (await adapter.check()).up
+        assert (await adapter.backlog(q.address)).ready == 0  # type: ignore[arg-type] # a queue
+
+
 async def test_a_cancelled_receive_loses_nothing(lab: Bench) -> None:
     q = lab.queue()
     adapter = await lab.adapter(q)
@@ -754,7 +780,7 @@ async def test_a_blocked_broker_throttles_and_is_seen(lab: Bench) -> None:
         reason = b"\x0dlow on memory"
         size = (4 + len(reason)).to_bytes(4, "big")
         proxy.say(b"\x01\x00\x00" + size + b"\x00\x0a\x00\x3c" + reason + b"\xce")
-        await until(lambda: adapter._publishing is not None and adapter._publishing.wire.blocked, "blocked")
+        await until(lambda: adapter._publishing is not None and adapter._publishing.blocked, "blocked")
         health = await adapter.check()
         assert health.up
         assert "low on memory" in (health.blocked or "")

@@ -6,164 +6,45 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
+from tests.integration.sqs_kit import SOON, Bench, at, broker_url, eventually, out, send, subscribe, take
 
 import unibus_sqs.adapter
 import unibus_sqs.subscription
 from unibus import (
     AuthenticationFailed,
-    Bus,
     ConfigError,
     Delivery,
     LeaseLost,
-    Message,
     MessageTooLarge,
     PermissionDenied,
     Queue,
     RetryPolicy,
     Throttled,
     Timeout,
-    Topic,
     UnibusError,
     Unsupported,
     deadletter,
 )
-from unibus.adapter import Declared, Endpoint, Outcome, Outgoing, Secret, Source, Subscription, Topology, Url
-from unibus.channel import Group, Inbox, dead_letter_queue
-from unibus.clock import SystemClock
-from unibus.message import NOT_BEFORE, new_id
+from unibus.adapter import Declared, Outcome, Outgoing, Secret, Source, Topology
+from unibus.channel import Group, Inbox, Topic, dead_letter_queue
+from unibus.message import NOT_BEFORE
 from unibus.url import parse
 from unibus_contracts import supply
-from unibus_sqs import SqsAdapter, private, topology
-from unibus_sqs.subscription import SqsSubscription
-
-SOON = 15.0
-URL = "UNIBUS_TEST_SQS_URL"
-
-
-async def eventually(probe: Callable[[], Awaitable[Any]]) -> Any:
-    """The first true answer."""
-    deadline = time.monotonic() + SOON
-    while not (answer := await probe()):
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.02)
-    return answer
-
-
-class Bench:
-    """Names of its own, adapters behind the SPI, buses, and raw clients."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.prefix = f"it-{secrets.token_hex(4)}."
-        self.stack = contextlib.AsyncExitStack()
-        self.adapters: list[SqsAdapter] = []
-        self.sqs: Any = None
-        self.sns: Any = None
-
-    async def client(self, service: str) -> Any:
-        parsed = parse(self.url)
-        assert parsed.password is not None
-        return await self.stack.enter_async_context(
-            get_session().create_client(
-                service,
-                region_name=parsed.hosts[0][0],
-                endpoint_url=parsed.query["endpoint_url"],
-                aws_access_key_id=parsed.username,
-                aws_secret_access_key=parsed.password.value,
-            )
-        )
-
-    def endpoint(self, url: Url | None = None, **settings: object) -> Endpoint:
-        url = url or parse(self.url)
-        return Endpoint(url, "svc", secrets.token_hex(4), SystemClock(), self.prefix, {**url.query, **settings})
-
-    async def adapter(self, *channels: Declared, endpoint: Endpoint | None = None, **more: Any) -> SqsAdapter:
-        adapter = SqsAdapter(endpoint or self.endpoint(**more))
-        self.adapters.append(adapter)
-        await adapter.connect()
-        if channels:
-            await adapter.declare(Topology(channels=channels))
-        return adapter
-
-    def bus(self, *channels: Any, **settings: Any) -> Bus:
-        given: dict[str, Any] = {"service": "svc", "prefix": self.prefix, "config": False, "environ": {}, **settings}
-        return Bus(self.url, channels=channels, **given)
-
-    def queue(self, name: str = "q", options: dict[str, object] | None = None, **features: Any) -> Declared:
-        return Declared(Queue(name, **features), self.prefix + name, options=options or {})
-
-    def topic(self, name: str = "t", options: dict[str, object] | None = None, **features: Any) -> Declared:
-        return Declared(Topic(name, **features), self.prefix + name, options=options or {})
-
-    def group(self, topic: Declared, name: str = "g", options: dict[str, object] | None = None) -> Declared:
-        assert isinstance(topic.address, Topic)
-        return Declared(Group(topic.address, name), f"{topic.name}.{name}", options=options or {})
-
-    async def url_of(self, name: str) -> str:
-        """The queue of this name as AWS spells it."""
-        answer = await self.sqs.get_queue_url(QueueName=self.prefix.replace(".", "_-") + name)
-        return str(answer["QueueUrl"])
-
-    async def topic_arn(self, name: str) -> str:
-        answer = await self.sns.create_topic(Name=self.prefix.replace(".", "_-") + name)
-        return str(answer["TopicArn"])
-
-    async def raw_receive(self, name: str, **more: Any) -> list[Any]:
-        answer = await self.sqs.receive_message(
-            QueueUrl=await self.url_of(name), MaxNumberOfMessages=10, MessageAttributeNames=["All"], **more
-        )
-        return list(answer.get("Messages") or [])
+from unibus_sqs import private, topology
 
 
 @pytest.fixture
 async def lab() -> AsyncIterator[Bench]:
-    url = os.environ.get(URL)
-    if not url:
-        pytest.fail(f"{URL} is not set; `make brokers-up` starts a broker and prints it")
-    bench = Bench(url)
-    bench.sqs, bench.sns = await bench.client("sqs"), await bench.client("sns")
-    try:
+    async with at(broker_url()) as bench:
         yield bench
-    finally:
-        for adapter in bench.adapters:
-            await adapter.close()
-        await bench.stack.aclose()
-
-
-def out(to: Any, body: bytes = b"x", not_before: float | None = None, **fields: Any) -> Outgoing:
-    return Outgoing(
-        to.address if isinstance(to, Declared) else to, Message(body, **{"id": new_id(), **fields}), not_before
-    )
-
-
-async def send(adapter: SqsAdapter, *batch: Outgoing) -> None:
-    assert list(await adapter.send(batch, SOON)) == [None] * len(batch)
-
-
-async def take(subscription: Subscription, count: int = 1) -> list[Delivery[Any]]:
-    taken: list[Delivery[Any]] = []
-
-    async def more() -> bool:
-        taken.extend(await subscription.receive(count - len(taken), 1))
-        return len(taken) >= count
-
-    await eventually(more)
-    return taken
-
-
-async def subscribe(adapter: SqsAdapter, of: Declared, **source: Any) -> SqsSubscription:
-    assert not isinstance(of.address, Topic)
-    return await adapter.subscribe(Source(of.address, **source))
 
 
 # Interoperation
@@ -463,6 +344,23 @@ async def test_a_long_delay_goes_in_hops(lab: Bench, ordered: bool, monkeypatch:
     assert (backlog.ready, backlog.in_flight) == (0, 0)
 
 
+async def test_a_hop_that_fails_comes_again_with_the_end_of_its_lease(
+    lab: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(unibus_sqs.adapter, "LONGEST_DELAY", 1)
+    adapter = await lab.adapter(queue := lab.queue(delayed=True), lease=3)
+
+    async def throttled(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "RequestThrottled", "Message": "slow down"}}, "SendMessage")
+
+    monkeypatch.setattr(adapter.native, "send_message", throttled)
+    await send(adapter, out(queue, b"later", time.time() + 2.5))
+    subscription = await subscribe(adapter, queue, prefetch=1)  # of which it must not keep a part
+    [delivery] = await take(subscription)
+    assert delivery.message.body == b"later"
+    assert "comes again when its lease ends" in caplog.text
+
+
 # Ends
 
 
@@ -527,6 +425,10 @@ async def test_queues_of_a_process_end_with_it_and_those_of_dead_ones_are_cleane
 
     old = str(int(time.time() - private.DEAD - 60))
     await lab.sqs.create_queue(QueueName=stem + "reply_" + "0" * 16, tags={private.ALIVE: old})
+    arn = await lab.topic_arn("t")
+    bound = await lab.sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=arn.replace(":sns:", ":sqs:"))
+    tags = {private.ALIVE: old, private.SUBSCRIPTION: bound["SubscriptionArn"]}
+    await lab.sqs.create_queue(QueueName=stem + "all_" + "0" * 16, tags=tags)
     await lab.sqs.create_queue(QueueName=stem + "reply_" + "1" * 16, tags={private.ALIVE: str(int(time.time()))})
     adapter = await lab.adapter(topic)
     assert isinstance(topic.address, Topic)
@@ -541,7 +443,6 @@ async def test_queues_of_a_process_end_with_it_and_those_of_dead_ones_are_cleane
     await take(everywhere)
     await adapter.close()
     assert [url[-16:] for url in await there()] == ["1" * 16]
-    arn = await lab.topic_arn("t")
     assert (await lab.sns.list_subscriptions_by_topic(TopicArn=arn))["Subscriptions"] == []
 
 
@@ -577,3 +478,96 @@ async def test_a_broker_that_dies_and_comes_back_empty_is_set_up_again() -> None
         assert set(seen) == {b"1", b"2"}
     finally:
         await asyncio.to_thread(broker.stop)
+
+
+# Requests
+
+
+class Counted:
+    """What a client was asked, and the real client's answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, client: Any, name: str) -> None:
+        self.asked: list[dict[str, Any]] = []
+        real = getattr(client, name)
+
+        async def ask(**parameters: Any) -> Any:
+            self.asked.append(parameters)
+            return await real(**parameters)
+
+        monkeypatch.setattr(client, name, ask)
+
+
+async def test_an_idle_consumer_costs_one_long_poll_a_wait(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = await lab.adapter(queue := lab.queue(), wait=2)
+    subscription = await subscribe(adapter, queue, prefetch=100)
+    polls = Counted(monkeypatch, adapter.native, "receive_message")
+    assert await asyncio.gather(*(subscription.receive(10, 2) for _ in range(8))) == [[]] * 8
+    assert [poll["WaitTimeSeconds"] for poll in polls.asked[:1]] == [2]
+    assert len(polls.asked) <= 2
+
+
+async def test_sends_and_acks_go_by_tens(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    sends = Counted(monkeypatch, adapter.native, "send_message_batch")
+    deletes = Counted(monkeypatch, adapter.native, "delete_message_batch")
+    await send(adapter, *(out(queue, b"%d" % n) for n in range(25)))
+    subscription = await subscribe(adapter, queue, prefetch=100)
+    taken = await take(subscription, 25)
+    assert list(await subscription.settle(Outcome.ACCEPTED, taken)) == [None] * 25
+    for calls in (sends, deletes):
+        assert sorted(len(call["Entries"]) for call in calls.asked) == [5, 10, 10]
+
+
+async def test_only_the_entries_that_failed_are_sent_again(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue("q", bytes)
+    async with lab.bus(queue) as bus:
+        client: Any = bus.native
+        real = client.send_message_batch
+        sent: list[list[str]] = []
+
+        async def ask(**parameters: Any) -> Any:
+            entries = parameters["Entries"]
+            sent.append([entry["MessageBody"] for entry in entries])
+            if len(sent) > 1:
+                return await real(**parameters)
+            answer = await real(**{**parameters, "Entries": entries[:1]})  # as if AWS had a bad moment for the others
+            failed = [{"Id": entry["Id"], "SenderFault": False, "Code": "InternalError"} for entry in entries[1:]]
+            return {**answer, "Failed": failed}
+
+        monkeypatch.setattr(client, "send_message_batch", ask)
+        await bus.send_many(queue, [b"1", b"2", b"3"])
+        assert sent == [["1", "2", "3"], ["2", "3"]]
+        async with bus.receiver(queue) as receiver:
+            bodies = set()
+            for _ in range(3):
+                delivery = await receiver.receive(timeout=SOON)
+                assert delivery is not None
+                await delivery.ack()
+                bodies.add(delivery.body)
+    assert bodies == {b"1", b"2", b"3"}
+
+
+async def test_messages_in_hand_and_waiting_stay_ours_beyond_their_lease(lab: Bench) -> None:
+    queue = Queue("q", bytes)
+    bus = lab.bus(environ={"UNIBUS_SQS__LEASE": "3"})
+    started, go = asyncio.Event(), asyncio.Event()
+    seen: list[tuple[bytes, int | None]] = []
+
+    @bus.consumer(queue, concurrency=2)  # of four that it holds
+    async def handle(body: bytes, delivery: Delivery[bytes]) -> None:
+        started.set()
+        await go.wait()
+        seen.append((body, delivery.deliveries))
+
+    async with bus.running():
+        await bus.send_many(queue, [b"1", b"2", b"3", b"4"])
+        async with asyncio.timeout(SOON):
+            await started.wait()
+        assert await lab.raw_receive("q", WaitTimeSeconds=5) == []  # longer than the lease
+        go.set()
+
+        async def handled() -> bool:
+            return len(seen) == 4
+
+        await eventually(handled)
+    assert sorted(seen) == [(b"1", 1), (b"2", 1), (b"3", 1), (b"4", 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ def compiled(source: str, name: str) -> CodeType:
     return code
 
 
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Without unibus.toml, and with a URL in memory."""
+    monkeypatch.chdir(folder)
+    for name in [name for name in os.environ if name.startswith("UNIBUS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("UNIBUS_URL", "memory://")
+
+
 def captured(sender: str, broker: str) -> Any:
     """Messages that this library sent to a real server, as they came from it."""
     return json.loads((ROOT / "tests/unit/captured/foreign.json").read_text(encoding="utf-8"))[sender][broker]
@@ -50,7 +59,9 @@ def captured(sender: str, broker: str) -> Any:
 
 def from_rabbitmq(frame: dict[str, str]) -> Message:
     """As the RabbitMQ adapter reads it."""
-    received = Received(1, False, b"", 0, bytes.fromhex(frame["header"]))
+    received = Received(
+        b"\x00\x3c\x00\x3c\x00" + bytes(11), bytes.fromhex(frame["header"])
+    )  # basic.deliver without a name
     received.body = frame["body"].encode()
     return rabbitmq_wire.decode(received, inbox=False, fallback="none")
 
@@ -120,6 +131,15 @@ class Page:
         anchors = re.findall(r"^\| \[.*?\]\(#([a-z-]+)\) \|", self.overview, re.MULTILINE)
         by_anchor = {re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-"): title for title in self.sections}
         return [(anchor, by_anchor.get(anchor, "")) for anchor in anchors]
+
+    def assert_complete(self, *, beside: set[str]) -> None:
+        """Each row leads to a section with an old and a new snippet; each section is checked, and a row or in `beside`."""
+        for anchor, title in self.rows():
+            assert title, anchor
+            assert "```python old\n" in self.sections[title], title
+            assert "```python\n" in self.sections[title], title
+        assert set(self.sections) - {title for _, title in self.rows()} == beside
+        assert {*self.checks, *self.whole} == set(self.sections)
 
     async def play(self, title: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Run the section's new snippets, and check them. `folder` is the working directory."""

@@ -24,6 +24,7 @@ from unibus import (
     RetryPolicy,
 )
 from unibus.adapter import Outcome
+from unibus.memory_subscription import MemorySubscription
 from unibus.message import ERROR_TYPE, ORIGINAL_ERROR, RETRY_COUNT
 from unibus.testing import Lab
 
@@ -618,6 +619,39 @@ async def test_a_drain_lets_what_runs_finish_and_gives_the_rest_back() -> None:
         await closing
     assert done == ["0", "1"]
     assert [m.body.decode() for m in broker.waiting(ORDERS)] == ["2", "3", "4", "5"]
+
+
+async def test_nothing_begins_while_the_driver_takes_its_time_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SQS a long poll has to end first; the handler that runs may end before it."""
+    bus, begun = make_bus(), list[str]()
+    finish, stopping, stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    honest = MemorySubscription.stop
+
+    async def stop(self: MemorySubscription) -> None:
+        stopping.set()
+        await stopped.wait()
+        await honest(self)
+
+    monkeypatch.setattr(MemorySubscription, "stop", stop)
+
+    @bus.consumer(ORDERS, concurrency=1)
+    async def handle(body: str) -> None:
+        begun.append(body)
+        await finish.wait()
+
+    async with lab(bus) as it:
+        broker = it.broker
+        for body in ("first", "second"):
+            await bus.send(ORDERS, body)
+        await until(lambda: begun, "the first begins")
+        closing = asyncio.create_task(bus.close())
+        await stopping.wait()
+        finish.set()
+        await turns()
+        stopped.set()
+        await closing
+    assert begun == ["first"]
+    assert [m.body.decode() for m in broker.waiting(ORDERS)] == ["second"]
 
 
 async def test_the_end_of_a_drain_cuts_what_still_runs_and_gives_it_back() -> None:

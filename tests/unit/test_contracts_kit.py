@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from unibus.adapter import Endpoint, Url
 from unibus.capabilities import Capabilities
+from unibus.clock import SystemClock
+from unibus.memory import MemoryAdapter
 from unibus_contracts import __main__ as command
 from unibus_contracts import report, summary
 from unibus_contracts.contract import contract
 from unibus_contracts.harness import FaultUnavailable, UrlHarness, nowhere, shown
-from unibus_contracts.kit import Kit, Seen, eventually, until
+from unibus_contracts.kit import Kit, Seen, eventually, supported, until
 from unibus_contracts.refusals import REFUSALS
 
 pytest_plugins = ["pytester"]
@@ -135,6 +139,13 @@ class TestReport:
         assert result["contracts"][0] == {**terms("a.a"), "outcome": "passed", "duration": 0.1}
         assert json.loads(json.dumps(result)) == result
 
+    def test_not_tried_is_no_pass_and_hides_nothing(self) -> None:
+        levels = {"delay": "native"}
+        result = built({"a.a": report.PASSED, "b.b": report.NOT_TRIED}, None, levels)
+        assert report.line(result).endswith("0 failed, 1 not tried, 0 not run")
+        assert result["unexercised"] == ["delay"]
+        assert report.problems(built({"b.b": report.NOT_TRIED}))
+
     def test_line(self) -> None:
         result = built({"a.a": report.PASSED, "b.b": report.REFUSED, "c.c": report.FAILED, "d.d": report.NOT_RUN})
         assert report.line(result) == "memory 1 at memory://: 1 passed, 1 refused as declared, 1 failed, 1 not run"
@@ -230,10 +241,12 @@ class TestPlugin:
     def test_report(self, pytester: pytest.Pytester) -> None:
         result, written = self.run(pytester)
         result.assert_outcomes(passed=1, failed=1, skipped=1)
-        result.stdout.fnmatch_lines(["memory at memory://*: 1 passed, 1 refused as declared, 1 failed, 1 not run"])
+        result.stdout.fnmatch_lines(
+            ["memory at memory://*: 1 passed, 1 refused as declared, 1 failed, 1 not tried, 0 not run"]
+        )
         assert written["finished"]
         outcomes = {entry["id"]: entry["outcome"] for entry in written["contracts"]}
-        assert outcomes.pop("a.fault") == "not-run"
+        assert outcomes.pop("a.fault") == "not-tried"
         assert outcomes == {"a.good": "passed", "a.bad": "failed", "a.refused": "refused-as-declared"}
         assert written["adapter"] == "memory"
         assert written["features"]["replay"]["level"] == "refused"
@@ -251,6 +264,35 @@ class TestPlugin:
         result = pytester.runpytest_inprocess("--unibus-url", "memory://", "-p", "no:cacheprovider")
         assert result.ret == pytest.ExitCode.TESTS_FAILED
         result.stdout.fnmatch_lines(["*feature 'order' is declared, and no passed contract has used it"])
+
+    def test_a_pin_that_differs_fails_the_run(self, pytester: pytest.Pytester) -> None:
+        result, _ = self.run(pytester, "-k", "good", "--unibus-pin", "answers")
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        result.stdout.fnmatch_lines(["*nothing is pinned of memory: answers/memory.json is missing*"])
+
+    def test_a_report_that_cant_be_written(self, pytester: pytest.Pytester) -> None:
+        pytester.makeini(INI)
+        pytester.makepyfile(test_them=CONTRACTS)
+        pytester.path.joinpath("file").write_text("")
+        result = pytester.runpytest_inprocess("--unibus-url", "memory://", "--unibus-report", "file/report.json")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(["*--unibus-report file/report.json can't be written: *"])
+
+    def test_a_run_that_is_interrupted(self, pytester: pytest.Pytester) -> None:
+        pytester.makeini(INI)
+        pytester.makepyfile(test_them=CONTRACTS.replace("assert False", "raise KeyboardInterrupt"))
+        result = pytester.runpytest_subprocess("--unibus-url", "memory://", "--unibus-report", "report.json")
+        assert result.ret == pytest.ExitCode.INTERRUPTED
+        written = json.loads((pytester.path / "report.json").read_text())
+        assert not written["finished"]
+        assert {entry["outcome"] for entry in written["contracts"]} >= {"passed", "not-run"}
+
+    def test_a_capability_of_a_wrong_type(self) -> None:
+        known = MemoryAdapter(Endpoint(Url("memory"), "svc", "1", SystemClock())).capabilities
+        wrong = dataclasses.replace(known, replay=True)  # type: ignore[arg-type]  # that is the point
+        assert supported(known, "order").level == "native"
+        with pytest.raises(AssertionError, match="memory declares replay=True: use native"):
+            supported(wrong, "replay")
 
     def test_a_broker_that_is_not_there(self, pytester: pytest.Pytester) -> None:
         result, written = self.run(pytester, "--unibus-url", "nosuch://u:hunter2@host")

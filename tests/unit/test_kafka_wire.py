@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -35,11 +36,22 @@ def record(key: Any = None, value: Any = b"", headers: Any = (), offset: int = 7
 
 def there_and_back(message: Message, *, now: float = NOW, later: bool = False) -> Message:
     key, value, headers, at = wire.encode(Outgoing(Q, message), now, later=later)
-    return wire.decode(record(key, value, headers, at=at / 1000))
+    return wire.decode(record(key, value, headers, at=at / 1000))[0]
+
+
+def read(part: offsets.Partition, numbers: Iterable[int]) -> list[int]:
+    """Those of the records that there is something to do with."""
+    ready, _ = part.read([record(offset=n) for n in numbers], Source(Q), NOW)
+    return [offsets.offset_of(each) for each in ready]
+
+
+def finish(part: offsets.Partition, *numbers: int) -> None:
+    for n in numbers:
+        part.finish(part.open[n])
 
 
 def delivery(of: Any, failures: int = 0) -> Delivery[Any]:
-    return Delivery(wire.decode(of), Source(Q), None, failures, native=of)
+    return Delivery(wire.decode(of)[0], Source(Q), None, failures, native=of)
 
 
 # The envelope
@@ -80,15 +92,17 @@ def test_retention_does_not_count_from_an_old_stamp(age: float, later: bool) -> 
 
 
 def test_a_foreign_record_is_a_message() -> None:
-    message = wire.decode(record(b"\xff\x00", None, [("h", b"text"), ("h", b"last"), ("bin", b"\xff"), ("none", None)]))
+    message, _ = wire.decode(
+        record(b"\xff\x00", None, [("h", b"text"), ("h", b"last"), ("bin", b"\xff"), ("none", None)])
+    )
     assert (message.id, message.body, message.content_type) == ("q/0@7", b"", None)
     assert dict(message.headers) == {"h": "last"}
     assert message.key is not None
     assert message.key.encode(errors="surrogateescape") == b"\xff\x00"
-    assert wire.decode(record(b"", b"x")).key is None
-    assert wire.decode(record(value=b"x", headers=[("x-expires-at", b"soon")])).expires_at is None
-    assert wire.decode(record(value=b"x", headers=[("x-content-type", b"text/csv")])).content_type == "text/csv"
-    assert wire.decode(record(value=b"x", at=-0.001)).timestamp is None
+    assert wire.decode(record(b"", b"x"))[0].key is None
+    assert wire.decode(record(value=b"x", headers=[("x-expires-at", b"soon")]))[0].expires_at is None
+    assert wire.decode(record(value=b"x", headers=[("x-content-type", b"text/csv")]))[0].content_type == "text/csv"
+    assert wire.decode(record(value=b"x", at=-0.001))[0].timestamp is None
 
 
 def test_a_copy_keeps_what_the_envelope_cannot_hold() -> None:
@@ -125,71 +139,77 @@ def test_keys_go_where_the_java_client_puts_them() -> None:
 # Commit metadata
 
 
+def written(offset: int, highest: int, unfinished: dict[int, tuple[int, int]], *, open: bool = False) -> str:
+    return offsets.encode(offset, highest, ((n, *notes) for n, notes in unfinished.items()), open=open)
+
+
+COUNTS = st.integers(0, 300)
+
+
 @given(
-    st.integers(0, 2**40), st.dictionaries(st.integers(0, 5000), st.integers(0, 300), max_size=60), st.integers(0, 9)
+    st.integers(0, 2**40),
+    st.dictionaries(st.integers(0, 5000), st.tuples(COUNTS, COUNTS), max_size=60),
+    st.integers(-1, 9),
+    st.booleans(),
 )
-def test_metadata_survives(offset: int, steps: dict[int, int], beyond: int) -> None:
-    unfinished = {offset + step: failures for step, failures in sorted(steps.items())}
-    highest = max(unfinished, default=offset) + beyond
-    text = offsets.encode(offset, highest, unfinished.items())
+def test_metadata_survives(offset: int, steps: dict[int, tuple[int, int]], beyond: int, open: bool) -> None:
+    unfinished = {offset + step: notes for step, notes in sorted(steps.items())}
+    highest = max(unfinished) + max(0, beyond) if unfinished else offset + beyond
+    text = written(offset, highest, unfinished, open=open)
     assert len(text) <= offsets.LIMIT
-    assert offsets.decode(offset, text) == (highest, unfinished)
+    assert offsets.decode(offset, text) == (highest, unfinished, open)
     assert offsets.decode(offset + 1, text) is None, "it belongs to its offset"
 
 
 def test_a_thousand_unfinished_among_a_million_fit() -> None:
-    unfinished = {n * 1000: 0 for n in range(1000)}
-    text = offsets.encode(0, 999_999, unfinished.items())
+    unfinished = {n * 1000: (0, 0) for n in range(1000)}
+    text = written(0, 999_999, unfinished)
     assert len(text) < offsets.FULL
-    assert offsets.decode(0, text) == (999_999, unfinished)
+    assert offsets.decode(0, text) == (999_999, unfinished, False)
 
 
 def test_what_does_not_fit_counts_as_unfinished() -> None:
-    unfinished = {n * 1000: 0 for n in range(5000)}
-    text = offsets.encode(0, 5_000_000, unfinished.items())
+    unfinished = {n * 1000: (0, 0) for n in range(5000)}
+    text = written(0, 5_000_000, unfinished)
     found = offsets.decode(0, text)
     assert len(text) <= offsets.LIMIT
     assert found is not None
-    highest, kept = found
-    assert kept == {n: 0 for n in unfinished if n <= highest}
+    highest, kept, _ = found
+    assert kept == {n: (0, 0) for n in unfinished if n <= highest}
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\0", "u1:", "u1:!!!\0", "u2:AAAAAAAA\0", "u1:AAAAAAAA\0", "something of another tool"]
+    "text", ["", "\0", "u2:", "u2:!!!\0", "u1:AAAAAAAA\0", "u2:AAAAAAAA\0", "something of another tool"]
 )
 def test_metadata_that_is_not_ours_is_ignored(text: str) -> None:
     assert offsets.decode(5, text) is None
     part = offsets.Partition(TP, 5, text)
-    assert [part.take(n) for n in (5, 6)] == [True, True]
+    assert read(part, (5, 6)) == [5, 6]
 
 
 def test_a_restart_runs_nothing_again_that_had_finished() -> None:
     part = offsets.Partition(TP, 100)
-    for n in range(100, 110):
-        assert part.take(n)
-    for n in (101, 103, 104, 109):
-        part.finish(n)
+    assert read(part, range(100, 110)) == list(range(100, 110))
+    finish(part, 101, 103, 104, 109)
     offset, metadata = part.point()
     assert offset == 100
     again = offsets.Partition(TP, offset, metadata)
-    assert [n for n in range(100, 112) if again.take(n)] == [100, 102, 105, 106, 107, 108, 110, 111]
-    for n in (100, 102, 105, 106, 107, 108):
-        again.finish(n)
+    unfinished = [100, 102, 105, 106, 107, 108]
+    assert read(again, range(100, 112)) == [*unfinished, 110, 111]
+    finish(again, *unfinished)
     assert again.point() == (110, "")
 
 
 def test_what_was_finished_before_is_kept_until_it_is_read_again() -> None:
     first = offsets.Partition(TP, 0)
-    for n in range(1000):
-        first.take(n)
-        if n not in {0, 500}:
-            first.finish(n)
+    read(first, range(1000))
+    finish(first, *(n for n in range(1000) if n not in {0, 500}))
     second = offsets.Partition(TP, *first.point())
-    assert [n for n in range(10) if second.take(n)] == [0]
-    second.finish(0)
+    assert read(second, range(10)) == [0]
+    finish(second, 0)
     offset, metadata = second.point()
     third = offsets.Partition(TP, offset, metadata)
-    assert [n for n in range(offset, 1002) if third.take(n)] == [500, 1000, 1001]
+    assert read(third, range(offset, 1002)) == [500, 1000, 1001]
 
 
 @given(st.data())
@@ -198,28 +218,101 @@ def test_any_number_of_restarts_loses_and_repeats_nothing(data: st.DataObject) -
     start, metadata = 0, ""
     for _ in range(data.draw(st.integers(1, 5))):
         part = offsets.Partition(TP, start, metadata)
-        read = [n for n in range(start, data.draw(st.integers(start, start + 60))) if part.take(n)]
-        finished = data.draw(st.lists(st.sampled_from(read), unique=True)) if read else []
-        for n in finished:
-            part.finish(n)
+        there = range(start, data.draw(st.integers(start + 1, start + 60)))
+        found = read(part, there)
+        part.opened = data.draw(st.booleans())
+        finished = data.draw(st.lists(st.sampled_from(found), unique=True)) if found else []
+        finish(part, *finished)
         done += finished
         start, metadata = part.point()
     assert len(done) == len(set(done)), "something ran twice"
-    part = offsets.Partition(TP, start, metadata)
-    rest = [n for n in range(start, 400) if part.take(n)]
+    rest = read(offsets.Partition(TP, start, metadata), range(start, 400))
     assert sorted(done + rest) == list(range(400)), "something was lost, or runs again"
+
+
+def test_gaps_are_no_holes() -> None:
+    """Compaction and transactions take offsets away."""
+    part = offsets.Partition(TP, 0)
+    read(part, range(0, 100, 10))
+    finish(part, 0, 10, 20, 50)
+    offset, metadata = part.point()
+    again = offsets.Partition(TP, offset, metadata)
+    assert (offset, read(again, range(30, 100, 10))) == (30, [30, 40, 60, 70, 80, 90])
 
 
 def test_failures_in_place_survive_a_restart() -> None:
     part = offsets.Partition(TP, 0)
-    counted = record(headers=[("x-retry-count", b"2")], offset=1)
-    for n in range(3):
-        part.take(n)
-    part.finish(0)
-    part.out[1] = delivery(counted, failures=3)  # as the core counts: two of the header, one in place
+    records = [record(offset=n, headers=[("x-message-id", b"m"), ("x-retry-count", b"2")]) for n in range(3)]
+    _, failed, given_back = part.read(records, Source(Q), NOW)[0]
+    failed.failures = given_back.failures = 3  # as the core counts: two of the header, one in place
+    fresh = part.again(given_back)
+    assert (fresh.failures, given_back.lost) == (0, False)
     again = offsets.Partition(TP, *part.point())
-    assert again.failures == {1: 1}
-    assert again.take(1)
+    assert again.failures == {1: 1, 2: 1}
+    handed = again.read(records, Source(Q), NOW)[0]
+    for each in handed:
+        again.begin(each, 0.0)
+    assert [each.failures for each in handed] == [0, 1, 1]
+
+
+def test_what_is_due_later_is_not_ready() -> None:
+    part = offsets.Partition(TP, 0)
+    dues = (b"%.3f" % (NOW - 1), b"%.3f" % (NOW + 1), b"soon")
+    records = [record(offset=n, headers=[("x-message-id", b"m"), ("x-not-before", due)]) for n, due in enumerate(dues)]
+    ready, later = part.read(records, Source(Q), NOW)
+    assert [offsets.offset_of(each) for each in ready] == [0, 2]
+    assert [(due, offsets.offset_of(each)) for due, each in later] == [(NOW + 1, 1)]
+
+
+def life(part: offsets.Partition, records: list[Any]) -> dict[int, int | None]:
+    """Hand these out, as the subscription does; how often each was started."""
+    part.careful = 60.0 if part.orphan else 0.0
+    ready, _ = part.read(records, Source(Q), NOW)
+    said = [part.begin(each, 1.0) for each in ready]
+    assert said[0], "a commit says first that somebody is at work"
+    return {offsets.offset_of(each): each.deliveries for each in ready}
+
+
+def test_starts_are_counted_after_an_owner_that_died() -> None:
+    records = [record(offset=n) for n in range(3)]
+    first = offsets.Partition(TP, 0)
+    assert not first.orphan
+    assert life(first, records) == {0: None, 1: None, 2: None}
+    second = offsets.Partition(TP, *first.point())  # the first one died
+    assert second.orphan
+    assert life(second, records) == {0: 1, 1: 1, 2: 1}
+    finish(second, 1)
+    third = offsets.Partition(TP, *second.point())  # the second one as well
+    assert third.orphan
+    assert life(third, records) == {0: 2, 2: 2}
+
+
+def test_starts_of_a_suspect_are_always_counted() -> None:
+    suspect = record(offset=1, headers=[("x-message-id", b"m"), ("x-crash-count", b"1")])
+    first = offsets.Partition(TP, 0)
+    assert life(first, [record(offset=0), suspect]) == {0: None, 1: 1}
+    assert offsets.Partition(TP, *first.point()).starts == {1: 1}
+
+
+def test_a_start_that_ended_in_order_does_not_count() -> None:
+    first = offsets.Partition(TP, 0)
+    life(first, [record(offset=n) for n in range(3)])
+    second = offsets.Partition(TP, *first.point())
+    life(second, [record(offset=n) for n in range(3)])
+    finish(second, 0)
+    second.again(second.open[1])
+    second.end(second.open.values())
+    third = offsets.Partition(TP, *second.point())
+    assert (third.next, third.orphan, third.starts) == (1, False, {})
+
+
+def test_an_open_commit_of_nothing_but_unread_records_finishes_none() -> None:
+    first = offsets.Partition(TP, 0)
+    life(first, [record(offset=0)])
+    finish(first, 0)
+    second = offsets.Partition(TP, *first.point())
+    assert second.orphan
+    assert read(second, range(1, 4)) == [1, 2, 3]
 
 
 # Names

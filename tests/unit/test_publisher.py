@@ -282,6 +282,28 @@ async def test_two_messages_of_a_key_are_never_on_their_way_together() -> None:
             assert len(mine) == 10
 
 
+async def test_where_sends_keep_the_order_a_key_has_many_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And when a call fails from somewhere on, all of that is sent again before anything later."""
+    bus = make_bus()
+    async with lab(bus, flights=8, ordered_batches=True) as it:
+        spy = spy_of(bus)
+        send, failing = spy.send, [3, 0, 1]
+
+        async def broken(batch: Sequence[Outgoing], timeout: float) -> Results:
+            at = failing.pop() if failing else len(batch)
+            return [*await send(batch[:at], timeout), *[Throttled("slow")] * (len(batch) - at)]
+
+        monkeypatch.setattr(spy, "send", broken)
+        sends = [start(bus.send(ORDERED, str(n), key="k")) for n in range(10)]
+        await turns()
+        sends += [start(bus.send(ORDERED, str(n), key="k")) for n in range(10, 20)]
+        await later(it, 5)
+        assert all(isinstance(result, str) for result in await all_of(sends))
+        assert not failing
+        assert spy.most_flying == 1
+        assert bodies(it, ORDERED) == [str(n) for n in range(20)]
+
+
 async def test_a_failed_message_lets_the_next_of_its_key_go() -> None:
     bus = make_bus()
     async with lab(bus) as it:
@@ -462,6 +484,17 @@ async def test_features_have_to_be_declared() -> None:
         with pytest.raises(Unsupported, match="reply="):
             await bus.request(ORDERS, "x")
         assert spy_of(bus).batches == []
+
+
+async def test_what_a_foreign_client_sent_with_priority_0_can_be_sent_on() -> None:
+    """Many AMQP clients write it where none was given."""
+    bus = make_bus()
+    async with lab(bus) as it:
+        await bus.send(ORDERS, Message("x", priority=0))
+        [message] = it.broker.waiting(ORDERS)
+        assert message.priority is None
+        with pytest.raises(Unsupported, match="priorities"):
+            await bus.send(ORDERS, Message("x", priority=1))
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from pamqp import commands
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
+from yarl import URL
 
 from unibus.adapter import Adapter, Declared, Endpoint, Outgoing, Secret, Source, Topology, Url
 from unibus.channel import Group, Inbox, Queue, Topic, dead_letter_queue
 from unibus.clock import SystemClock
+from unibus.config_tables import check_table
 from unibus.delivery import Delivery
 from unibus.errors import ConfigError, Refused, Unsupported
 from unibus.inboxes import inbox_name
 from unibus.message import Message
-from unibus_rabbitmq import RabbitMQAdapter, config, errors, frames, tables, topology, wire
+from unibus_rabbitmq import RabbitMQAdapter, config, errors, link, topology, wire
 from unibus_rabbitmq.capabilities import known
-from unibus_rabbitmq.intake import Intake
-from unibus_rabbitmq.link import Wire, _Tap
-from unibus_rabbitmq.unsettled import Unsettled
+from unibus_rabbitmq.link import Link, _Tap
+from unibus_rabbitmq.subscription import acks
 
 FRAME_MAX = 131072
 Q: Queue[bytes] = Queue("q")
@@ -40,20 +41,17 @@ def delivered(headers: dict[str, Any] | None = None, body: bytes = b"", **proper
     """A delivery as pamqp would have written it."""
     deliver = commands.Basic.Deliver("tag", 7, redelivered=False, exchange="ex", routing_key="rk")
     header = ContentHeader(body_size=len(body), properties=commands.Basic.Properties(headers=headers, **properties))
-    got: list[wire.Received] = []
-    intake = Intake(got.append, lambda: None)
-    parts: list[Any] = [deliver, header, *([ContentBody(body)] if body else [])]
-    for frame in parts:
-        data = pamqp.frame.marshal(frame, 3)
-        assert intake.frame(data[0], data[7:-1])
-    return got[0]
+    received = wire.Received(pamqp.frame.marshal(deliver, 3)[7:-1], pamqp.frame.marshal(header, 3)[7:-1])
+    assert wire.body_size(pamqp.frame.marshal(header, 3)[7:-1]) == len(body)
+    received.body = body
+    return received
 
 
 def encoded(outgoing: Outgoing, message_id: str | None = None, not_before: float | None = None) -> wire.Received:
     """What is sent, as it is received."""
-    flags, properties = wire.encode(outgoing, message_id or outgoing.message.id, not_before, 1000.0)
-    header = b"".join(frames.content_frames(3, flags, properties, b"", FRAME_MAX))[7:-1]
-    return wire.Received(1, False, b"", 0, header)
+    properties = wire.encode(outgoing, message_id or outgoing.message.id, not_before, 1000.0)
+    deliver = pamqp.frame.marshal(commands.Basic.Deliver("tag", 1, False, "", "q"), 3)[7:-1]
+    return wire.Received(deliver, b"".join(link.content_frames(3, properties, b"", FRAME_MAX))[7:-1])
 
 
 def there_and_back(message: Message, to: Any = Q, message_id: str | None = None) -> Message:
@@ -64,17 +62,15 @@ def there_and_back(message: Message, to: Any = Q, message_id: str | None = None)
 
 
 def test_frames_are_those_of_pamqp() -> None:
-    publish = commands.Basic.Publish(exchange="ex", routing_key="r.k", mandatory=True)
-    assert frames.publish_frame(5, "ex", "r.k") == pamqp.frame.marshal(publish, 5)
     ack = commands.Basic.Ack(delivery_tag=2**40, multiple=True)
-    assert frames.ack_frame(5, 2**40, True) == pamqp.frame.marshal(ack, 5)
+    assert link.ack_frame(5, 2**40, True) == pamqp.frame.marshal(ack, 5)
     nack = commands.Basic.Nack(delivery_tag=9, multiple=False, requeue=True)
-    assert frames.nack_frame(5, 9) == pamqp.frame.marshal(nack, 5)
+    assert link.nack_frame(5, 9) == pamqp.frame.marshal(nack, 5)
 
 
 @pytest.mark.parametrize("size", [0, 1, FRAME_MAX - 8, FRAME_MAX - 7, 3 * FRAME_MAX])
 def test_bodies_are_split_by_the_frame_size(size: int) -> None:
-    data = b"".join(frames.content_frames(1, 0, b"", b"x" * size, FRAME_MAX))
+    data = b"".join(link.content_frames(1, b"\0\0", b"x" * size, FRAME_MAX))
     body, count = b"", 0
     while data:
         used, _, frame = pamqp.frame.unmarshal(data)
@@ -90,8 +86,8 @@ def test_bodies_are_split_by_the_frame_size(size: int) -> None:
 @given(headers=st.dictionaries(NAMES, TEXT, max_size=5), type=st.none() | TEXT, priority=st.none() | st.integers(0, 9))
 def test_pamqp_reads_what_is_written(headers: dict[str, str], type: str | None, priority: int | None) -> None:
     message = Message(b"", "id-1", type=type, headers=headers, priority=priority, timestamp=1_700_000_000.9)
-    flags, properties = wire.encode(Outgoing(Q, message), "id-1", None, 0.0)
-    _, _, header = pamqp.frame.unmarshal(b"".join(frames.content_frames(1, flags, properties, b"", FRAME_MAX)))
+    properties = wire.encode(Outgoing(Q, message), "id-1", None, 0.0)
+    _, _, header = pamqp.frame.unmarshal(b"".join(link.content_frames(1, properties, b"", FRAME_MAX)))
     assert isinstance(header, ContentHeader)
     assert header.properties.headers == (headers or None)
     assert header.properties.message_type == (type or None)
@@ -119,62 +115,68 @@ def test_all_types_of_a_table_are_read_and_copied_exactly() -> None:
     received = delivered(table)
     got = received.headers
     assert {**got, "bytes": bytearray(got["bytes"])} == table
-    copy = tables.encode({**received.raw_headers(), "text": "täxt"})
-    again = tables.decode(copy, 0, len(copy))
-    assert again == got
+    copy = wire.encode_table({**received.raw_headers(), "text": "täxt"})
+    assert wire.decode_table(copy, 0, len(copy)) == got
 
 
-def test_odd_tables_are_no_poison() -> None:
-    broken = b"\x01s" + b"S\x00\x00\x00\x02\xff\xfe" + b"\x01t" + b"T" + struct.pack(">Q", 2**63)
-    assert tables.decode(broken, 0, len(broken)) == {"s": b"\xff\xfe", "t": 2**63}
-    with pytest.raises(ValueError, match="unknown AMQP type"):
-        tables.decode(b"\x01n?", 0, 3)
+def test_what_pamqp_would_change_is_copied_exactly() -> None:
+    double, name = b"\x01dd" + struct.pack(">d", 0.1), b"\xc8" + b"n" * 200 + b"l" + struct.pack(">q", 5)
+    found: dict[str, wire.Raw] = {}
+    assert wire.decode_table(double + name, 0, len(double + name), found) == {"d": 0.1, "n" * 200: 5}
+    assert wire.encode_table(found) == double + name
 
 
-class _Recorder:
-    def __init__(self) -> None:
-        self.frames: list[tuple[int, bytes]] = []
-
-    def frame(self, kind: int, payload: bytes) -> bool:
-        self.frames.append((kind, payload))
-        return True
+@pytest.mark.parametrize(
+    "odd", [b"\x01t" + b"T" + struct.pack(">Q", 2**63), b"\x01n?", b"\x01f" + b"F\0\0\0\x02\x01\xff"]
+)
+def test_odd_tables_are_no_poison(odd: bytes) -> None:
+    """What can't be read hides what stands behind it, and goes along with it."""
+    before = b"\x01s" + b"S\x00\x00\x00\x02\xff\xfe" + b"\x01a" + b"S\x00\x00\x00\x01b"
+    table, raw = before + odd + before, dict[str, wire.Raw]()
+    found = wire.decode_table(table, 0, len(table), raw)
+    assert {name: found[name] for name in "sa"} == {"s": b"\xff\xfe", "a": "b"}
+    assert list(raw) == ["s", odd[1:2].decode()]
+    assert wire.encode_table({"s": raw["s"], "a": "b", odd[1:2].decode(): raw[odd[1:2].decode()]}) == table
 
 
 @given(cuts=st.lists(st.integers(0, 400), max_size=8))
 async def test_the_tap_takes_its_channel_and_passes_on_the_rest(cuts: list[int]) -> None:
-    mine = [frames.ack_frame(2, n, False) for n in range(5)]
+    mine = [link.ack_frame(2, n, False) for n in range(5)]
     others = [
         pamqp.frame.marshal(commands.Basic.Deliver("t", n, False, "e", "k"), 1) for n in range(5)
     ]  # pamqp's order
     stream = b"".join(part for pair in zip(mine, others, strict=True) for part in pair)
-    wire_ = Wire(None)
-    sink = _Recorder()
-    wire_.sinks[2] = sink
-    tap = _Tap(wire_)
+    taken: list[bytes] = []
+
+    def sink(kind: int, payload: bytes) -> bool:
+        taken.append(payload)
+        return kind == link.METHOD
+
+    tap = _Tap({2: sink})
     places = sorted({0, *(cut % (len(stream) + 1) for cut in cuts), len(stream)})
     for start, stop in itertools.pairwise(places):
         tap.feed_data(stream[start:stop])
     tap.feed_eof()
     passed = await tap.read()
-    assert [payload for _, payload in sink.frames] == [frame[7:-1] for frame in mine]
-    assert passed.replace(frames.BEAT, b"") == b"".join(others)
-    assert frames.BEAT in passed  # so that aiormq does not take the link for dead
+    assert taken == [frame[7:-1] for frame in mine]
+    assert passed.replace(link._BEAT, b"") == b"".join(others)
+    assert link._BEAT in passed  # so that aiormq does not take the link for dead
 
 
 async def test_the_tap_hears_blocked_and_close_and_keeps_nothing_back() -> None:
-    wire_ = Wire(None)
-    tap = _Tap(wire_)
+    made = Link(URL("amqp://localhost"), None)
+    tap = _Tap(made.sinks)
     blocked = pamqp.frame.marshal(commands.Connection.Blocked("low on disk"), 0)
     tap.feed_data(blocked)
-    assert wire_.blocked == "low on disk"
-    assert not wire_.unblocked.is_set()
+    assert made.blocked == "low on disk"
+    assert not made.unblocked.is_set()
     tap.feed_data(pamqp.frame.marshal(commands.Connection.Unblocked(), 0))
-    assert wire_.unblocked.is_set()
+    assert made.unblocked.is_set()
     closed = pamqp.frame.marshal(commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0), 0)
     tap.feed_data(closed)
-    assert wire_.closed_by == (320, "CONNECTION_FORCED")
+    assert made.said == (320, "CONNECTION_FORCED")
     assert (await tap.readexactly(len(blocked))) == blocked
-    other = _Tap(Wire(None))
+    other = _Tap({})
     other.feed_data(b"AMQP\x00\x01\x00\x00")
     assert await other.readexactly(8) == b"AMQP\x00\x01\x00\x00"
 
@@ -209,12 +211,12 @@ def test_the_envelope_comes_back(message: Message, alias: bool) -> None:
 
 def test_correlation_on_requests_and_replies() -> None:
     request = encoded(Outgoing(Q, Message(b"", "req", correlation_id="talk", reply_to="amq.gen-x")))
-    assert (request.properties.correlation_id, request.headers) == ("req", {"x-correlation-id": "talk"})
+    assert (request.properties["correlation_id"], request.headers) == ("req", {"x-correlation-id": "talk"})
     reply = encoded(Outgoing(Inbox("i"), Message(b"", "rep", causation_id="req", expires_at=1002.5)))
-    assert reply.properties.correlation_id == "req"
-    assert reply.properties.expiration == "2500"
+    assert reply.properties["correlation_id"] == "req"
+    assert reply.properties["expiration"] == "2500"
     plain = encoded(Outgoing(Q, Message(b"", "m", correlation_id="talk")))
-    assert (plain.properties.correlation_id, plain.headers) == ("talk", {})
+    assert (plain.properties["correlation_id"], plain.headers) == ("talk", {})
 
 
 def test_a_foreign_request_is_known_by_its_correlation_id() -> None:
@@ -240,7 +242,7 @@ def test_what_the_broker_wrote_is_not_copied() -> None:
     assert message.headers == {"user": "text"}
     copy = encoded(Outgoing(Q, message, None, origin))
     assert copy.headers == {"user": "text", "n": 1}
-    assert copy.properties.content_encoding == "gzip"
+    assert copy.properties["content_encoding"] == "gzip"
 
 
 def test_deliveries() -> None:
@@ -280,21 +282,11 @@ def test_reply_addresses() -> None:
 # -- settling -----------------------------------------------------------------------------------------------------
 
 
-def _held(*tags: int) -> Unsettled:
-    held = Unsettled(1)
-    for tag in tags:
-        held.arrived(tag)
-    return held
-
-
 def test_one_ack_for_the_prefix_and_single_ones_beyond_a_gap() -> None:
-    held = _held(1, 2, 3, 4, 5, 6)
-    assert held.accept([4]) == frames.ack_frame(1, 4, False)
-    assert held.accept([2, 1]) == frames.ack_frame(1, 2, True)
-    assert held.accept([6, 3]) == frames.ack_frame(1, 3, True) + frames.ack_frame(1, 6, False)
-    assert held.accept([5]) == frames.ack_frame(1, 5, True)
-    assert held.tags() == []
-    assert _held(3, 4).release([4, 3]) == frames.nack_frame(1, 3) + frames.nack_frame(1, 4)
+    assert acks(1, [4], 1) == link.ack_frame(1, 4, False)
+    assert acks(1, [1, 2], 3) == link.ack_frame(1, 2, True)
+    assert acks(1, [3, 6], 5) == link.ack_frame(1, 3, True) + link.ack_frame(1, 6, False)
+    assert acks(1, [5], None) == link.ack_frame(1, 5, True)
 
 
 def test_the_adapter_is_one() -> None:
@@ -351,7 +343,7 @@ def test_features_of_a_channel_shape_its_queues() -> None:
 
 def test_what_can_not_be_is_refused() -> None:
     t: Topic[bytes] = Topic("t", delayed=True)
-    with pytest.raises(ConfigError, match="not declared before"):
+    with pytest.raises(ConfigError, match="before its groups"):
         _plan(Declared(Group(t, "g"), "p.t.g"))
     with pytest.raises(ConfigError, match="routing_key"):
         _plan(Declared(t, "p.x"), Declared(Q, "p.x"))
@@ -383,8 +375,9 @@ def test_tls_settings_need_tls() -> None:
     with pytest.raises(ConfigError, match="amqps"):
         config.tls(Url("amqp"), config.Settings(verify=False))
     with pytest.raises(ConfigError, match=r"rabbitmq\.ca_file"):
-        config.tls(Url("amqps"), config.settings({"ca_file": "/does/not/exist"}))
-    assert config.settings({"heartbeat": "7", "verify": "false"}) == config.Settings(heartbeat=7, verify=False)
+        config.tls(Url("amqps"), check_table(config.Settings, {"ca_file": "/does/not/exist"}, "rabbitmq"))
+    given = check_table(config.Settings, {"heartbeat": "7", "verify": "false"}, "rabbitmq")
+    assert given == config.Settings(heartbeat=7, verify=False)
 
 
 def test_a_mismatch_names_the_argument_and_what_to_do() -> None:
@@ -392,7 +385,7 @@ def test_a_mismatch_names_the_argument_and_what_to_do() -> None:
         "PRECONDITION_FAILED - inequivalent arg 'x-max-priority' for queue 'orders' in vhost '/': "
         "received the value '4' of type 'signedint' but current is none"
     )
-    error = errors.mismatch(Exception(text), "declare")
+    error = errors.mismatch(Exception(text), "declare queue 'orders'")
     assert isinstance(error, ConfigError)
     assert "queue 'orders' exists with x-max-priority = none, and would be declared with '4'" in str(error)
     assert "change the channel's settings to match" in str(error)

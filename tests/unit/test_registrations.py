@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from unibus import Bus, CodecError, ConfigError, DeadLetter, Handlers, Queue, Topic
+from unibus import Bus, CodecError, ConfigError, DeadLetter, Handlers, Queue, Topic, Unsupported
 from unibus.testing import in_memory
 
 ORDERS = Queue("orders", str)
@@ -85,3 +86,36 @@ async def test_an_expiry_is_a_time_from_now_on(expires_in: float) -> None:
     async with make_bus(channels=[ORDERS]) as bus:
         with pytest.raises(CodecError, match="expires_in"):
             await bus.send(ORDERS, "a", expires_in=expires_in)
+
+
+NO_ZONE = datetime(2026, 1, 1)  # noqa: DTZ001  # the point of it: it is another moment on every machine
+
+
+@pytest.mark.parametrize("start", ["latest", "", -1, float("nan"), True, NO_ZONE, [], [1], "t/0@1"])
+def test_a_start_that_says_nothing_is_refused_at_once(start: Any) -> None:
+    with pytest.raises(ConfigError, match="start="):
+        make_bus().subscriber(SHIPPED, group="g", start=start)
+
+
+def test_a_broadcast_has_no_start() -> None:
+    with pytest.raises(ConfigError, match="broadcast"):
+        make_bus().subscriber(SHIPPED, broadcast=True, start="all")
+
+
+def test_a_start_is_a_time_or_positions() -> None:
+    handlers = Handlers()
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    for start in (moment, 5, ["t/0@1"]):
+        handlers.subscriber(SHIPPED, group="g", start=start)(print)
+    assert [r.start for r in handlers.registrations] == [moment.timestamp(), 5.0, ("t/0@1",)]
+
+
+async def test_a_start_that_the_broker_can_not_do_is_refused_before_anything_is_made() -> None:
+    for start, why in (("all", "keeps no history"), (["t/0@1"], "keeps no history")):
+        bus = make_bus()
+
+        @bus.subscriber(SHIPPED, group="g", start=start)
+        async def handle(body: str) -> None: ...
+
+        with pytest.raises(Unsupported, match=why):
+            await bus.__aenter__()

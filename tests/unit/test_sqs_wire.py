@@ -110,10 +110,10 @@ def test_a_plan_has_fifo_queues_where_order_is_asked_for() -> None:
         Declared(group, "p.t.g"),
     )
     made = topology.plan(Topology(channels=declared))
-    names = [place.name for place in made.places.values()]
-    assert names == ["p_-q.fifo", "p_-q_-dlq.fifo", "p_-q_-invalid", "p_-t_-g.fifo"]
-    assert made.topics[topic].name == "p_-t.fifo"
-    assert made.places[queue].letters is made.places[dead_letter_queue(queue)]
+    names = [place.name for place in made.values()]
+    assert names == ["p_-q.fifo", "p_-q_-dlq.fifo", "p_-q_-invalid", "p_-t.fifo", "p_-t_-g.fifo"]
+    assert made[queue].letters is made[dead_letter_queue(queue)]
+    assert made[dead_letter_queue(queue)].dead is made[queue]
     with pytest.raises(Unsupported):
         topology.plan(Topology(channels=(Declared(queue, "q", start="all"),)))
 
@@ -150,14 +150,20 @@ def test_a_hundred_headers_are_one_attribute_and_promoted_ones_are_their_own() -
     assert wire.decode(native)[0].headers == headers
 
 
-def test_the_most_binary_attributes_are_kept() -> None:
-    binary = {f"b{n}": {"DataType": "Binary", "BinaryValue": bytes([n])} for n in range(9)}
+@pytest.mark.parametrize("count", [9, 10])
+def test_nine_binary_attributes_are_kept_and_a_tenth_is_left_out_aloud(
+    count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    binary = {f"b{n}": {"DataType": "Binary", "BinaryValue": bytes([n])} for n in range(count)}
     native: Any = {"MessageId": "m", "Body": "x", "MessageAttributes": binary}
     message, _ = wire.decode(native)
     origin: Delivery[Any] = Delivery(message, Source(QUEUE), "handle", native=native)
     again = sent(message, origin=origin)
-    assert again["MessageAttributes"].keys() == {"unibus", *binary}
+    assert again["MessageAttributes"].keys() == {"unibus", *list(binary)[:9]}
     assert again["MessageAttributes"]["b8"] == binary["b8"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the copy of message m leaves out its binary attribute 'b9': SQS takes ten"
+    ] * (count - 9)
 
 
 def test_a_foreign_message_has_what_its_attributes_say() -> None:

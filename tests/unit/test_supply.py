@@ -21,6 +21,7 @@ from unibus_contracts import supply
 from unibus_contracts.supply import __main__ as command_line
 from unibus_contracts.supply import apt
 from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyError, free_ports, wait_until
+from unibus_contracts.supply.elasticmq import ElasticMQ
 from unibus_contracts.supply.kafka import Kafka
 from unibus_contracts.supply.native import Native, processes
 from unibus_contracts.supply.rabbitmq import RabbitMQ
@@ -29,7 +30,7 @@ from unibus_contracts.supply.sqs import SQS
 
 ROOT = Path(__file__).parents[2]
 KINDS = tuple(supply.KINDS.values())
-SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4}, "u", "p")
+SITE = Site("rabbitmq", "unibus1", "127.0.0.1", "/f", {"amqp": 1, "amqps": 2, "dist": 3, "epmd": 4, "api": 5}, "u", "p")
 
 
 class FakeKind:
@@ -296,6 +297,7 @@ def test_rabbitmq_listens_on_loopback_only_and_knows_no_guest() -> None:
     kind: Kind = RabbitMQ()
     config = kind.files(SITE)["rabbitmq.conf"].decode()
     assert set(re.findall(r"^listeners.*= (\S+):\d+$", config, re.MULTILINE)) == {"127.0.0.1"}
+    assert "management.tcp.ip = 127.0.0.1\n" in config
     assert "default_user = u\n" in config
     assert "guest" not in config
     environment = kind.native(SITE).environment
@@ -363,6 +365,15 @@ def test_the_emulator_of_sqs_listens_on_loopback_only_and_knows_no_default_key()
     assert (environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]) == ("u", "p")
     assert not {environment["IOT_MTLS_ENABLED"], environment["SFTP_ENABLED"]} - {"0"}
     assert SQS().variables(site, Path("/f"))["URL"] == "sqs://u:p@eu-west-1?endpoint_url=http://127.0.0.1:1&wait=1"
+
+
+def test_the_strict_emulator_of_sqs_listens_on_loopback_only() -> None:
+    site = Site("elasticmq", "unibus1", "127.0.0.1", "/f", {"http": 1}, "u", "p")
+    argv = ElasticMQ().native(site).argv
+    assert {"-Drest-sqs.bind-hostname=127.0.0.1", "-Drest-sqs.sqs-limits=strict", "-Drest-stats.enabled=false"} <= {
+        *argv
+    }
+    assert "elasticmq" not in supply.KINDS  # so that nobody starts it who has not asked for it
 
 
 def test_a_kill_waits_until_rabbitmq_has_registered_its_quorum_queues(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
+from typing import Any
+
 from unibus import Bus, Delivery, Topic
-from unibus.adapter import Source
-from unibus.channel import Group
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import LATER, NEVER, Kit, Seen, bodies, leftover, letters, until
-from unibus_contracts.spi import receive, starting_at_all
+from unibus_contracts.refusals import refused_at_start
 
 
 def subscriber(bus: Bus, topic: Topic[bytes], group: str, seen: Seen[tuple[str, bytes]]) -> None:
@@ -31,7 +33,9 @@ async def test_two_groups(kit: Kit) -> None:
     assert sorted(seen.all) == sorted((group, b"%d" % n) for group in ("one", "two") for n in range(50))
 
 
-@contract("fanout.offline_group_keeps_backlog", "A group that is not running gets what was published meanwhile.")
+@contract(
+    "fanout.offline_group_keeps_backlog", "A group that is not running gets all of the meantime, done by others or not."
+)
 async def test_offline(kit: Kit) -> None:
     topic, seen = kit.topic(), Seen[tuple[str, bytes]]()
     bus = kit.bus()
@@ -39,8 +43,11 @@ async def test_offline(kit: Kit) -> None:
     async with bus.running():
         await bus.publish(topic, b"online")
         await seen.reach(1)
-    async with kit.bus(topic) as publisher:
-        await publisher.publish_many(topic, [b"%d" % n for n in range(10)])
+    other, others = kit.bus(), Seen[tuple[str, bytes]]()
+    subscriber(other, topic, "other", others)
+    async with other.running():
+        await other.publish_many(topic, [b"%d" % n for n in range(10)])
+        await until(lambda: other.counts.get("handled") == 10, "the other group is through with them")
     again = kit.bus()
     subscriber(again, topic, "g", seen)
     async with again.running():
@@ -57,6 +64,16 @@ async def test_declared_before(kit: Kit) -> None:
         await publisher.publish(topic, b"early")
     async with kit.bus((topic, "g")) as reader:
         assert bodies(await leftover(reader, (topic, "g"))) == [b"early"]
+
+
+@contract("fanout.groups_are_per_topic", "Two topics with a group of the same name each keep their own messages.")
+async def test_per_topic(kit: Kit) -> None:
+    one, two = kit.topic(), kit.topic()
+    async with kit.bus((one, "g"), (two, "g")) as bus:
+        await bus.publish(one, b"1")
+        await bus.publish(two, b"2")
+        assert bodies(await leftover(bus, (one, "g"))) == [b"1"]
+        assert bodies(await leftover(bus, (two, "g"))) == [b"2"]
 
 
 @contract("fanout.settle_is_per_group", "When one group fails a message, only that group sees it again.")
@@ -113,19 +130,85 @@ async def test_new_group(kit: Kit) -> None:
         assert bodies(await leftover(bus, (topic, "new"))) == [b"present"]
 
 
+def starting(kit: Kit, topic: Topic[bytes], start: Any, seen: Seen[bytes]) -> Bus:
+    bus = kit.bus()
+
+    @bus.subscriber(topic, group="new", start=start, concurrency=1)
+    async def handle(body: bytes) -> None:
+        seen(body)
+
+    return bus
+
+
 @contract("fanout.new_group_may_start_at_all", "A group that starts at all gets the history first.", needs="replay")
 async def test_start_all(kit: Kit) -> None:
-    topic = kit.topic()
-    group = Group(topic, "new")
+    topic, seen = kit.topic(), Seen[bytes]()
     async with kit.bus((topic, "old")) as bus:
         await bus.publish(topic, b"history")
-        await bus.adapter.declare(starting_at_all(kit, topic, group))
+    async with starting(kit, topic, "all", seen).running() as bus:
         await bus.publish(topic, b"present")
-        subscription = await bus.adapter.subscribe(Source(group, start="all"))
-        found = [delivery.message.body for delivery in await receive(subscription, 2)]
-        await subscription.stop()
-        await subscription.close()
-    assert found == [b"history", b"present"]
+        await seen.reach(2)
+    assert seen.all == [b"history", b"present"]
+
+
+@contract("fanout.new_group_may_start_at_a_time", "A group that starts at a time gets what came since.", needs="replay")
+async def test_start_time(kit: Kit) -> None:
+    topic, seen = kit.topic(), Seen[bytes]()
+    async with kit.bus((topic, "old")) as bus:
+        await bus.publish(topic, b"before")
+        since = time.time() + 0.1  # brokers count in milliseconds
+        await until(lambda: time.time() > since + 0.1, "a while later")
+        await bus.publish(topic, b"since")
+    async with starting(kit, topic, datetime.fromtimestamp(since, UTC), seen).running() as bus:
+        await bus.publish(topic, b"present")
+        await seen.reach(2)
+    assert seen.all == [b"since", b"present"]
+
+
+@contract(
+    "fanout.start_is_for_new_groups", "A group that is there goes on where it was, whatever its start.", needs="replay"
+)
+async def test_start_known(kit: Kit) -> None:
+    topic, seen = kit.topic(), Seen[bytes]()
+    async with kit.bus((topic, "old")) as bus:
+        await bus.publish(topic, b"history")
+    async with kit.bus((topic, "new")):
+        pass
+    for n in range(2):
+        bus = starting(kit, topic, "all", seen)
+        async with bus.running():
+            await bus.publish(topic, b"%d" % n)
+            await seen.reach(n + 1)
+            await until(lambda bus=bus: bus.counts.get("handled") == 1, "handled")  # type: ignore[misc]
+    assert seen.all == [b"0", b"1"]
+
+
+@contract("fanout.new_group_may_start_at_a_position", "A group begins at a position, or is refused.", needs="replay")
+async def test_start_position(kit: Kit) -> None:
+    topic, seen, positions = kit.topic(), Seen[bytes](), Seen[str]()
+    old = kit.bus()
+
+    @old.subscriber(topic, group="old", concurrency=1)
+    async def note(body: bytes, delivery: Delivery[bytes]) -> None:
+        positions(delivery.position)
+
+    async with old.running():
+        for body in (b"0", b"1", b"2"):
+            await old.publish(topic, body, key="k")
+        await positions.reach(3)
+    bus = starting(kit, topic, positions.all[1:2], seen)
+    if not (await kit.capabilities()).start_positions:
+        await refused_at_start(bus)
+        return
+    async with bus.running():
+        await seen.reach(2)
+    assert seen.all == [b"1", b"2"]
+    elsewhere = kit.bus()
+
+    @elsewhere.subscriber(topic, group="elsewhere", start=["no position"])
+    async def never(body: bytes) -> None: ...
+
+    await refused_at_start(elsewhere)
 
 
 @contract("fanout.default_group_is_the_service", "Without a group's name, the processes of one service are one group.")

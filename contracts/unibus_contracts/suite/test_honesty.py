@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unibus import Bus, ConfigError, DeadLetter, Delivery, Discard, NotFound, Queue, RetryPolicy
+from unibus.tooling import attached, topology_of
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import Kit, Seen, bodies, leftover, until
 from unibus_contracts.refusals import REFUSALS, refused_at_start
@@ -213,3 +214,31 @@ async def test_health(kit: Kit) -> None:
         assert (await bus.health()).status == "ok"
         assert (await bus.adapter.check()).up
     assert (await bus.health()).status == "down"
+
+
+@contract(
+    "cap.inspect_tells_what_is_there",
+    "What a service needs on the broker, and whether it is there, can be seen without making any of it.",
+)
+async def test_inspect(kit: Kit) -> None:
+    queue, topic, group = kit.queue(), kit.topic(), "g"
+    async with kit.bus(queue, (topic, group)) as there:
+        known = kit.bus(queue, (topic, group), kit.queue(label="new"))
+        topology = topology_of(there)
+        found = await there.adapter.inspect(topology)
+        made = [one for one in found if one.rights]
+        assert made, "nothing is declared"
+        assert all(one.exists is not False for one in made), "what was declared is not seen"
+        assert any(one.exists for one in made), "nothing is seen"
+        addresses = {one.address for one in made}
+        assert {d.address for d in topology.channels} <= addresses, "objects without their channel"
+        for _ in range(2):  # the second look would see what the first one has made
+            async with attached(known) as tool:
+                seen = await tool.adapter.inspect(topology_of(tool))
+                missing = {one.address for one in seen if one.exists is False}
+                new = {d.address for d in topology_of(tool).channels} - addresses
+                assert missing == new, "not exactly what is new is missing"
+                for address in new:
+                    if isinstance(address, Queue):
+                        with pytest.raises(NotFound):
+                            await tool.adapter.backlog(address)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import quote
 
 from unibus import Delivery, Discard
 from unibus_contracts.contract import contract
-from unibus_contracts.kit import AT_ONCE, Kit, Seen, letters, until
+from unibus_contracts.kit import AT_ONCE, SOON, Kit, Seen, letters, until
 
 
 class Said(logging.Handler):
@@ -97,3 +100,24 @@ async def test_payload(kit: Kit) -> None:
                 await sender.send(typed.name, b"canary-json", key="canary-key", headers={"h": "canary-header"})
             await until(lambda: bus.counts.get("invalid") == 1, "invalid")
     assert [line for line in said.lines if "canary" in line] == []
+
+
+@contract("sec.credentials_not_logged", "A password is in no log, error, repr or health, also where nobody answers.")
+async def test_credentials(kit: Kit) -> None:
+    password = "pa@ss/5f1d%"  # noqa: S105  # of nobody
+    url = kit.nowhere(password)
+    own = kit.password()
+    secrets = {password, quote(password, safe=""), *((own, quote(own, safe="")) if own else ())}
+    queue = kit.queue()
+    buses = [kit.bus(queue), *([kit.bus(queue, url=url)] if url is not None else [])]
+    with listening(logging.DEBUG) as said:
+        for bus in buses:
+            told = [repr(bus)]
+            try:
+                async with asyncio.timeout(2 * SOON), bus:
+                    await bus.send(queue, b"x")
+                    told += [repr(bus), repr(bus.adapter), repr(await bus.health())]
+            except ConnectionError as error:
+                told += traceback.format_exception(error)  # with its causes: they are printed too
+            said.lines += told
+    assert [line for line in said.lines for secret in secrets if secret in line] == []

@@ -141,8 +141,9 @@ async def test_many(kit: Kit) -> None:
         assert list(await bus.send_many(queue, [])) == []
         sent = [b"%d" % n for n in range(250)]
         ids = await bus.send_many(queue, sent)
-        found = {d.message.id: d.body for d in await leftover(bus, queue)}
-    assert len(found) == 250
+        arrived = await leftover(bus, queue)
+    assert len(arrived) == 250
+    found = {d.message.id: d.body for d in arrived}
     assert [found[id] for id in ids] == sent
 
 
@@ -186,8 +187,9 @@ async def test_many_publishers(kit: Kit) -> None:
             return [await bus.send(queue, b"%d/%d" % (task, n), headers={"task": str(task)}) for n in range(20)]
 
         ids = await asyncio.gather(*(publish(task) for task in range(50)))
-        found = {d.message.id: d for d in await leftover(bus, queue)}
-    assert len(found) == 1000
+        arrived = await leftover(bus, queue)
+    assert len(arrived) == 1000
+    found = {d.message.id: d for d in arrived}
     for task, mine in enumerate(ids):
         for n, id in enumerate(mine):
             assert found[id].body == b"%d/%d" % (task, n)

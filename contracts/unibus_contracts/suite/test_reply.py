@@ -128,9 +128,9 @@ async def test_private(kit: Kit) -> None:
         return f"answer {body}"
 
     async with responder.running(), one, two:
-        for name, bus in (("one", one), ("two", two)):
-            answers = await asyncio.gather(*(bus.request(queue, f"{name} {n}", timeout=SOON) for n in range(20)))
-            assert answers == [f"answer {name} {n}" for n in range(20)]
+        asked = [(bus, f"{name} {n}") for n in range(20) for name, bus in (("one", one), ("two", two))]
+        answers = await asyncio.gather(*(bus.request(queue, body, timeout=SOON) for bus, body in asked))
+        assert answers == [f"answer {body}" for _, body in asked]
         assert one.counts.get("late_replies", 0) == two.counts.get("late_replies", 0) == 0
 
 

@@ -285,9 +285,11 @@ async def test_receiver_ends(kit: Kit) -> None:
 
     task = asyncio.create_task(iterate())
     await opened.wait()
+    begun = time.monotonic()
     await stack.aclose()
     done, _ = await asyncio.wait([task], timeout=SOON)
     assert done, "still iterating after the bus was closed"
+    assert time.monotonic() - begun < SOON, "with nothing to do, closing took too long"
     assert task.exception() is None or isinstance(task.exception(), Closed)
 
 

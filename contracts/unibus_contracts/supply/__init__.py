@@ -23,6 +23,7 @@ from typing import Protocol
 
 from .broker import Kind, Record, Site, SupplyError, brokers_folder, free_ports, locked, variable, wait_until
 from .containers import Docker
+from .elasticmq import ElasticMQ
 from .kafka import Kafka
 from .native import Native
 from .rabbitmq import RabbitMQ
@@ -32,6 +33,7 @@ from .sqs import SQS
 __all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka(), Redis(), SQS())}
+_PRIVATE: dict[str, Kind] = {kind.name: kind for kind in (ElasticMQ(),)}  # only as instances, for the tests that ask
 
 _READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
 
@@ -105,7 +107,7 @@ class Broker:
                 f"{self.name} at {variable(self.name)} wasn't started by the supply, so it can't be stopped or disturbed; "
                 'use supply.start(..., instance="...") for a broker of your own, or unset the variable'
             )
-        return KINDS[self.record.kind], self.record, _source(self.record)
+        return _kind(self.record.kind), self.record, _source(self.record)
 
 
 def start(name: str, instance: str = "") -> Broker:
@@ -145,7 +147,7 @@ def running(names: Iterable[str] = KINDS) -> list[Broker]:
 def stop(names: Iterable[str] | None = None) -> list[str]:
     """Stop everything the supply started in this checkout, private instances too, or those of some kinds; their names."""
     folder = brokers_folder()
-    kinds = set(KINDS if names is None else (_kind(name).name for name in names))
+    kinds = set({**KINDS, **_PRIVATE} if names is None else (_kind(name).name for name in names))
     homes = [
         home
         for home in sorted(folder.glob("*/"))
@@ -158,9 +160,9 @@ def stop(names: Iterable[str] | None = None) -> list[str]:
 
 
 def _kind(name: str) -> Kind:
-    if name not in KINDS:
+    if (kind := KINDS.get(name) or _PRIVATE.get(name)) is None:
         raise SupplyError(f"no broker {name!r}; there are: {', '.join(KINDS)}")
-    return KINDS[name]
+    return kind
 
 
 def _given(kind: Kind) -> dict[str, str]:

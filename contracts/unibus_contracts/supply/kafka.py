@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from . import apt
-from .broker import LOOPBACK, Command, Site, SupplyError, locked, tail
+from . import maven
+from .broker import LOOPBACK, Command, Site
 
 VERSION = "4.3.0"
+_NAME = f"kafka-{VERSION}"
 _CLUSTER = "dW5pYnVzLXRlc3RzLTAwMQ"  # base64 of 16 bytes; the same for all, since they never meet
 _TIMEOUT = 5.0
 
@@ -50,18 +48,7 @@ transaction.state.log.min.isr=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
-"""
-_POM = f"""\
-<project xmlns="http://maven.apache.org/POM/4.0.0">
-  <modelVersion>4.0.0</modelVersion>
-  <groupId>unibus</groupId>
-  <artifactId>test-broker</artifactId>
-  <version>1</version>
-  <dependencies>
-    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{VERSION}</version></dependency>
-    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka-tools</artifactId><version>{VERSION}</version></dependency>
-  </dependencies>
-</project>
+group.min.session.timeout.ms=1000
 """
 
 
@@ -73,12 +60,7 @@ class Kafka:
     private_ports: Sequence[str] = ("controller",)
 
     def install(self) -> None:
-        if shutil.which("java") is None:
-            apt.install("openjdk-17-jre-headless")
-        folder = _folder()
-        with locked(folder / "lock"):
-            if not (folder / "complete").exists():
-                _download(folder)
+        maven.install(_NAME, f"org.apache.kafka:kafka_2.13:{VERSION}", f"org.apache.kafka:kafka-tools:{VERSION}")
 
     def files(self, site: Site) -> Mapping[str, bytes]:
         import trustme  # heavy, and only a first start needs it
@@ -112,7 +94,7 @@ class Kafka:
 
     def native(self, site: Site) -> Command:
         # Two processors and C1 code only: it starts in half the time, and tests share the machine.
-        java = f"java -Xms128m -Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp '{_folder()}/libs/*'"
+        java = f"java -Xms128m -Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp '{maven.folder(_NAME)}/libs/*'"
         run = f"exec {java} kafka.Kafka {site.folder}/server.properties"
         return Command(["/bin/sh", "-c", f"{_format(site, java + ' kafka.tools.StorageTool')} && {run}"])
 
@@ -153,10 +135,6 @@ def _limited(site: Site) -> str:
     return f"{site.user}limited"
 
 
-def _folder() -> Path:
-    return apt.cache_folder(f"kafka-{VERSION}")
-
-
 def _format(site: Site, tool: str) -> str:
     """The storage, unless it is there; with the same account for SCRAM as for PLAIN."""
     scram = " ".join(
@@ -165,21 +143,6 @@ def _format(site: Site, tool: str) -> str:
         for user in (site.user, _limited(site))
     )
     return f"{tool} format -t {_CLUSTER} -c {site.folder}/server.properties --ignore-formatted {scram} >/dev/null"
-
-
-def _download(folder: Path) -> None:
-    """Kafka's jars from Maven Central, by Maven."""
-    if shutil.which("mvn") is None:
-        apt.install("maven")
-    (folder / "pom.xml").write_text(_POM)
-    log = folder / "maven.log"
-    print(f"downloading Kafka {VERSION} with Maven (log: {log})", file=sys.stderr)
-    command = ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=libs", "-DincludeScope=runtime"]
-    with log.open("w") as output:
-        done = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode != 0:
-        raise SupplyError(f"Maven could not download Kafka {VERSION}; the end of its log:\n{tail(log)}")
-    (folder / "complete").touch()
 
 
 def _greet(link: socket.socket, host: str) -> None:

@@ -1,4 +1,7 @@
-"""RabbitMQ: AMQP 0-9-1 on one port, the same over TLS on another, a user of its own instead of guest."""
+"""RabbitMQ: AMQP 0-9-1 on one port, the same over TLS on another, a user of its own instead of guest.
+
+On a third the management API, with which tests make users of fewer rights. It collects no metrics: they cost time.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,9 @@ ssl_options.fail_if_no_peer_cert = false
 default_user = {user}
 default_pass = {password}
 loopback_users = none
+management.tcp.ip = {address}
+management.tcp.port = {api}
+management_agent.disable_metrics_collector = true
 disk_free_limit.absolute = 50MB
 log.file.level = info
 """
@@ -37,7 +43,7 @@ class RabbitMQ:
     name = "rabbitmq"
     process = "beam.smp"
     image = "rabbitmq:4.1"
-    ports: Sequence[str] = ("amqp", "amqps")
+    ports: Sequence[str] = ("amqp", "amqps", "api")
     private_ports: Sequence[str] = ("dist", "epmd")
 
     def install(self) -> None:
@@ -54,7 +60,7 @@ class RabbitMQ:
         values = {**site.ports, "address": site.address, "folder": site.folder}
         return {
             "rabbitmq.conf": CONFIG.format(**values, user=site.user, password=site.password).encode(),
-            "enabled_plugins": b"[].\n",
+            "enabled_plugins": b"[rabbitmq_management].\n",
             "ca.pem": authority.cert_pem.bytes(),
             "server.pem": b"".join(pem.bytes() for pem in server.cert_chain_pems),
             "server.key": server.private_key_pem.bytes(),
@@ -101,6 +107,7 @@ class RabbitMQ:
         return {
             "URL": f"amqp://{account}:{site.ports['amqp']}/",
             "TLS_URL": f"amqps://{account}:{site.ports['amqps']}/",
+            "API": f"http://{account}:{site.ports['api']}/api",
             "CA": str(files / "ca.pem"),
         }
 
@@ -120,6 +127,8 @@ class RabbitMQ:
             place = urlsplit(f"//{host}")
             address = (place.hostname or "localhost", place.port or (5671 if secure else 5672))
             with socket.create_connection(address, _TIMEOUT) as link:
+                if parts.scheme == "http":
+                    continue  # the management API: it listens
                 if secure:
                     with _anyone().wrap_socket(link) as sealed:
                         _greet(sealed, host)

@@ -61,12 +61,13 @@ def complain(text: str) -> None:
     print(f"unibus: {text}", file=sys.stderr, flush=True)
 
 
-def command(function: Callable[..., Any]) -> Callable[..., None]:
-    """`function` as a typer command."""
+def command(function: Callable[..., Any], *, own_log: bool = False) -> Callable[..., None]:
+    """`function` as a typer command. `own_log`: it sets up logging itself."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        _log_plainly()
+        if not own_log:
+            _log_plainly()
         try:
             if inspect.iscoroutinefunction(function):
                 asyncio.run(_interruptible(function(*args, **kwargs)))

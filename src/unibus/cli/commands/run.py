@@ -22,7 +22,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 def register(app: typer.Typer) -> None:
-    app.command(name="run")(command(run))
+    app.command(name="run")(command(run, own_log=True))
 
 
 def run(
@@ -80,4 +80,4 @@ async def _work(bus: Bus, only: list[str] | None, *, worker: bool) -> None:
 def _log(level: Level) -> None:
     """Before the application is imported, which may set it up otherwise."""
     form = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=level.upper(), format=form, stream=sys.stderr, force=True)
+    logging.basicConfig(level=level.upper(), format=form, stream=sys.stderr)

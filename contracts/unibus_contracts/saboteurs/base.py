@@ -1,0 +1,125 @@
+"""What saboteurs are made of: a wrapper around the memory adapter that does everything right, to be overridden.
+
+The URL is `sabotaged://NAME?saboteur=...`, found by an entry point like the adapter of any third party. It can name a host, so
+that the contracts on what can't be reached have something to fail on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+from unibus.adapter import Endpoint, Move, Outcome, Outgoing, Results, Source, Topology, Url
+from unibus.capabilities import Capabilities
+from unibus.delivery import Delivery
+from unibus.errors import ConnectionLost
+from unibus.memory import MemoryAdapter
+from unibus.memory_subscription import MemorySubscription
+
+SCHEME = "sabotaged"
+HOST = "in.memory"  # with a dot, like one that may be out of reach
+HEALTHY = "nobody"
+
+
+class Subscription:
+    """A subscription that hands everything on. `inner`: that of the memory adapter."""
+
+    def __init__(self, adapter: Adapter, inner: MemorySubscription) -> None:
+        self.adapter = adapter
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        return [self.adapter.receiving(delivery) for delivery in await self.inner.receive(limit, timeout)]
+
+    async def settle(
+        self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
+    ) -> Results:
+        return await self.inner.settle(outcome, deliveries, delays=delays)
+
+    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
+        changed = [Move(m.delivery, [out for send in m.sends for out in self.adapter.sending(send)]) for m in moves]
+        return await self.inner.move(changed, timeout)
+
+
+class Adapter:
+    """An adapter that hands everything on. Two hooks see each message: on its way out, moves included, and on its way in."""
+
+    subscription: ClassVar[type[Subscription]] = Subscription
+    claims: ClassVar[dict[str, Any]] = {}  # over what the memory adapter says of itself
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        url = endpoint.url
+        self.url = url
+        self.reachable = all(port is None for _, port in url.hosts)
+        settings = {name: value for name, value in endpoint.settings.items() if name != "saboteur"}
+        memory = Url("memory", tuple((host, None) for host, _ in url.hosts))
+        self.inner = MemoryAdapter(replace(endpoint, url=memory, settings=settings))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.inner.capabilities, adapter=SCHEME, **self.claims)
+
+    async def connect(self) -> None:
+        if not self.reachable:
+            raise ConnectionLost(f"nobody listens at {self.url}")
+        await self.inner.connect()
+
+    async def declare(self, topology: Topology) -> None:
+        await self.inner.declare(topology)
+
+    def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
+        """What is stored for it; nothing: it is lost, and confirmed."""
+        return (outgoing,)
+
+    def receiving(self, delivery: Delivery[Any]) -> Delivery[Any]:
+        return delivery
+
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        parts = [list(self.sending(outgoing)) for outgoing in batch]
+        results = iter(await self.inner.send([out for part in parts for out in part], timeout))
+        return [next((e for e in [next(results) for _ in part] if e is not None), None) for part in parts]
+
+    async def subscribe(self, source: Source) -> Subscription:
+        return self.subscription(self, await self.inner.subscribe(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Saboteur:
+    """One broken adapter. `bug`: one sentence; `kills`: the contracts that are meant to catch it."""
+
+    name: str
+    bug: str
+    kills: tuple[str, ...]
+    adapter: type[Adapter]
+
+
+SABOTEURS: dict[str, Saboteur] = {}
+C = TypeVar("C", bound=type[Adapter] | type[Subscription])
+
+
+def saboteur(bug: str, *kills: str) -> Callable[[C], C]:
+    """Enlist a broken adapter, or one whose subscriptions are. Its name is that of the class: `LosesTheKey`, `loses-the-key`."""
+    if not bug.endswith(".") or not kills:
+        raise ValueError(f"{bug!r}: one sentence, and the contracts that are meant to catch it")
+
+    def enlist(broken: C) -> C:
+        name = "".join(f"-{c.lower()}" if c.isupper() else c for c in broken.__name__).strip("-")
+        if name in SABOTEURS:
+            raise ValueError(f"two saboteurs are called {name}")
+        adapter = broken if issubclass(broken, Adapter) else type(broken.__name__, (Adapter,), {"subscription": broken})
+        SABOTEURS[name] = Saboteur(name, bug, kills, adapter)
+        return broken
+
+    return enlist
+
+
+def changed(outgoing: Outgoing, **fields: Any) -> Outgoing:
+    """The same with other fields of its message."""
+    return replace(outgoing, message=replace(outgoing.message, **fields))

@@ -1,0 +1,200 @@
+"""Saboteurs of telling: capabilities that are not true, logs that say too much or nothing, and secrets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from unibus.adapter import Health, Move, Outcome, Outgoing, Results, Source, Topology
+from unibus.capabilities import Support, emulated, native, refused
+from unibus.channel import Inbox
+from unibus.delivery import Delivery
+from unibus.errors import ConnectionLost, Unsupported
+
+from .base import Adapter, Subscription, saboteur
+
+log = logging.getLogger("unibus.sabotaged")
+
+
+@saboteur("Deduplication is declared, and there is none.", "dedup.id_sent_twice_arrives_once")
+class ClaimsDedup(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"dedup": native(limit=300)}
+
+
+@saboteur("Replay is declared, and a group begins now all the same.", "fanout.new_group_may_start_at_all")
+class ClaimsReplay(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"replay": native()}
+
+    async def subscribe(self, source: Source) -> Subscription:
+        source.start = "new"
+        return await super().subscribe(source)
+
+    async def declare(self, topology: Topology) -> None:
+        for declared in topology.channels:
+            object.__setattr__(declared, "start", "new")
+        await super().declare(topology)
+
+
+@saboteur("Replay is refused, and a group that asks for it begins now without a word.", "cap.undeclared_is_refused")
+class TakesReplayInSilence(ClaimsReplay):
+    claims: ClassVar[dict[str, Any]] = {}
+
+
+@saboteur("Messages are deduplicated by id, though that is declared refused.", "cap.undeclared_is_refused")
+class DeduplicatesInSilence(Adapter):
+    def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
+        known = self.inner.broker.__dict__.setdefault("ids", set())
+        place, id = (str(outgoing.to), outgoing.message.id), outgoing.message.id
+        new = outgoing.origin is not None or place not in known
+        known.add((str(outgoing.to), id))
+        return (outgoing,) if new else ()
+
+
+@saboteur(
+    "Giving back is declared refused, and is done before it is refused.",
+    "settle.release_is_uncounted",
+    "cap.undeclared_is_refused",
+)
+class RefusesAfterActing(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"release": refused("this broker can't")}
+
+    async def subscribe(self, source: Source) -> Subscription:
+        return Acting(self, await self.inner.subscribe(source))
+
+
+class Acting(Subscription):
+    async def settle(
+        self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
+    ) -> Results:
+        results = await self.inner.settle(outcome, deliveries)
+        if outcome is Outcome.RELEASED:
+            raise Unsupported("this broker can't")
+        return results
+
+
+@saboteur(
+    "A move is declared refused, and sends before it is refused.",
+    "settle.move_is_one_step",
+    "cap.undeclared_is_refused",
+)
+class SendsBeforeItRefuses(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"atomic_move": refused("this broker can't")}
+
+    async def subscribe(self, source: Source) -> Subscription:
+        return Sending(self, await self.inner.subscribe(source))
+
+
+class Sending(Subscription):
+    async def move(self, moves: Sequence[Move], timeout: float) -> Results:
+        await self.adapter.send([send for move in moves for send in move.sends], timeout)
+        raise Unsupported("this broker can't")
+
+
+@saboteur("No count is declared, and one is made up.", "consume.delivery_count", "cap.undeclared_is_refused")
+class MakesUpACount(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"delivery_count": refused("this broker does not count")}
+
+
+@saboteur("No lease is declared, and deliveries have an end.", "settle.extend_prolongs", "cap.undeclared_is_refused")
+class HidesItsLeases(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"lease": refused("deliveries don't expire")}
+
+
+@saboteur("A feature is emulated, and nothing says how.", "cap.every_level_is_explained")
+class ExplainsNothing(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"order": emulated("")}
+
+
+@saboteur("A level is a word that nobody knows.", "cap.every_level_is_explained")
+class UnknownLevel(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"browse": Support("somehow")}  # type: ignore[arg-type]  # that is the bug
+
+
+@saboteur("A largest body is declared that is too large by a byte.", "size.at_max")
+class ClaimsAByteTooMany(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"max_body": 1001}
+
+    def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
+        return (outgoing,) if len(outgoing.message.body) <= 1000 else ()
+
+
+@saboteur(
+    "Fewer messages a call are taken than is declared; the rest is dropped.",
+    "publish.batches_are_split",
+    "publish.many_returns_ids",
+)
+class ClaimsALargerBatch(Adapter):
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        taken = await super().send(batch[:100], timeout)
+        return [*taken, *[None] * (len(batch) - len(taken))]
+
+
+@saboteur("The link is never well.", "obs.health_is_ok", "competing.surplus_is_harmless")
+class AlwaysIll(Adapter):
+    async def check(self) -> Health:
+        return Health(up=False)
+
+
+@saboteur("The broker is always said to take no messages.", "obs.health_is_ok")
+class AlwaysBlocked(Adapter):
+    async def check(self) -> Health:
+        return Health(up=True, blocked="no memory left")
+
+
+@saboteur("Each send is worth a warning.", "obs.quiet_on_success")
+class WarnsOfEverything(Adapter):
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        log.warning("sending %d messages", len(batch))
+        return await super().send(batch, timeout)
+
+
+@saboteur("The driver turns logging off.", "obs.every_end_is_logged")
+class TurnsLoggingOff(Adapter):
+    async def connect(self) -> None:
+        logging.disable()
+        await super().connect()
+
+
+@saboteur("Bodies are in the log.", "sec.payload_not_logged")
+class LogsBodies(Adapter):
+    def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
+        log.debug("sending %r", outgoing.message.body)
+        return (outgoing,)
+
+
+@saboteur("Headers are in the log.", "sec.payload_not_logged")
+class LogsHeaders(Adapter):
+    def receiving(self, delivery: Delivery[Any]) -> Delivery[Any]:
+        log.debug("received with %s", dict(delivery.message.headers))
+        return delivery
+
+
+@saboteur("The password is in the log.", "sec.credentials_not_logged")
+class LogsThePassword(Adapter):
+    async def connect(self) -> None:
+        password = self.url.password.value if self.url.password else ""
+        log.debug("connecting as %s:%s", self.url.username, password)
+        await super().connect()
+
+
+@saboteur("The password is in the error.", "publish.connect_failure_is_bounded", "sec.credentials_not_logged")
+class TellsThePassword(Adapter):
+    async def connect(self) -> None:
+        if not self.reachable:
+            password = self.url.password.value if self.url.password else ""
+            raise ConnectionLost(f"nobody listens at {self.url}, {self.url.username}:{password}")
+        await super().connect()
+
+
+@saboteur("A host that can't be reached is tried for ever.", "publish.connect_failure_is_bounded")
+class ConnectsForEver(Adapter):
+    async def connect(self) -> None:
+        await (super().connect() if self.reachable else asyncio.Event().wait())
+
+
+@saboteur("Any text is a return address.", "reply.address_is_untrusted")
+class TrustsReturnAddresses(Adapter):
+    def reply_to(self, text: str) -> Any:
+        return next((address for address in self.inner._keys if str(address.name) in text), Inbox(text))
