@@ -14,7 +14,7 @@ from tests.integration import redis_kit
 from tests.integration.redis_kit import Cluster, Sentinels
 
 from unibus import Bus, ConfigError, DeadLetter, Delivery, Queue, RetryPolicy, Topic, deadletter
-from unibus.adapter import Move, Outgoing, Source
+from unibus.adapter import Declared, Move, Outgoing, Source, Topology
 from unibus.channel import dead_letter_queue
 from unibus.errors import ConnectionLost, Unsupported
 from unibus.message import Message, new_id
@@ -171,6 +171,12 @@ async def test_channels_are_on_all_masters(cluster: Cluster) -> None:
             assert (await bus.backlog(queue)).ready == 0
         health = await bus.health()
         assert health.status == "ok"
+        found = await bus.adapter.inspect(
+            Topology("verify", tuple(Declared(queue, queue.name) for queue in (*queues, Queue("gone"))))
+        )
+        assert len([one for one in found if one.kind == "server" and "appendonly is off" in one.risk]) == 3
+        assert [one.name for one in found if one.exists is False] == ["gone, group unibus"]
+        assert [one.messages for one in found if one.kind == "delayed set"] == [0, 0, 0, 0]
 
 
 async def test_a_batch_goes_to_all_masters_and_a_move_to_one(cluster: Cluster) -> None:
