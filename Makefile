@@ -45,8 +45,7 @@ saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by th
 	$(BIN)/python -m unibus_contracts.saboteurs
 
 contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" \
-		-n 4 --unibus-pin=contracts/unibus_contracts/answers
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 4
 
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration

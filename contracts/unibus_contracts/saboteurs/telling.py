@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from unibus.adapter import Health, Move, Outcome, Outgoing, Results, Source, Topology
@@ -23,18 +24,34 @@ class ClaimsDedup(Adapter):
     claims: ClassVar[dict[str, Any]] = {"dedup": native(limit=300)}
 
 
-@saboteur("Replay is declared, and a group begins now all the same.", "fanout.new_group_may_start_at_all")
+@saboteur(
+    "Replay is declared, and a group begins now all the same.",
+    "fanout.new_group_may_start_at_all",
+    "fanout.new_group_may_start_at_a_time",
+    "fanout.new_group_may_start_at_a_position",
+)
 class ClaimsReplay(Adapter):
-    claims: ClassVar[dict[str, Any]] = {"replay": native()}
+    claims: ClassVar[dict[str, Any]] = {"replay": native(), "start_positions": True}
 
     async def subscribe(self, source: Source) -> Subscription:
-        source.start = "new"
-        return await super().subscribe(source)
+        return await super().subscribe(replace(source, start="new"))
 
     async def declare(self, topology: Topology) -> None:
-        for declared in topology.channels:
-            object.__setattr__(declared, "start", "new")
+        channels = tuple(replace(declared, start="new") for declared in topology.channels)
+        await super().declare(replace(topology, channels=channels))
+
+
+@saboteur("A group that is to begin with the history does so each time.", "fanout.start_is_for_new_groups")
+class ReplaysEachTime(ClaimsReplay):
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        self.inner.broker.__dict__.setdefault("history", []).extend(batch)
+        return await super().send(batch, timeout)
+
+    async def declare(self, topology: Topology) -> None:
         await super().declare(topology)
+        for group in (declared.address for declared in topology.channels if declared.start == "all"):
+            past = self.inner.broker.__dict__.get("history", ())
+            await self.inner.send([replace(o, to=group) for o in past if o.to == getattr(group, "topic", None)], 1)
 
 
 @saboteur("Replay is refused, and a group that asks for it begins now without a word.", "cap.undeclared_is_refused")
