@@ -254,6 +254,8 @@ async def look(
             for delivery in deliveries:
                 left -= 1
                 delivery.settler = _LOOKING
+                if delivery.message.correlation_id is None:  # its own conversation, as a handler sees it
+                    delivery.message.correlation_id = delivery.message.id
                 delivery.body = readable(codec, delivery.message)
                 yield delivery
     finally:

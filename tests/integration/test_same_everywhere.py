@@ -135,7 +135,7 @@ class Run:
         bus, past = self.bus, 1_000_000_000.0
         for id, what in JOBS.items():
             await bus.send(self.jobs, _message(id, Job(id=id, what=what)))
-        await bus.send(self.jobs, _message("m-late", Job(id="m-late"), expires_at=past))
+        await bus.send(self.jobs, _message("m-late", Job(id="m-late"), expires_at=past, correlation_id=None))
         await bus.send(self.jobs, _message("m-odd", b"\x00 not JSON", content_type="application/json"))
         for id in ("m-ok", "m-always"):
             await bus.publish(self.news, _message(f"t-{id}", Job(id=id, what=JOBS[id])))

@@ -26,7 +26,7 @@ from unibus.config import load
 
 SRC = ROOT / "src" / "unibus"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 GUIDE = sections(read("docs/guide.md"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from unibus.adapter import Health, Move, Outcome, Outgoing, Results, Source, Topology
+from unibus.adapter import Health, Inspected, Move, Outcome, Outgoing, Results, Source, Topology
 from unibus.capabilities import Support, emulated, native, refused
 from unibus.channel import Inbox
 from unibus.delivery import Delivery
@@ -215,3 +215,17 @@ class ConnectsForEver(Adapter):
 class TrustsReturnAddresses(Adapter):
     def reply_to(self, text: str) -> Any:
         return next((address for address in self.inner._keys if str(address.name) in text), Inbox(text))
+
+
+@saboteur("To look at what is there makes what is missing.", "cap.inspect_tells_what_is_there")
+class MakesByLooking(Adapter):
+    async def inspect(self, topology: Topology) -> Sequence[Inspected]:
+        found = await self.inner.inspect(topology)
+        await self.inner.declare(replace(topology, mode="create"))
+        return found
+
+
+@saboteur("All is said to be there.", "cap.inspect_tells_what_is_there")
+class SeesEverything(Adapter):
+    async def inspect(self, topology: Topology) -> Sequence[Inspected]:
+        return [replace(one, exists=True) for one in await self.inner.inspect(topology)]
