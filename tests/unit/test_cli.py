@@ -67,6 +67,7 @@ def test_what_was_received_can_be_sent_again(cli: Cli) -> None:
     assert line.pop("timestamp") > 0
     assert line == {
         "id": sent["id"],
+        "correlation_id": sent["id"],
         "key": "c42",
         "headers": {"tenant": "north", "a": "b=c"},
         "content_type": "application/json",
