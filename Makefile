@@ -48,7 +48,7 @@ contracts: $(STAMP) ## the contract suite on the memory adapter and on each brok
 	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 4
 
 integration: $(STAMP) ## adapters on real brokers, faults included
-	@$(BROKERS); $(BIN)/pytest tests/integration
+	@$(BROKERS); $(BIN)/pytest tests/integration -n 3 --dist loadfile
 
 brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_URL; prints NAME=value lines
 	@$(SUPPLY) up

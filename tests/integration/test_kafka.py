@@ -220,11 +220,9 @@ async def test_commits_are_not_per_message(lab: Bench, monkeypatch: pytest.Monke
     async def handle(body: bytes) -> None: ...
 
     async with bus.running():
-        begun = time.monotonic()
         await bus.send_many(queue, [b"x"] * 2000)
         await until(lambda: bus.counts.get("handled") == 2000, "handled")
-        took = time.monotonic() - begun
-    assert 1 <= len(commits) <= took / 0.2 + 2
+    assert 1 <= len(commits) < 2000 / 10  # by time, so a busy machine has more of them
 
 
 async def test_nothing_is_committed_for_a_partition_that_is_no_longer_ours(lab: Bench) -> None:
