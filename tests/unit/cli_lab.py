@@ -1,5 +1,7 @@
 """What the tests of the command line share: it runs in this process, on a memory broker that lasts as long as the test."""
 
+import importlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,9 @@ from typer.testing import CliRunner
 from unibus.cli.app import make
 
 URL = "memory://cli"
+
+# One count for the whole process: an imported module outlives its test, so two tests must never share a name.
+_numbers = itertools.count(1)
 
 APP = """
     from pydantic import BaseModel
@@ -68,7 +73,6 @@ class Cli:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._app = make()
-        self._modules = 0
 
     def __call__(self, *arguments: str, text: str | None = None, url: str | None = URL) -> Done:
         where = [] if url is None else ["--url", url]
@@ -84,9 +88,9 @@ class Cli:
         return done
 
     def app(self, source: str = APP) -> str:
-        self._modules += 1
-        name = f"shop{self._modules}_{id(self)}"
+        name = f"shop{next(_numbers)}"
         (self.folder / f"{name}.py").write_text(dedent(source), encoding="utf-8")
+        importlib.invalidate_caches()  # the folder may have been looked at within the same tick of its timestamp
         return f"{name}:bus"
 
     def toml(self, text: str) -> None:
