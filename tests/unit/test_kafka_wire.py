@@ -387,6 +387,21 @@ def test_errors_are_translated(native: BaseException, expected: type[Exception])
     assert str(error).startswith("send to 'q': ")
 
 
+@pytest.mark.parametrize(
+    ("native", "needed"),
+    [
+        (kafka.TopicAuthorizationFailedError("t"), "needs Write on topic 't'"),
+        (kafka.TopicAuthorizationFailedError({"b", "a"}), "needs Write on topic 'a', 'b'"),
+        (kafka.GroupAuthorizationFailedError("g"), "needs Write on group 'g'"),
+        (kafka.GroupAuthorizationFailedError(), "needs Write on group"),
+        (kafka.ClusterAuthorizationFailedError(), "needs IdempotentWrite on the cluster, or "),
+    ],
+)
+def test_a_right_that_is_missing_is_named(native: BaseException, needed: str) -> None:
+    error = errors.translate(native, "send to 'q'", "Write")
+    assert str(error).startswith(f"send to 'q': not authorized; this user {needed}")
+
+
 def endpoint(**settings: object) -> Endpoint:
     url = Url("kafka", (("k1", None), ("k2", 9999)), username="me", password=Secret("hush"))
     return Endpoint(url, "svc", "i1", SystemClock(), settings=settings)
