@@ -239,8 +239,8 @@ class _Run:
         for (value, place, group), tries in self.handled.items():
             sends = self.sends.get(value, ())
             if place in self.promised.ordered and len(sends) == 1 and sends[0].kind == "ok":
-                send = sends[0].begun
-                first[place, group, send.key, send.process].append((tries[0].begun.at, sends[0]))
+                begun = sends[0].begun
+                first[place, group, begun.key, begun.process].append((tries[0].begun.at, sends[0]))
         for (place, group, key, _), firsts in first.items():
             newest = 0
             for at, send in sorted(firsts, key=lambda one: one[0]):
