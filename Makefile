@@ -41,7 +41,7 @@ test: $(STAMP) ## everything: lint, types, unit tests, saboteurs, then contracts
 checks: lint types unit saboteurs brokers-up contracts integration
 
 unit: $(STAMP) ## unit tests: core on the memory adapter, no broker
-	$(BIN)/pytest tests/unit -n 2 --dist worksteal
+	$(BIN)/pytest tests/unit -n 3 --dist worksteal
 
 saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by those that are meant to, none that never does
 	$(BIN)/python -m unibus_contracts.saboteurs
