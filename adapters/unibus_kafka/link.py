@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.conn import create_conn
-from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, TopicAuthorizationFailedError, for_code
+from aiokafka.errors import (
+    InvalidReplicationFactorError,
+    KafkaError,
+    NoError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    for_code,
+)
 from aiokafka.partitioner import murmur2
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
@@ -157,16 +164,24 @@ class Link:
             (name, o.partitions or -1, o.replication or -1, [], list(o.config.items())) for name, o in wanted.items()
         ]
         request = CreateTopicsRequest(entries, round(TIMEOUT * 1000), validate_only=False)
-        response = await self.patiently(
-            lambda: self._client.send(self._client.cluster.controller.nodeId, request), "create topics"
-        )
+
+        async def ask() -> Any:
+            response = await self._client.send(self._client.cluster.controller.nodeId, request)
+            for _, code, *text in response.topic_errors:
+                # No broker to put it on: the controller has not heard of any for some seconds, and will again.
+                if for_code(code) is InvalidReplicationFactorError and "fenced" in "".join(filter(None, text)):
+                    raise ConnectionLost(f"create topics: {text[0]}")
+            return response
+
+        response = await self.patiently(ask, "create topics")
         for name, code, *text in response.topic_errors:
             error = for_code(code)
             if error is NoError:
                 log.info("created topic %s", name)
             elif error is not TopicAlreadyExistsError:  # by another process, in this moment
                 native = error(name) if error is TopicAuthorizationFailedError else error(*filter(None, text))
-                raise errors.translate(native, f"create topic {name!r}", "Create") from native
+                words = f" ({text[0]})" if text and text[0] else ""
+                raise errors.translate(native, f"create topic {name!r}{words}", "Create") from native
 
         async def led() -> None:
             leader = self._client.cluster.leader_for_partition
