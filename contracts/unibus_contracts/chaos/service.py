@@ -6,6 +6,7 @@ What becomes of a message follows from its number alone, so that every process k
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -90,7 +91,11 @@ class Handling:
                     with self.recorder.during("settle", value=item.value, place="manual"):
                         await delivery.ack()
                 except Exception as error:  # written down as unknown; the message comes again
-                    print(f"manual: {item.value} was not settled: {type(error).__name__}: {error}", flush=True)
+                    print(
+                        f"manual: {item.value} was not settled: {type(error).__name__}: {error}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
 
 def make(url: str, prefix: str) -> Bus:

@@ -1,7 +1,7 @@
 """The processes that work: `python -m unibus_contracts.chaos.worker produce|consume FOLDER NAME PREFIX`, the URL in the environment.
 
 A producer does what stands on its standard input: `go 500 3.5` sends 500 messages over 3.5 seconds; it says `done` when each of
-them has been confirmed or given up, and ends with its input. A consumer works until SIGTERM.
+them has been confirmed or given up, and ends with its input. A consumer works until SIGTERM. Both say `ready` when connected.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ async def produce(bus: Bus, recorder: Recorder) -> None:
     slots = asyncio.Semaphore(_IN_FLIGHT)
     count = 0
     async with bus, asyncio.TaskGroup() as group:
+        print("ready", flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             _, messages, seconds = line.split()
             began, tasks = loop.time(), []
@@ -57,6 +58,7 @@ async def consume(bus: Bus, recorder: Recorder) -> None:
     handling = service.Handling(recorder)
     handling.register(bus)
     async with bus:
+        print("ready", flush=True)
         receiving = asyncio.create_task(handling.by_hand(bus))
         try:
             await bus.run()  # until SIGTERM

@@ -35,6 +35,7 @@ class Worker:
         return self.process.pid
 
     async def start(self) -> None:
+        """Returns once it is connected: a service that can't reach its broker at start ends, and its fault is another's."""
         self._starts += 1
         with (self._folder / f"{self._base}.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -42,17 +43,23 @@ class Worker:
                 *(self._role, str(self._folder), self.name, self._prefix),
                 env={**os.environ, URL: self._url},
                 stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE if self._role == "produce" else log,
+                stdout=asyncio.subprocess.PIPE,
                 stderr=log,
             )
+        await self._says(b"ready\n")
 
     async def send(self, messages: int, seconds: float) -> None:
         """Have a producer send; returns once each of the messages was confirmed or given up."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(f"go {messages} {seconds}\n".encode())
-        if (answer := await self.process.stdout.readline()) != b"done\n":
-            raise RuntimeError(f"{self.name} has ended in the middle ({answer!r}); see {self._base}.log")
+        await self._says(b"done\n")
+
+    async def _says(self, line: bytes) -> None:
+        assert self.process.stdout is not None
+        if (answer := await self.process.stdout.readline()) != line:
+            raise RuntimeError(
+                f"{self.name} said {answer!r} instead of {line!r}; see {self._base}.log in {self._folder}"
+            )
 
     async def end(self) -> int:
         """SIGTERM, or the end of the input; its exit status. RuntimeError: it did not end in time, and was killed."""
