@@ -76,7 +76,9 @@ class Worker:
             raise RuntimeError(f"{self.name} was still there {_END:.0f} s after SIGTERM") from None
 
     async def kill(self) -> int:
-        """SIGKILL; the status it ended with, by this or before."""
+        """SIGKILL; the status it ended with, by this or before. 0: it was never started."""
+        if self._process is None:
+            return 0
         if self.process.returncode is None:
             self.process.kill()
         return await self.process.wait()
