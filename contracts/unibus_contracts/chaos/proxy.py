@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
 _CHUNK = 65536
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 
 @dataclass(eq=False)
@@ -22,6 +25,9 @@ class Link:
     def reset(self) -> None:
         """RST to both: what is in the buffers is lost."""
         for writer in (self.client, self.server):
+            sock = writer.get_extra_info("socket")
+            if not writer.is_closing():
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)  # without it a close is a FIN
             writer.transport.abort()
 
 
