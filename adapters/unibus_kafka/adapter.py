@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -13,8 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
-from unibus.driver import linked, place_of, send_all
-from unibus.driver import missing as not_there
+from unibus.driver import all_there, linked, nobody, place_of, send_all
 from unibus.errors import (
     ConfigError,
     MessageTooLarge,
@@ -22,7 +22,6 @@ from unibus.errors import (
     Timeout,
     TransportError,
     UnibusError,
-    Unroutable,
 )
 from unibus_kafka import config, errors, topology, wire
 from unibus_kafka.capabilities import known
@@ -147,8 +146,7 @@ class KafkaAdapter:
         for group, (place, _, _) in made.groups.items():
             if place.topic not in gone and not await link.committed(group):
                 missing.append(f"group {group!r}")
-        if missing:
-            raise not_there("Kafka", missing)
+        all_there("Kafka", missing)
 
     # Sending
 
@@ -184,7 +182,7 @@ class KafkaAdapter:
                 subscription.sent(topic)
         for i, outgoing in enumerate(batch):
             if isinstance(outgoing.to, Topic) and results[i] is None and not await self._has_group(link, outgoing.to):
-                results[i] = Unroutable(f"{outgoing.to} has no group")
+                results[i] = nobody(outgoing.to)
         return results
 
     def _route(self, outgoing: Outgoing, now: float) -> tuple[str, int | None, bool]:
@@ -199,7 +197,7 @@ class KafkaAdapter:
     @staticmethod
     def _missing(outgoing: Outgoing, topic: str) -> TransportError:
         if isinstance(outgoing.to, Inbox):
-            return Unroutable("the inbox is gone: its topic does not exist")
+            return nobody(outgoing.to)
         return NotFound(
             f"{outgoing.to} does not exist on Kafka (topic {topic!r}), or this user may not see it; declare it"
         )
@@ -247,10 +245,6 @@ class KafkaAdapter:
         self._routed[place.name] = float("inf") if found else -(now + _LOOK)
         return found
 
-    async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
-        """For subscriptions: what hops to its next rung."""
-        return await send_all(self.send, batch, TIMEOUT)
-
     # Receiving
 
     async def subscribe(self, source: Source) -> KafkaSubscription:
@@ -265,11 +259,11 @@ class KafkaAdapter:
             place = Place(address, address.name, above.topic, above.topics)
         else:
             place = self._place(address)
-        if gone := await link.missing(place.topics):
-            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
+        all_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(await link.missing(place.topics))))
         group = None if source.browse or place not in self._plan.places.values() else place.name
         consumer = self._consumer(link, group)
-        kit = Kit(link, self._clock, given, self._send_back, self._subscriptions.discard)
+        hop = partial(send_all, self.send, timeout=TIMEOUT)
+        kit = Kit(link, self._clock, given, hop, self._subscriptions.discard)
         subscription = KafkaSubscription(source, place, consumer, kit, group, token)
         self._subscriptions.add(subscription)
         try:
@@ -323,8 +317,8 @@ class KafkaAdapter:
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link, place = self._linked(), self._place(address)
         gone = await link.missing(place.topics)
-        if needed := [name for name in gone if not place.topics[name]]:  # rungs that are missing hold nothing
-            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(needed)))
+        needed = sorted(name for name in gone if not place.topics[name])  # rungs that are missing hold nothing
+        all_there("Kafka", (f"{address} (topic {name!r})" for name in needed))
         tps = [tp for topic in place.topics if topic not in gone for tp in link.partitions(topic)]
         committed = await link.committed(place.name)  # first: what moves meanwhile counts twice, and not never
         begins, ends = await link.offsets(tps, EARLIEST), await link.offsets(tps, LATEST)

@@ -19,7 +19,6 @@ from unibus.delivery import Delivery
 from unibus.driver import NoLease, NoMove, OnlyLooks, held
 from unibus.errors import ConnectionLost, NotFound, UnibusError, Unsupported
 from unibus.inflow import Inflow, closed
-from unibus.message import ORIGINAL_DESTINATION
 from unibus.retry import SUSPECT_AFTER, handed_out_often
 from unibus.waiting import Tasks
 from unibus_rabbitmq import errors, wire
@@ -140,8 +139,9 @@ class RabbitMQSubscription(NoMove, NoLease):
                 if due is not None and due > self._clock.time() and not self.source.browse:
                     self._tasks.start(self._hold_again(delivery, due))
                     continue
-                if self._place.letters and wire.DEATH in headers:
-                    self._explain(delivery, received)
+                if self._place.letters and isinstance(headers.get(wire.DEATH), list):
+                    reason, at, queue = wire.broker_death(received)
+                    deadletter.explain(delivery.message, reason, at, self._plan.owners.get(queue, queue))
             found.append(delivery)
         return found
 
@@ -154,14 +154,6 @@ class RabbitMQSubscription(NoMove, NoLease):
         )
         self._open[received.tag] = delivery
         return delivery
-
-    def _explain(self, delivery: Delivery[Any], received: wire.Received) -> None:
-        """Give what the server dead-lettered the headers that the core would have given it."""
-        if added := wire.broker_death(received):
-            origin = self._plan.owners.get(added[ORIGINAL_DESTINATION])
-            if origin is not None:
-                added |= deadletter.origin(origin)
-            delivery.message.headers = {**delivery.message.headers, **added}
 
     async def _hold_again(self, delivery: Delivery[Any], due: float) -> None:
         if await self._inflow.hop(self._send, self.address, delivery, due):

@@ -16,7 +16,6 @@ from unibus.delivery import Delivery
 from unibus.driver import NoMove, held, only_looked_at
 from unibus.errors import ConnectionLost, LeaseLost, Timeout, TransportError, UnibusError
 from unibus.inflow import Inflow, closed
-from unibus.message import DLQ_REASON, MOVED_TO_DLQ_AT
 from unibus.retry import BROKER_LIMIT
 from unibus.waiting import Tasks
 from unibus_sqs import config, wire
@@ -129,10 +128,8 @@ class SqsSubscription(NoMove):
         )
         self._held[delivery] = now
         origin = self.place.dead
-        if origin is not None and "DeadLetterQueueSourceArn" in system and DLQ_REASON not in message.headers:
-            # SQS itself has moved it, by the redrive policy: the headers that the core would have given it.
-            moved = {DLQ_REASON: BROKER_LIMIT, MOVED_TO_DLQ_AT: deadletter.stamp(self._clock.time())}
-            message.headers = {**message.headers, **moved, **deadletter.origin(origin.address)}
+        if origin is not None and "DeadLetterQueueSourceArn" in system:  # moved by the redrive policy
+            deadletter.explain(message, BROKER_LIMIT, self._clock.time(), origin.address)
         if due is not None and due > self._clock.time() and not self.source.browse:
             self._hops.start(self._hop(delivery, due))
         else:
