@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -13,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
-from unibus.driver import linked, missing, place_of, send_all
+from unibus.driver import all_there, linked, nobody, place_of, send_all
 from unibus.errors import (
     ConfigError,
     MessageTooLarge,
@@ -35,6 +36,7 @@ log = logging.getLogger("unibus.kafka")
 _JOIN = 5.0  # seconds; a group that is busy rebalancing may need longer, and then this member stands by meanwhile
 _LOOK = 1.0  # seconds without a confirmation after which the topics are looked at
 _REPLIES = {"retention.ms": "3600000", "cleanup.policy": "delete"}
+_HIDDEN = "; what this user may not Describe looks missing to it"
 _RECORD_OVERHEAD = 100  # bytes of a record beside key, value and headers, and of its batch
 
 
@@ -146,8 +148,7 @@ class KafkaAdapter:
         for group, (place, _, _) in made.groups.items():
             if place.topic not in gone and not await link.committed(group):
                 lacking.append(f"group {group!r}")
-        if lacking:
-            raise _not_there(lacking)
+        all_there("Kafka", lacking, _HIDDEN)
 
     # Sending
 
@@ -183,7 +184,7 @@ class KafkaAdapter:
                 subscription.sent(topic)
         for i, outgoing in enumerate(batch):
             if isinstance(outgoing.to, Topic) and results[i] is None and not await self._has_group(link, outgoing.to):
-                results[i] = Unroutable(f"{outgoing.to} has no group")
+                results[i] = nobody(outgoing.to)
         return results
 
     def _route(self, outgoing: Outgoing, now: float) -> tuple[str, int | None, bool]:
@@ -246,10 +247,6 @@ class KafkaAdapter:
         self._routed[place.name] = float("inf") if found else -(now + _LOOK)
         return found
 
-    async def _send_back(self, batch: Sequence[Outgoing]) -> Results:
-        """For subscriptions: what hops to its next rung."""
-        return await send_all(self.send, batch, TIMEOUT)
-
     # Receiving
 
     async def subscribe(self, source: Source) -> KafkaSubscription:
@@ -264,11 +261,12 @@ class KafkaAdapter:
             place = Place(address, address.name, above.topic, above.topics)
         else:
             place = self._place(address)
-        if gone := await link.missing(place.topics):
-            raise _not_there(f"{address} (topic {name!r})" for name in sorted(gone))
+        gone = sorted(await link.missing(place.topics))
+        all_there("Kafka", (f"{address} (topic {name!r})" for name in gone), _HIDDEN)
         group = None if source.browse or place not in self._plan.places.values() else place.name
         consumer = self._consumer(link, group)
-        kit = Kit(link, self._clock, given, self._send_back, self._subscriptions.discard)
+        hop = partial(send_all, self.send, timeout=TIMEOUT)
+        kit = Kit(link, self._clock, given, hop, self._subscriptions.discard)
         subscription = KafkaSubscription(source, place, consumer, kit, group, token)
         self._subscriptions.add(subscription)
         try:
@@ -322,8 +320,8 @@ class KafkaAdapter:
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link, place = self._linked(), self._place(address)
         gone = await link.missing(place.topics)
-        if needed := [name for name in gone if not place.topics[name]]:  # rungs that are missing hold nothing
-            raise _not_there(f"{address} (topic {name!r})" for name in sorted(needed))
+        needed = sorted(name for name in gone if not place.topics[name])  # rungs that are missing hold nothing
+        all_there("Kafka", (f"{address} (topic {name!r})" for name in needed), _HIDDEN)
         tps = [tp for topic in place.topics if topic not in gone for tp in link.partitions(topic)]
         committed = await link.committed(place.name)  # first: what moves meanwhile counts twice, and not never
         begins, ends = await link.offsets(tps, EARLIEST), await link.offsets(tps, LATEST)
@@ -345,10 +343,6 @@ class KafkaAdapter:
     def reply_to(self, text: str) -> Address:
         wire.reply_address(text)
         return Inbox(text)
-
-
-def _not_there(what: Iterable[str]) -> NotFound:
-    return NotFound(f"{missing('Kafka', what)}; what this user may not Describe looks missing to it")
 
 
 def _seen(confirmed: asyncio.Future[Any]) -> None:

@@ -11,13 +11,13 @@ from pydantic import Field
 
 from unibus.adapter import Declared, Url
 from unibus.config_tables import DriverTable, check_options, check_table
+from unibus.driver import quiet
 from unibus.errors import ConfigError
 from unibus.tls import TlsTable, client_context
 
 # At DEBUG the client library prints whole requests: bodies, and the password of SASL PLAIN. At INFO and WARNING it tells
 # of rebalances and reconnects, which are everyday things and the adapter's to report. Who wants them sets a level before.
-if logging.getLogger("aiokafka").level == logging.NOTSET:
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+quiet(logging.CRITICAL, "aiokafka")
 
 
 class TopicOptions(DriverTable):

@@ -29,7 +29,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from unibus.errors import ConnectionLost
-from unibus.translation import first_that_answers
+from unibus.translation import first_that_answers, of_host
 from unibus_kafka import config, errors
 
 log = logging.getLogger("unibus.kafka")
@@ -75,7 +75,7 @@ class Link:
             try:
                 connection: Any = await create_conn(host.strip("[]"), int(port), request_timeout_ms=limit, **more)
             except Exception as exc:
-                raise errors.translate(exc, f"connect to Kafka at {server}") from exc
+                raise of_host(errors.translate(exc, f"connect to Kafka at {server}")) from exc
             connection.close()
 
         await first_that_answers(options["bootstrap_servers"], look)
@@ -87,7 +87,7 @@ class Link:
             await link.close()
             if not isinstance(exc, Exception):
                 raise
-            raise errors.translate(exc, "connect to Kafka") from exc
+            raise of_host(errors.translate(exc, "connect to Kafka")) from exc
         return link
 
     async def close(self) -> None:

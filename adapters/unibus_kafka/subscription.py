@@ -23,12 +23,13 @@ from aiokafka.errors import (
 )
 
 from unibus.adapter import Outcome, Outgoing, Results, Source, Standing
-from unibus.channel import Address, Group, Inbox
+from unibus.channel import Address, Group
 from unibus.clock import Clock, Timer
 from unibus.delivery import Delivery
 from unibus.driver import NoLease, NoMove, held
-from unibus.errors import ConnectionLost, NotFound, TransportError, UnibusError
-from unibus.waiting import Tasks, Waiter, happens
+from unibus.errors import NotFound, TransportError, UnibusError
+from unibus.inflow import Inflow, closed
+from unibus.waiting import Tasks, happens
 from unibus_kafka import config, errors, offsets
 from unibus_kafka.capabilities import HOLD_BELOW
 from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
@@ -79,15 +80,14 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
             tuple[float, int, float, Delivery[Any], bool]
         ] = []  # heap: at, tie-break, due, whose, blocking
         self._count = itertools.count()
-        self._waiter = Waiter(kit.clock)
+        self._inflow = Inflow(kit.clock)
         self._room = asyncio.Event()
         self._unsaid = False  # what is handed out next has to be committed first
         self._joined = asyncio.Event()
         self._hint = asyncio.Event()
         self._closing = asyncio.Event()
         self._fenced = False  # the group has gone on without us
-        self._stopped = self._closed = False
-        self._over: UnibusError | None = None
+        self._closed = False
         self._committing = asyncio.Lock()
         self._commit_timer: Timer | None = None
         self._held_timer: Timer | None = None
@@ -108,8 +108,8 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
     async def joined(self, timeout: float) -> None:
         """Until partitions are assigned, or it is clear that somebody else has them for the time being."""
         await happens(self._joined, timeout)
-        if self._over is not None:
-            raise self._over
+        if self._inflow.error is not None:
+            raise self._inflow.error
 
     def _take_over(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
         for tp, (offset, metadata) in starts.items():
@@ -250,7 +250,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
             self._pause(part, on=True)
         if later:
             self._set_timer()
-        self._waiter.wake()
+        self._inflow.wake()
 
     def _pause(self, part: Partition, *, on: bool) -> None:
         with suppress(IllegalStateError):  # taken away in this moment
@@ -266,7 +266,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         if self._held_timer is not None:
             self._held_timer.cancel()
             self._held_timer = None
-        if self._held and not self._stopped:
+        if self._held and not self._inflow.stopped:
             clock = self._kit.clock
             self._held_timer = clock.call_later(max(0.0, self._held[0][0] - clock.time()) + 0.001, self._fall_due)
 
@@ -285,49 +285,35 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
             if not part.held and not part.full:
                 self._pause(part, on=False)
         self._set_timer()
-        self._waiter.wake()
+        self._inflow.wake()
 
     async def _hop(self, delivery: Delivery[Any], due: float) -> None:
-        """To the next rung of a long delay: confirmed there, and only then done here."""
-        assert not isinstance(self.source.address, Inbox)  # noqa: S101  # for mypy: inboxes have no delays
-        (error,) = await self._kit.send([Outgoing(self.source.address, delivery.message, due, delivery)])
-        if error is None:
+        if await self._inflow.hop(self._kit.send, self.address, delivery, due):
             delivery.token.finish(delivery)
             self._commit_soon()
-        else:  # it stays here; the core subscribes again, with back-off, and declares what is missing
-            self._end(error)
 
     # Receive and settle
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
-        await asyncio.sleep(0)  # a consumer that always finds something must not starve the others
-        clock = self._kit.clock
-        deadline = clock.monotonic() + timeout
-        while True:
-            if self._over is not None:
-                raise self._over
-            if self._stopped:
-                return []
-            room = min(limit, self.source.prefetch - len(self._handed))
-            if self._buffer and room > 0:
-                return await self._take(room)
-            left = deadline - clock.monotonic()
-            if left <= 0:
-                return []
-            await self._waiter.wait(left)
+        taken = await self._inflow.receive(timeout, lambda: self._take(limit))
+        if taken and self._unsaid and self._group is not None:
+            return await self._say(taken)
+        return taken
 
-    async def _take(self, limit: int) -> list[Delivery[Any]]:
+    def _take(self, limit: int) -> list[Delivery[Any]]:
         buffer, now = self._buffer, self._kit.clock.monotonic()
-        taken = [buffer.popleft() for _ in range(min(limit, len(buffer)))]
+        room = self.source.prefetch - len(self._handed)
+        taken = [buffer.popleft() for _ in range(min(limit, room, len(buffer)))]
         self._handed.update(taken)
         if len(buffer) < self.source.prefetch:
             self._room.set()
         for delivery in taken:
             if delivery.token.wary or delivery.message.headers:
                 self._unsaid |= delivery.token.begin(delivery, now)
-        if not self._unsaid or self._group is None:
-            return taken
-        # What these begin is committed before they do. What can't be goes back.
+        return taken
+
+    async def _say(self, taken: Sequence[Delivery[Any]]) -> Sequence[Delivery[Any]]:
+        """What these begin is committed before they do. What can't be goes back."""
         said = False
         try:
             said = await self._commit()
@@ -343,7 +329,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
     ) -> Results:
         if self._closed:
-            raise ConnectionLost(f"the subscription of {self.address} is closed")
+            raise closed(self.address)
         results: list[TransportError | None] = [None] * len(deliveries)
         mine: Sequence[int] = range(len(deliveries))
         if not self._handed.issuperset(deliveries):
@@ -354,7 +340,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 deliveries[i].token.finish(deliveries[i])
         else:
             self._give_back([deliveries[i] for i in mine], [delays[i] for i in mine] if delays else [])
-        self._waiter.wake()
+        self._inflow.wake()
         self._commit_soon()
         return results
 
@@ -366,7 +352,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 self._hold(now + delays[i], now, delivery)
             else:
                 back.append(delivery)
-        if not self._stopped:
+        if not self._inflow.stopped:
             self._buffer.extendleft(sorted(back, key=offsets.offset_of, reverse=True))
         self._set_timer()
 
@@ -414,20 +400,17 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
     # The end
 
     async def check(self) -> Standing:
-        if self._over is not None or self._stopped:
+        if self._inflow.over:
             return "gone"
         return "consuming" if any(tp.topic == self._place.topic for tp in self._parts) else "standby"
 
     def _end(self, error: UnibusError) -> None:
-        if self._over is None:
-            self._over = error
+        self._inflow.end(error)
         self._joined.set()
-        self._waiter.wake()
 
     async def stop(self) -> None:
         """What was not handed out is simply not finished: whoever gets the partition begins with it."""
-        self._stopped = True
-        self._waiter.wake()
+        self._inflow.stop()
         for reader in self._readers:
             reader.cancel()
             await asyncio.wait([reader])
@@ -454,7 +437,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         self._closed = True
         for part in self._parts.values():
             part.lose()
-        self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
+        self._end(closed(self.address))
         # It leaves the group, so that others need not wait for the session's end.
         consumer = self._consumer
         parts = [part.close for part in (consumer._fetcher, consumer._client) if part is not None]

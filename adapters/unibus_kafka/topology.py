@@ -7,8 +7,7 @@ from typing import Any
 
 from unibus.adapter import Declared, Start, Topology
 from unibus.channel import Address, Group, Queue, Topic, dead_letter_queue
-from unibus.driver import topic_of
-from unibus.errors import ConfigError
+from unibus.driver import only_one, topic_of
 from unibus_kafka import config, wire
 
 RUNGS = (10.0, 60.0, 600.0, 3600.0)  # seconds
@@ -49,12 +48,9 @@ def plan(topology: Topology, given: config.Settings) -> Plan:
     made = Plan()
     for declared in topology.channels:
         _add(made, topology, declared, config.options(declared, given))
-    seen: dict[str, str] = {}
+    seen: dict[str, object] = {}
     for name in made.topics:
-        if (other := seen.setdefault(name.replace(".", "_"), name)) != name:
-            raise ConfigError(
-                f"Kafka takes only one of the topics {other!r} and {name!r}: . and _ are the same to it; rename one"
-            )
+        only_one(seen, name.replace(".", "_"), f"topic {name!r}", "one on Kafka, which takes . and _ for the same")
     return made
 
 

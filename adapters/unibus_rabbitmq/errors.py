@@ -9,7 +9,7 @@ from aiormq import exceptions as amqp
 
 from unibus import errors
 from unibus.errors import ConfigError, ConnectionLost, PermissionDenied, UnibusError
-from unibus.translation import common, wrong_password
+from unibus.translation import common, of_host, wrong_password
 
 # By AMQP reply code, or by the client's class where it keeps no code; what is not here is Refused.
 _TABLE: dict[object, type[errors.TransportError]] = {
@@ -70,8 +70,9 @@ def connecting(exc: BaseException, where: str, vhost: str, timeout: float, said:
     if isinstance(exc, TimeoutError):
         return ConnectionLost(f"{doing}: no answer within {timeout:g} s")
     error = translate(exc, doing)
-    fatal = isinstance(error, errors.AuthenticationFailed | ConfigError | ConnectionLost)
-    return error if fatal else ConnectionLost(str(error))
+    if isinstance(error, PermissionDenied):  # 530 for what passes: a vhost that is down, or has too many connections
+        return ConnectionLost(str(error))
+    return of_host(error)
 
 
 def mismatch(exc: BaseException, doing: str) -> UnibusError:

@@ -18,6 +18,7 @@ from pamqp.commands import Basic
 from unibus.adapter import Outgoing, Results
 from unibus.channel import Address, Inbox, Topic
 from unibus.clock import Clock
+from unibus.driver import nobody
 from unibus.errors import (
     ConnectionLost,
     MessageTooLarge,
@@ -27,7 +28,6 @@ from unibus.errors import (
     Timeout,
     TransportError,
     UnibusError,
-    Unroutable,
 )
 from unibus_rabbitmq import errors, wire
 from unibus_rabbitmq.link import ACK, CHANNEL_CLOSE, HEADER, METHOD, NACK, RETURN, Link, content_frames
@@ -274,7 +274,6 @@ class _Lane:
 
 
 def _unrouted(outgoing: Outgoing, words: str) -> TransportError:
-    if isinstance(outgoing.to, Topic):
-        return Unroutable(f"{outgoing.to}: no group would get the message ({words})")
-    what = "the inbox is gone" if isinstance(outgoing.to, Inbox) else "there is no queue for it; declare it first"
-    return NotFound(f"{outgoing.to}: {what} ({words})")
+    if isinstance(outgoing.to, Topic | Inbox):
+        return nobody(outgoing.to)
+    return NotFound(f"{outgoing.to}: there is no queue for it; declare it first ({words})")

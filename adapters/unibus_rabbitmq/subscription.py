@@ -18,9 +18,9 @@ from unibus.clock import Clock
 from unibus.delivery import Delivery
 from unibus.driver import NoLease, NoMove, OnlyLooks, held
 from unibus.errors import ConnectionLost, NotFound, UnibusError, Unsupported
-from unibus.message import ORIGINAL_DESTINATION
+from unibus.inflow import Inflow, closed
 from unibus.retry import SUSPECT_AFTER, handed_out_often
-from unibus.waiting import Tasks, Waiter
+from unibus.waiting import Tasks
 from unibus_rabbitmq import errors, wire
 from unibus_rabbitmq.link import CHANNEL_CLOSE, DELIVER, HEADER, METHOD, Link, ack_frame, nack_frame
 from unibus_rabbitmq.topology import Place, Plan
@@ -67,12 +67,11 @@ class RabbitMQSubscription(NoMove, NoLease):
         # What the server counts as unsettled, by tag, ascending; with its delivery once that was given out. The server closes the
         # channel on a tag that it does not know (any more), so only what is in here reaches it.
         self._open: OrderedDict[int, Delivery[Any] | None] = OrderedDict()
-        self._waiter = Waiter(clock)
+        self._inflow = Inflow(clock)
         self._tasks = Tasks(lambda exc: log.error("subscription of %s: %r", self.address, exc))
         self._consumers: list[str] = []  # tags
-        self._over: UnibusError | None = None  # why nothing comes any more
         self._dead = False  # the channel is gone, and with it all tags
-        self._stopped = self._handed_back = self._closing = False
+        self._handed_back = self._closing = False
         self._stopping: asyncio.Task[None] | None = None
         self._losing: asyncio.Task[None] | None = None
         link.sinks[channel.number] = self._frame
@@ -114,30 +113,20 @@ class RabbitMQSubscription(NoMove, NoLease):
             self._buffer.append(received)
             if self._handed_back:  # a quorum queue may deliver after its answer to the cancel
                 self._tasks.start(self._hand_back())
-            self._waiter.wake()
+            self._inflow.wake()
         return True
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
-        await asyncio.sleep(0)  # a consumer that always finds something must not starve the others
-        deadline = self._clock.monotonic() + timeout
-        while True:
-            if self._over is not None:
-                if self._losing is not None:
-                    await asyncio.shield(self._losing)
-                raise self._over
-            if self._stopped:
-                return []
-            if self._buffer and (found := self._take(limit)):
-                return found
-            left = deadline - self._clock.monotonic()
-            if left <= 0:
-                return []
-            if not await self._ask_for_more():
-                await self._waiter.wait(left)
+        try:
+            return await self._inflow.receive(timeout, lambda: self._take(limit), self._more)
+        except UnibusError:
+            if self._losing is not None:  # the core hears of that first
+                await asyncio.shield(self._losing)
+            raise
 
-    async def _ask_for_more(self) -> bool:
-        """For browsing; elsewhere the server sends by itself."""
-        return False
+    async def _more(self, seconds: float) -> None:
+        """The server sends by itself."""
+        await self._inflow.wait(seconds)
 
     def _take(self, limit: int) -> list[Delivery[Any]]:
         found: list[Delivery[Any]] = []
@@ -150,8 +139,9 @@ class RabbitMQSubscription(NoMove, NoLease):
                 if due is not None and due > self._clock.time() and not self.source.browse:
                     self._tasks.start(self._hold_again(delivery, due))
                     continue
-                if self._place.letters and wire.DEATH in headers:
-                    self._explain(delivery, received)
+                if self._place.letters and isinstance(headers.get(wire.DEATH), list):
+                    reason, at, queue = wire.broker_death(received)
+                    deadletter.explain(delivery.message, reason, at, self._plan.owners.get(queue, queue))
             found.append(delivery)
         return found
 
@@ -165,23 +155,9 @@ class RabbitMQSubscription(NoMove, NoLease):
         self._open[received.tag] = delivery
         return delivery
 
-    def _explain(self, delivery: Delivery[Any], received: wire.Received) -> None:
-        """Give what the server dead-lettered the headers that the core would have given it."""
-        if added := wire.broker_death(received):
-            origin = self._plan.owners.get(added[ORIGINAL_DESTINATION])
-            if origin is not None:
-                added |= deadletter.origin(origin)
-            delivery.message.headers = {**delivery.message.headers, **added}
-
     async def _hold_again(self, delivery: Delivery[Any], due: float) -> None:
-        """The next hop of a long delay: to the next hold queue, confirmed, and only then away from here."""
-        (error,) = await self._send([Outgoing(self.address, delivery.message, due, delivery)])
-        if error is None:
+        if await self._inflow.hop(self._send, self.address, delivery, due):
             await self.settle(Outcome.ACCEPTED, [delivery])
-            return
-        # The message stays here, unsettled. The core subscribes again, with back-off, and declares again what is missing.
-        log.warning("a delayed message of %s can't go on to its next hold queue: %s", self.address, error)
-        self._end(error)
 
     # -- settle -----------------------------------------------------------------------------------------------
 
@@ -224,7 +200,7 @@ class RabbitMQSubscription(NoMove, NoLease):
         Its count would make it a suspect of the crash guard, and a dead letter in the end, for nothing but restarts. With a
         single active consumer that is about to leave, they go back when the channel ends, in their order.
         """
-        if self._place.single and self._stopped:
+        if self._place.single and self._inflow.stopped:
             self._open.update(dict.fromkeys(delivery.token for delivery in deliveries))
             return
         # One below the core's limit: what is on its way while the channel ends is counted once more.
@@ -238,13 +214,12 @@ class RabbitMQSubscription(NoMove, NoLease):
 
     async def check(self) -> Standing:
         """RabbitMQ does not say whether a single active consumer is active: alive is `consuming`."""
-        return "gone" if self._over is not None or self._stopped else "consuming"
+        return "gone" if self._inflow.over else "consuming"
 
     async def stop(self) -> None:
         """Shielded: aiormq closes a channel whose call is cancelled, and what is in hand is still to be settled on it."""
         if self._stopping is None:
-            self._stopped = True
-            self._waiter.wake()
+            self._inflow.stop()
             self._stopping = self._tasks.start(self._stop())
         await asyncio.shield(self._stopping)
 
@@ -282,7 +257,7 @@ class RabbitMQSubscription(NoMove, NoLease):
             return
         self._closing = self._dead = True
         self._lose()
-        self._end(ConnectionLost(f"the subscription of {self.address} is closed"))
+        self._inflow.end(closed(self.address))
         try:
             async with asyncio.timeout(_TIMEOUT):
                 await self._channel.close()  # gives back what is still unsettled
@@ -304,7 +279,7 @@ class RabbitMQSubscription(NoMove, NoLease):
 
     def _cancelled(self, frame: Any) -> None:
         """The server ended the consumer: its queue was deleted, or its node went. What is held can still be settled."""
-        self._end(NotFound(f"{self.address}: its queue {self._place.queue!r} was deleted, or its node is gone"))
+        self._inflow.end(NotFound(f"{self.address}: its queue {self._place.queue!r} was deleted, or its node is gone"))
 
     def _closed(self, closing: asyncio.Future[Any]) -> None:
         self._leave()
@@ -318,7 +293,7 @@ class RabbitMQSubscription(NoMove, NoLease):
         else:
             error = errors.translate(cause, f"consume from {self._place.queue!r}")
             error.__cause__ = cause
-        self._end(error)
+        self._inflow.end(error)
         self._buffer.clear()
         self._losing = self._tasks.start(self._tell())
 
@@ -329,29 +304,24 @@ class RabbitMQSubscription(NoMove, NoLease):
         finally:
             self._lose()
 
-    def _end(self, error: UnibusError) -> None:
-        self._over = self._over or error
-        self._waiter.wake()
-
 
 class Browser(OnlyLooks, RabbitMQSubscription):
     """AMQP can't look, so messages are taken, page by page of `prefetch`, and handed back in the end: that reorders the queue."""
 
-    async def _ask_for_more(self) -> bool:
+    async def _more(self, seconds: float) -> None:
         if len(self._open) != len(self._consumers) * self.source.prefetch:
-            return False
+            await super()._more(seconds)
+            return
         # All of this page is in hand, unsettled, so another consumer gets the next one. Shielded, since aiormq closes a channel
         # whose call is cancelled.
         await asyncio.shield(self._tasks.start(self.consume()))
-        return True
 
     async def stop(self) -> None:
-        self._stopped = True
-        self._waiter.wake()
+        self._inflow.stop()
 
     async def close(self) -> None:
         """Hand all back, and wait until the queue counts them again, unless someone else takes them."""
-        self._stopped = True
+        self._inflow.stop()
         if not self._dead:
             await self._cancel()
             try:

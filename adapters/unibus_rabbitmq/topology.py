@@ -19,8 +19,7 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from unibus.adapter import Declared, Inspected, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
 from unibus.config_tables import check_options
-from unibus.driver import missing as not_there
-from unibus.driver import no_history, topic_of
+from unibus.driver import all_there, no_history, topic_of
 from unibus.errors import ConfigError
 from unibus.waiting import side_by_side
 from unibus_rabbitmq import config, errors
@@ -276,8 +275,7 @@ async def declare(link: Link, made: Plan, timeout: float) -> None:
 async def verify(link: Link, made: Plan, timeout: float) -> None:
     """One NotFound that lists all exchanges and queues that are missing. AMQP has no way to look at bindings."""
     found = await inspect(link, made, timeout)
-    if missing := sorted(f"{item.kind} {item.name!r}" for item in found if item.exists is False):
-        raise not_there("RabbitMQ", missing)
+    all_there("RabbitMQ", sorted(f"{item.kind} {item.name!r}" for item in found if item.exists is False))
 
 
 async def inspect(link: Link, made: Plan, timeout: float) -> list[Inspected]:

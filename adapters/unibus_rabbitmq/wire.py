@@ -27,7 +27,6 @@ from pamqp.decode import embedded_value
 from unibus import message as names
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.deadletter import stamp
 from unibus.envelope import read, read_time, time_text
 from unibus.inboxes import inbox, inbox_shape
 from unibus.message import BROKER_HEADERS, ENVELOPE_HEADERS, NO_HEADERS, Message
@@ -292,16 +291,13 @@ def deliveries(received: Received, *, counted: bool) -> int:
     return 2 if received.redelivered and not counted else 1
 
 
-def broker_death(received: Received) -> dict[str, str]:
-    """For a message in a dead-letter queue: the headers that are missing because the server itself put it there."""
-    deaths = received.headers.get(DEATH)
-    if not isinstance(deaths, list) or names.DLQ_REASON in received.headers:
-        return {}
+def broker_death(received: Received) -> tuple[str, float | None, str]:
+    """Of what the server dead-lettered: why (a value of `x-dlq-reason`), when (epoch seconds), and in which queue it was."""
+    deaths = received.headers[DEATH]
     last = deaths[0] if deaths and isinstance(deaths[0], dict) else {}
-    found = {
-        names.DLQ_REASON: EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT,
-        names.ORIGINAL_DESTINATION: str(last.get("queue", "")),
-    }
-    if isinstance(moved := last.get("time"), datetime):
-        found[names.MOVED_TO_DLQ_AT] = stamp(moved.timestamp())
-    return found
+    moved = last.get("time")
+    return (
+        EXPIRED if last.get("reason") == "expired" else BROKER_LIMIT,
+        moved.timestamp() if isinstance(moved, datetime) else None,
+        str(last.get("queue", "")),
+    )

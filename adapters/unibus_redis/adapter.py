@@ -13,9 +13,8 @@ from redis.asyncio import Redis, RedisCluster
 
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Subscription, Topology
 from unibus.channel import Address, Group, Inbox, Queue
-from unibus.driver import by, place_of
-from unibus.driver import missing as not_there
-from unibus.errors import ConfigError, ConnectionLost, NotFound, TransportError, Unroutable, Unsupported
+from unibus.driver import all_there, by, nobody, place_of
+from unibus.errors import ConfigError, ConnectionLost, NotFound, TransportError, Unsupported
 from unibus.inboxes import inbox_name
 from unibus_redis import config, errors, scripts, topology, wire
 from unibus_redis.capabilities import known
@@ -89,10 +88,8 @@ class RedisAdapter:
         places = topology.plan(topology_, self.clock.time(), self.settings.retention)
         if topology_.mode != "assume":
             missing = await self._missing(places)
-            if topology_.mode == "verify" and missing:
-                raise not_there(
-                    "Redis", dict.fromkeys(f"{place.address} ({stream})" for place, stream, _, _ in missing)
-                )
+            if topology_.mode == "verify":
+                all_there("Redis", (f"{place.address} ({stream})" for place, stream, _, _ in missing))
             for place, stream, group, start in missing:
                 arguments = (group, start or "$", "", 0)
                 if await self._linked(place).script(scripts.MAKE, [stream], arguments, f"declare {place.address}"):
@@ -209,7 +206,7 @@ class RedisAdapter:
         for i, why in zip(bad[::2], bad[1::2], strict=True):
             to = batch[i].to
             refused = errors.refusal(why.decode(), f"send to {to}")
-            results[i] = Unroutable(f"inbox {to.name!r} is gone") if isinstance(to, Inbox) else refused
+            results[i] = nobody(to) if isinstance(to, Inbox) else refused
         if any(outgoing.not_before for outgoing in batch):
             for subscription in self.subscriptions:
                 subscription.nudge()

@@ -17,7 +17,7 @@ from unibus.errors import (
     UnibusError,
     Unroutable,
 )
-from unibus.translation import FATAL, common, wrong_password
+from unibus.translation import common, of_host, wrong_password
 
 # By the first word of an error reply; what to say, where its own words do not.
 _BY_CODE: dict[str, tuple[type[TransportError], str]] = {
@@ -74,5 +74,4 @@ def connecting(exc: Exception, where: str) -> UnibusError:
     doing = f"connect to Redis at {where}"
     if isinstance(exc, ReplyError) and ("DB index" in str(exc) or "SELECT" in str(exc)):
         return ConfigError(f"{doing}: it has no such database ({exc}); correct the path of url")
-    error = translate(exc, doing)
-    return error if isinstance(error, FATAL | ConnectionLost) else ConnectionLost(str(error))
+    return of_host(translate(exc, doing))

@@ -13,7 +13,8 @@ from unibus.adapter import Move, Outcome, Outgoing, Results, Source, Standing
 from unibus.channel import Group, Inbox, Queue
 from unibus.delivery import Delivery
 from unibus.driver import OnlyLooks, by, held, lease_lost
-from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, UnibusError, Unsupported
+from unibus.errors import LeaseLost, NotFound, TransportError, Unsupported
+from unibus.inflow import Inflow, closed
 from unibus.waiting import happens
 from unibus_redis import errors, scripts, wire
 from unibus_redis.link import TIMEOUT, Link
@@ -57,14 +58,13 @@ class RedisSubscription:
         self._held: dict[Entry, Delivery[Any]] = {}
         self._arrived: deque[Entry] = deque()  # read for a receive that was cancelled, or given back in place
         self._claim_at = 0.0  # when to look for what others held for too long
-        self._over: UnibusError | None = None
-        self._stopped = self._closed = False
+        self._inflow = Inflow(adapter.clock)
+        self._closed = False
         self._lead_until = 0.0 if place.ordered else inf  # with the work until then
         self._reading: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._due = inf
-        self._woken = asyncio.Event()  # of receivers
-        self._nudged = asyncio.Event()  # of the keeper
+        self._nudged = asyncio.Event()  # wakes the keeper
 
     async def start(self) -> None:
         """Raises what the first round of housekeeping says; afterwards a message sent arrives."""
@@ -77,30 +77,23 @@ class RedisSubscription:
     # -- receive ----------------------------------------------------------------------------------------------
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
-        deadline = self._clock.monotonic() + timeout
-        while True:
-            if self._over is not None:
-                raise self._over
-            if self._stopped:
-                return []
-            self._woken.clear()
-            now = self._clock.monotonic()
-            room = min(limit, self.source.prefetch - len(self._held))
-            if room > 0 and now < self._lead_until:
-                if not self._arrived:
-                    await self._fetch(room, max(0.0, deadline - now))
-                if found := self._take(room):
-                    return found
-            elif deadline > now:
-                await happens(self._woken, deadline - now)
-            if deadline <= self._clock.monotonic():
-                return []
+        return await self._inflow.receive(
+            timeout, lambda: self._take(self._room(limit)), lambda left: self._fetch(self._room(limit), left)
+        )
+
+    def _room(self, limit: int) -> int:
+        if self._clock.monotonic() >= self._lead_until:
+            return 0
+        return max(0, min(limit, self.source.prefetch - len(self._held)))
 
     async def _fetch(self, room: int, timeout: float) -> None:
         """Fill `_arrived`: from what others held for too long, then from what is new, waiting for it.
 
         In a task of its own, which goes on when the receive is cancelled: what it brings belongs to this consumer.
         """
+        if not room:
+            await self._inflow.wait(timeout)
+            return
         if self._reading is None:
             claim = self._clock.monotonic() >= self._claim_at
             self._reading = asyncio.create_task(self._claim(room) if claim else self._read(room, timeout))
@@ -117,7 +110,7 @@ class RedisSubscription:
             if found:
                 self._admit([(lanes[n], entry, 1) for n, entry in zip(found[::2], found[1::2], strict=True)])
                 return
-        if self._stopped:
+        if self._inflow.stopped:
             return
         block = min(timeout, _LONGEST_READ)
         head = ("XREADGROUP", "GROUP", self._place.group, self._consumer, "COUNT", room if len(lanes) == 1 else 1)
@@ -200,7 +193,7 @@ class RedisSubscription:
             for i in indices:
                 if take_back != 0 or results[i] is not None:
                     self._held.pop(deliveries[i].token, None)
-        self._woken.set()
+        self._inflow.wake()
         return results
 
     async def _release(self, deliveries: Sequence[Delivery[Any]], delays: Sequence[float]) -> Results:
@@ -217,7 +210,7 @@ class RedisSubscription:
             raise Unsupported(f"{self.address} is ordered, or of one process: what is given back comes again at once")
         results = await self._each(scripts.HOLD, deliveries, take_back=1)
         back = [d.token for d, error in zip(deliveries, results, strict=True) if error is None]
-        if not self._stopped:
+        if not self._inflow.stopped:
             for entry in sorted(back, key=_age, reverse=True):
                 entry.until = self._clock.monotonic() + self._adapter.settings.lease
                 self._arrived.appendleft(entry)
@@ -254,7 +247,7 @@ class RedisSubscription:
                     self._held.pop(moves[i].delivery.token, None)
         if any(out.not_before for move in moves for out in move.sends):
             self.nudge()
-        self._woken.set()
+        self._inflow.wake()
         return results
 
     # -- housekeeping -----------------------------------------------------------------------------------------
@@ -270,13 +263,13 @@ class RedisSubscription:
             self._nudged.clear()
             try:
                 await self._keep()
-                if self._clock.monotonic() - tidied > _TIDY and not self._stopped:
+                if self._clock.monotonic() - tidied > _TIDY and not self._inflow.stopped:
                     tidied = self._clock.monotonic()
                     await self._tidy(_DEAD_CONSUMER)
             except Exception as exc:
                 error = errors.translate(exc, f"keep {self.address}")
                 if self._link.lost is not None or isinstance(error, NotFound):
-                    self._end(self._link.lost or error)
+                    self._inflow.end(self._link.lost or error)
                     return
                 log.warning("housekeeping, again soon: %s", error)
 
@@ -304,7 +297,7 @@ class RedisSubscription:
         if got == 2:
             # Before anything new comes what others held; what those others settle is refused from here on.
             self._claim_at = 0.0
-            self._woken.set()
+        self._inflow.wake()
         if got != 1 and leading:  # another has taken it, or could have
             log.warning("%s: the lead was lost for a time; what was held is another's now", self.address)
             had, self._held = list(self._held.values()), {}
@@ -320,20 +313,14 @@ class RedisSubscription:
     # -- the end ----------------------------------------------------------------------------------------------
 
     async def check(self) -> Standing:
-        if self._over is not None or self._stopped:
+        if self._inflow.over:
             return "gone"
         return "consuming" if self._lead_until > self._clock.monotonic() else "standby"
 
-    def _end(self, error: UnibusError) -> None:
-        if self._over is None:
-            self._over = error
-        self._woken.set()
-
     async def stop(self) -> None:
-        if self._stopped:
+        if self._inflow.stopped:
             return
-        self._stopped = True
-        self._woken.set()
+        self._inflow.stop()
         if (reading := self._reading) is not None:
             # An answer that is on its way belongs to this consumer: wait for it, and give back what it brings. The read may
             # not have begun to wait yet, so it is told again; where that is not permitted, it ends by itself.
@@ -362,8 +349,8 @@ class RedisSubscription:
             if not self._private:
                 self._adapter.orphans.setdefault(self.source.address, []).append(self._consumer)
         finally:  # also where closing is cancelled: nobody comes back to do the rest
-            over = ConnectionLost(f"the subscription of {self.address} is closed")
-            self._end(over)
+            over = closed(self.address)
+            self._inflow.end(over)
             self._reads.lose(over)
             tasks = [task for task in (self._keeper, self._reading) if task is not None]
             for task in tasks:
@@ -395,36 +382,38 @@ class Browser(OnlyLooks):
         self._adapter = adapter
         self._lanes = place.lanes
         self._after: list[Any] = ["0-0"] * len(place.lanes)
-        self._stopped = False
+        self._page: list[Entry] = []
+        self._inflow = Inflow(adapter.clock)
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
-        clock = self._adapter.clock
-        deadline = clock.monotonic() + timeout
+        return await self._inflow.receive(timeout, self._take, lambda left: self._look(limit, left))
+
+    def _take(self) -> list[Delivery[Any]]:
+        page, self._page = self._page, []
+        return [deliver(entry, self.source, self._place) for entry in page]
+
+    async def _look(self, limit: int, timeout: float) -> None:
+        """The next page, or nothing for a moment."""
         ms = round(self._adapter.settings.lease * 1000)
-        while not self._stopped:
-            for n, lane in enumerate(self._lanes):
-                while True:
-                    arguments = (self._place.group, ms, self._after[n], limit)
-                    at, found = await self._link.script(scripts.LOOK, [lane], arguments, f"look at {self.address}")
-                    self._after[n] = at or self._after[n]
-                    if found or not at:
-                        break
+        for n, lane in enumerate(self._lanes):
+            at: Any = True
+            while at:
+                arguments = (self._place.group, ms, self._after[n], limit)
+                at, found = await self._link.script(scripts.LOOK, [lane], arguments, f"look at {self.address}")
+                self._after[n] = at or self._after[n]
                 if found:
-                    return [deliver(Entry(lane, raw, 0, 0.0), self.source, self._place) for raw in found]
-            left = deadline - clock.monotonic()
-            if left <= 0:
-                break
-            await clock.sleep(min(left, _BEAT / 4))
-        return []
+                    self._page = [Entry(lane, raw, 0, 0.0) for raw in found]
+                    return
+        await self._inflow.wait(min(timeout, _BEAT / 4))
 
     async def check(self) -> Standing:
-        return "gone" if self._stopped else "consuming"
+        return "gone" if self._inflow.over else "consuming"
 
     async def stop(self) -> None:
-        self._stopped = True
+        self._inflow.stop()
 
     async def close(self) -> None:
-        self._stopped = True
+        self._inflow.stop()
 
 
 def deliver(entry: Entry, source: Source, place: Place) -> Delivery[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, INVALID, Address, Group, Inbox, Queue, Topic, stem
 from unibus.config_tables import DriverTable, check_options
-from unibus.driver import topic_of
+from unibus.driver import only_one, topic_of
 from unibus.errors import ConfigError, Unsupported
 from unibus_redis import config
 
@@ -144,10 +144,8 @@ def _check(name: str, address: Address) -> None:
 
 
 def _check_keys(places: dict[Address, Place]) -> None:
-    seen: dict[str, Address] = {}
+    seen: dict[str, object] = {}
     for address, place in places.items():
         helpers = () if isinstance(address, Group) or place.tag != place.streams[0] else place.delayed
         for key in (*place.streams, *helpers):
-            other = seen.setdefault(key, address)
-            if other != address:
-                raise ConfigError(f"{other} and {address} would both be the key {key!r} on Redis; rename one of them")
+            only_one(seen, key, address, f"the key {key!r} on Redis")

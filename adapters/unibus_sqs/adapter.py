@@ -11,8 +11,8 @@ from typing import Any
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
-from unibus.driver import as_result, by, linked, no_history, place_of
-from unibus.errors import MessageTooLarge, PermissionDenied, Timeout, TransportError, UnibusError, Unroutable
+from unibus.driver import as_result, by, linked, no_history, nobody, place_of
+from unibus.errors import MessageTooLarge, PermissionDenied, Timeout, TransportError, UnibusError
 from unibus_sqs import config, topology, wire
 from unibus_sqs.capabilities import LIMIT, RESERVE, TOPIC_LIMIT, known
 from unibus_sqs.link import BATCH, Link
@@ -142,12 +142,12 @@ class SqsAdapter:
             room -= size
             chunks[-1][0].append(i)
             chunks[-1][1].append(entry)
-        nobody = is_topic and not await self._reaches(link, place)
+        unheard = is_topic and not await self._reaches(link, place)
 
         async def request(part: list[int], entries: list[dict[str, Any]]) -> None:
             answers = await link.batch(operation, f"send to {to}", name, entries, **{where: place.target})
             for i, answer in zip(part, answers, strict=True):
-                results[i] = answer or (Unroutable(f"{to} has no group") if nobody else None)
+                results[i] = answer or (nobody(to) if unheard else None)
 
         await asyncio.gather(*(request(part, entries) for part, entries in chunks))
 
@@ -222,4 +222,4 @@ class SqsAdapter:
         return Health(self._link is not None and self._link.trouble is None)
 
     def reply_to(self, text: str) -> Address:
-        return wire.inbox(text)
+        return wire.reply_address(text)

@@ -14,7 +14,7 @@ from botocore.exceptions import UnknownRegionError
 from botocore.loaders import Loader, create_loader
 
 from unibus.adapter import Url
-from unibus.driver import as_result
+from unibus.driver import as_result, quiet
 from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, TransportError, UnibusError
 from unibus_sqs import config, errors
 
@@ -46,10 +46,7 @@ class Link:
 
     async def open(self) -> None:
         """Raises ConnectionLost, AuthenticationFailed, ConfigError."""
-        for name in ("botocore", "aiobotocore"):  # their DEBUG lines hold whole requests, bodies and signatures
-            logger = logging.getLogger(name)
-            if logger.level == logging.NOTSET:
-                logger.setLevel(logging.INFO)
+        quiet(logging.INFO, "botocore", "aiobotocore")  # their DEBUG lines hold whole requests, bodies and signatures
         session = self._session
         self.region = config.region(self._url) or session.get_config_variable("region") or ""
         if not self.region:

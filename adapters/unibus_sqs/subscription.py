@@ -15,9 +15,9 @@ from unibus.clock import Clock
 from unibus.delivery import Delivery
 from unibus.driver import NoMove, held, only_looked_at
 from unibus.errors import ConnectionLost, LeaseLost, Timeout, TransportError, UnibusError
-from unibus.message import DLQ_REASON, MOVED_TO_DLQ_AT
+from unibus.inflow import Inflow, closed
 from unibus.retry import BROKER_LIMIT
-from unibus.waiting import Tasks, Waiter
+from unibus.waiting import Tasks
 from unibus_sqs import config, wire
 from unibus_sqs.capabilities import LONGEST_HOLD
 from unibus_sqs.link import BATCH, Link
@@ -54,36 +54,32 @@ class SqsSubscription(NoMove):
         self._asked = 0  # messages that polls under way may bring
         self._busy = False  # the last poll was worth it, so more may run
         self._failing: float | None = None  # since when polls fail, monotonic seconds
-        self._stopped = self._ended = False
-        self._waiter = Waiter(clock)
+        self._inflow = Inflow(clock)
 
     # -- receive
 
     async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        if self.source.browse:
+            timeout = min(timeout, self._longest)  # one poll that brings nothing is the end of it
+        return await self._inflow.receive(timeout, lambda: self._take(limit), lambda left: self._more(limit, left))
+
+    def _take(self, limit: int) -> list[Delivery[Any]]:
+        return [self._arrived.popleft() for _ in range(min(limit, len(self._arrived)))]
+
+    async def _more(self, limit: int, seconds: float) -> None:
         """One poll runs always, one for each call as long as they bring much: an idle queue costs one request a wait."""
-        deadline = self._clock.monotonic() + timeout
-        while True:
-            if self._ended:
-                raise ConnectionLost(f"the subscription of {self.address} is closed")
-            if self._arrived:
-                return [self._arrived.popleft() for _ in range(min(limit, len(self._arrived)))]
-            left = deadline - self._clock.monotonic()
-            if self._stopped or left <= 0:
-                return []
-            room = min(limit, BATCH)
-            if not self.source.browse:
-                room = min(room, self.source.prefetch - len(self._held) - self._asked)
-            if room <= 0 or (self._asked and not self._busy):
-                await self._waiter.wait(left)
-                continue
-            self._asked += room
-            poll = self._polls.start(self._poll(room, left))
-            await asyncio.wait([poll])  # a receive that is cancelled leaves it alone: it may have messages
-            self._waiter.wake()
-            if not poll.cancelled():
-                poll.result()
-            if self.source.browse and not self._arrived:
-                return []
+        room = min(limit, BATCH)
+        if not self.source.browse:
+            room = min(room, self.source.prefetch - len(self._held) - self._asked)
+        if room <= 0 or (self._asked and not self._busy):
+            await self._inflow.wait(seconds)
+            return
+        self._asked += room
+        poll = self._polls.start(self._poll(room, seconds))
+        await asyncio.wait([poll])  # a receive that is cancelled leaves it alone: it may have messages
+        self._inflow.wake()
+        if not poll.cancelled():
+            poll.result()
 
     async def _poll(self, room: int, seconds: float) -> None:
         try:
@@ -115,9 +111,9 @@ class SqsSubscription(NoMove):
                 if native["MessageId"] in self._seen:
                     continue
                 self._seen.add(native["MessageId"])
-            self._take(native)
+            self._admit(native)
 
-    def _take(self, native: dict[str, Any]) -> None:
+    def _admit(self, native: dict[str, Any]) -> None:
         message, due = wire.decode(native)
         system = native.get("Attributes") or {}
         now = self._clock.monotonic()
@@ -132,10 +128,8 @@ class SqsSubscription(NoMove):
         )
         self._held[delivery] = now
         origin = self.place.dead
-        if origin is not None and "DeadLetterQueueSourceArn" in system and DLQ_REASON not in message.headers:
-            # SQS itself has moved it, by the redrive policy: the headers that the core would have given it.
-            moved = {DLQ_REASON: BROKER_LIMIT, MOVED_TO_DLQ_AT: deadletter.stamp(self._clock.time())}
-            message.headers = {**message.headers, **moved, **deadletter.origin(origin.address)}
+        if origin is not None and "DeadLetterQueueSourceArn" in system:  # moved by the redrive policy
+            deadletter.explain(message, BROKER_LIMIT, self._clock.time(), origin.address)
         if due is not None and due > self._clock.time() and not self.source.browse:
             self._hops.start(self._hop(delivery, due))
         else:
@@ -175,7 +169,7 @@ class SqsSubscription(NoMove):
         for delivery, error in zip(deliveries, results, strict=True):
             if error is None or not error.retryable:
                 self._held.pop(delivery, None)
-        self._waiter.wake()  # there is room
+        self._inflow.wake()  # there is room
         return results
 
     async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
@@ -216,12 +210,11 @@ class SqsSubscription(NoMove):
     # -- the end
 
     async def check(self) -> Standing:
-        return "gone" if self._stopped else "consuming"
+        return "gone" if self._inflow.over else "consuming"
 
     async def stop(self) -> None:
         """A poll under way is waited for: one that is cut off may take messages along, unseen until their lease ends."""
-        self._stopped = True
-        self._waiter.wake()
+        self._inflow.stop()
         if self.place.private:
             for poll in self._polls:
                 poll.cancel()
@@ -239,9 +232,9 @@ class SqsSubscription(NoMove):
             self._held.pop(delivery, None)
 
     async def close(self) -> None:
-        if self._ended:
+        if self._inflow.error is not None:
             return
-        self._ended = True
+        self._inflow.end(closed(self.address))
         await self.stop()
         for delivery in self._held:
             delivery.lost = True

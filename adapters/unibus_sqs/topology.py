@@ -10,9 +10,8 @@ from typing import Any
 
 from unibus.adapter import Inspected, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Topic
-from unibus.driver import missing as not_there
-from unibus.driver import no_history
-from unibus.errors import ConfigError, NotFound, Refused
+from unibus.driver import all_there, no_history, only_one
+from unibus.errors import NotFound, Refused
 from unibus.waiting import side_by_side
 from unibus_sqs import config, wire
 from unibus_sqs.link import Link
@@ -54,9 +53,7 @@ def plan(topology: Topology) -> Places:
         of = by_name.get(declared.name.removesuffix(DEAD_LETTER)) if declared.role == "dead letter" else None
         fifo = channel.ordered or (of is not None and of.fifo)  # a FIFO queue's dead letters go to one, SQS says
         name = wire.physical(declared.name) + (".fifo" if fifo else "")
-        other = taken.setdefault((isinstance(address, Topic), name.removesuffix(".fifo")), address)
-        if other is not address:
-            raise ConfigError(f"{other} and {address} would both be {name!r} on AWS; rename one of them")
+        only_one(taken, (isinstance(address, Topic), name.removesuffix(".fifo")), address, f"{name!r} on AWS")
         place = made[address] = Place(address, name, fifo, config.options(declared), dead=of)
         if not isinstance(address, Topic):
             by_name[declared.name] = place
@@ -163,8 +160,7 @@ async def inspect(link: Link, made: Places) -> list[Inspected]:
 async def verify(link: Link, made: Places) -> None:
     """One NotFound that lists all that is missing."""
     missing = [f"{one.address} ({one.kind} {one.name})" for one in await _look(link, made) if not one.exists]
-    if missing:
-        raise not_there(f"SQS in {link.region}", sorted(missing))
+    all_there(f"SQS in {link.region}", sorted(missing))
 
 
 async def _look(link: Link, made: Places) -> list[Inspected]:

@@ -19,7 +19,7 @@ from typing import Any
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
 from unibus.envelope import read, time_text, write
-from unibus.inboxes import check_inbox, plain
+from unibus.inboxes import inbox, plain
 from unibus.message import CRASH_COUNT, NOT_BEFORE, REDRIVE_COUNT, RETRY_COUNT, Message
 
 log = logging.getLogger("unibus.sqs")
@@ -56,10 +56,9 @@ def private_stem(prefix: str) -> str:
     return plain(prefix, dots=False)[:44] + "unibus__"
 
 
-def inbox(text: str) -> Inbox:
+def reply_address(text: str) -> Inbox:
     """The inbox behind an untrusted reply_to. Raises Refused."""
-    check_inbox(_INBOX, text, "...unibus__reply_...")
-    return Inbox(text)
+    return inbox(_INBOX, text, "...unibus__reply_...")
 
 
 def group_id(text: str) -> str:

@@ -104,9 +104,22 @@ def dead(delivery: Delivery[Any], reason: str, error: BaseException | None, now:
 
 
 def origin(address: Address) -> dict[str, str]:
-    """Where a dead letter failed, as its headers say it; also for what the broker itself has moved."""
+    """Where a dead letter failed, as its headers say it."""
     where = stem(address.topic if isinstance(address, Group) else address)
     return {names.ORIGINAL_DESTINATION: where, names.ORIGINAL_SUBSCRIPTION: address.name}
+
+
+def explain(message: Message, reason: str, at: float | None, source: Address | str) -> None:
+    """Of what the broker itself has moved here: the headers that the core would have given it, where it has none.
+
+    `source`: the address that it was a message of, or the broker's name where nobody knows more.
+    """
+    if names.DLQ_REASON in message.headers:
+        return
+    added = {names.ORIGINAL_DESTINATION: source} if isinstance(source, str) else origin(source)
+    if at is not None:
+        added[names.MOVED_TO_DLQ_AT] = stamp(at)
+    message.headers = {**message.headers, **added, names.DLQ_REASON: reason}
 
 
 def copy(message: Message, headers: Mapping[str, str], **changes: Any) -> Message:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from unibus.adapter import Move, Outcome, Outgoing, Results, Start
-from unibus.channel import Address, Group, stem
+from unibus.channel import Address, Group, Topic, stem
 from unibus.delivery import Delivery
 from unibus.errors import (
     ConfigError,
@@ -16,6 +17,7 @@ from unibus.errors import (
     TransportError,
     UnibusError,
     UnknownChannel,
+    Unroutable,
     Unsupported,
 )
 
@@ -52,9 +54,17 @@ def linked(link: P | None, broker: str) -> P:
     return link
 
 
-def missing(broker: str, what: Iterable[str]) -> NotFound:
-    """The one error for all that is not there."""
-    return NotFound(f"missing on {broker}: {', '.join(what)}; create them with `unibus declare`")
+def only_one(taken: dict[K, object], key: K, of: object, what: str) -> None:
+    """Raises ConfigError when another address has this `key`, and would be the same as `of` on the broker: `what`."""
+    other = taken.setdefault(key, of)
+    if other != of:
+        raise ConfigError(f"{other} and {of} would both be {what}; rename one of them")
+
+
+def all_there(broker: str, missing: Iterable[str], hint: str = "") -> None:
+    """Raises one NotFound for all that is missing, if anything is. `hint`: what else it may be."""
+    if gone := ", ".join(dict.fromkeys(missing)):
+        raise NotFound(f"missing on {broker}: {gone}; create them with `unibus declare`{hint}")
 
 
 def no_history(broker: str, address: Address, start: Start) -> None:
@@ -63,7 +73,20 @@ def no_history(broker: str, address: Address, start: Start) -> None:
         raise Unsupported(f"{address}: start={start!r}, but {broker} keeps no history")
 
 
+def quiet(level: int, *loggers: str) -> None:
+    """For client libraries that log bodies or passwords: nothing below `level`, unless the application has set one."""
+    for name in loggers:
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(level)
+
+
 # Results
+
+
+def nobody(to: Address) -> Unroutable:
+    """Of a message to a topic without groups, or to an inbox that is gone."""
+    return Unroutable(f"{to} has no group" if isinstance(to, Topic) else f"the inbox {to.name!r} is gone")
 
 
 def lease_lost(delivery: Delivery[Any], why: str) -> LeaseLost:

@@ -1,7 +1,8 @@
 """Receiving from one address: hold deliveries up to the prefetch, hand them out, decide their fates.
 
-What needs many messages at once lives here: admission, drain, the crash guard. Who runs handlers (`consumer`) or iterates
-by hand (`receiver`) takes a delivery and says `finish`; `lanes` keeps those that wait, `settler` carries fates out.
+What needs many messages at once lives here: admission and drain. Who runs handlers (`consumer`) or iterates by hand
+(`receiver`) takes a delivery and says `finish`; `lanes` keeps those that wait, `guard` watches for those that may kill
+their consumer, `settler` carries fates out.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any
 
 from unibus import deadletter, retry, telemetry
 from unibus.adapter import Outgoing, Source, Start, Subscription
-from unibus.channel import Group, Queue, dead_letter_queue, invalid_queue
+from unibus.channel import Group, Queue
 from unibus.clock import within
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Throttled, Timeout, TransportError, UnibusError
+from unibus.guard import CrashGuard
 from unibus.lanes import Lanes
 from unibus.lease import Heartbeat
-from unibus.message import CRASH_COUNT
 from unibus.report import Report
-from unibus.retry import Action, RetryPolicy, Suspicion, Verdict
-from unibus.settlement import Place, Step, beyond, plan
+from unibus.retry import Action, RetryPolicy, Verdict
+from unibus.settlement import Place, Step, beyond, onward, plan
 from unibus.settler import Kit, Settler
 from unibus.supervisor import FATAL, back_off
 
@@ -89,9 +90,7 @@ class Intake:
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
         self._emptying = False  # somebody waits until nothing runs
         self._finished = asyncio.Event()  # then: `running` became empty
-        self._alone = False  # the crash guard at work: one delivery at a time
-        self._suspects: list[Delivery[Any]] = []
-        self._trusted = 0  # deliveries in a row that were no suspects
+        self._guard = CrashGuard(address, policy.crash_limit, self._settler, self._report, self.finish)
         self._task: asyncio.Task[None] | None = None
 
     # The loop
@@ -140,7 +139,7 @@ class Intake:
                     await self.kit.link.redeclare()
 
     async def _subscribe(self) -> None:
-        self.source.prefetch = 1 if self._alone else self.prefetch
+        self.source.prefetch = 1 if self._guard.alone else self.prefetch
         subscription = await self.kit.link.adapter.subscribe(self.source)
         self._subscription = self._settler.subscription = subscription
         lease = self.kit.link.adapter.capabilities.lease
@@ -170,7 +169,7 @@ class Intake:
             raise failed[0]
 
     async def _pull(self, epoch: int) -> None:
-        link, subscription = self.kit.link, self._subscription
+        link, guard, subscription = self.kit.link, self._guard, self._subscription
         assert subscription is not None  # noqa: S101  # _subscribe came first
         receive_batch = link.adapter.capabilities.receive_batch
         failures = 0
@@ -184,7 +183,7 @@ class Intake:
                 continue
             self._reserved += room
             try:
-                deliveries = await subscription.receive(room, POLL_ALONE if self._alone else POLL)
+                deliveries = await subscription.receive(room, POLL_ALONE if guard.alone else POLL)
             except (Throttled, Timeout) as error:  # of this call alone: what is held is still ours
                 self.trouble = str(error)
                 wait = back_off(failures)
@@ -198,8 +197,9 @@ class Intake:
                 failures, self.trouble = 0, None
             if deliveries:
                 self._admit(deliveries)
-            if self._suspects or (self._alone and self._calm(deliveries)):
-                raise _Again
+            nothing = not (deliveries or self.holding)
+            if guard.suspects or (guard.alone and (nothing or guard.trusted >= self.prefetch)):
+                raise _Again  # it has to begin its work, or there are no suspects left, as far as one can see
 
     def unstuck(self) -> None:
         """The settler tries again: there may be room."""
@@ -209,7 +209,7 @@ class Intake:
 
     def _admit(self, deliveries: Sequence[Delivery[Any]]) -> None:
         self._received.n += len(deliveries)
-        plain, ready = not (self.at_most_once or self.place.ordered), self.lanes.ready
+        plain, ready, guard = not (self.at_most_once or self.place.ordered), self.lanes.ready, self._guard
         for delivery in deliveries:
             message = delivery.message
             delivery.settler = self
@@ -225,10 +225,10 @@ class Intake:
                 self._expire(delivery)
                 continue
             if (crashes or (delivery.deliveries or 0) > retry.SUSPECT_AFTER) and self._guarded:
-                if not self._trust(delivery, crashes):
+                if not guard.trusts(delivery, crashes):
                     continue
             else:
-                self._trusted += 1
+                guard.trusted += 1
             if plain:
                 ready.append(delivery)
             elif self.at_most_once:
@@ -347,7 +347,7 @@ class Intake:
         else:
             if self.place.ordered:
                 self._moving.add(delivery)
-            self._settler.move(delivery, self._copy(delivery, verdict))
+            self._settler.move(delivery, onward(delivery, verdict, self.address, self.kit.clock.time()))
 
     async def relocate(self, transfers: Sequence[tuple[Delivery[Any], Outgoing]]) -> None:
         """Send each message to another place, and settle it here. Raises the first error, once all are through."""
@@ -383,17 +383,6 @@ class Intake:
     def _outlived(self, delivery: Delivery[Any], delay: float) -> bool:
         expires_at = delivery.message.expires_at
         return expires_at is not None and expires_at <= self.kit.clock.time() + delay
-
-    def _copy(self, delivery: Delivery[Any], verdict: Verdict) -> Outgoing:
-        """The message as it goes to its next place, with the story of its failures."""
-        now = self.kit.clock.time()
-        if verdict.action is Action.RETRY:
-            headers = deadletter.failed(delivery, verdict.error, now)
-            return Outgoing(self.address, deadletter.copy(delivery.message, headers), now + verdict.delay, delivery)
-        headers = deadletter.dead(delivery, verdict.reason, verdict.error, now)
-        to = invalid_queue(self.address) if verdict.action is Action.INVALID else dead_letter_queue(self.address)
-        # What is dead doesn't expire: somebody has to look at it.
-        return Outgoing(to, deadletter.copy(delivery.message, headers, expires_at=None, priority=None), None, delivery)
 
     def _park(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Hold it here until its next attempt is due; of the others only its key waits."""
@@ -461,39 +450,9 @@ class Intake:
         if self._waiters and (waiter := self._waiters.pop(delivery, None)) is not None and not waiter.done():
             waiter.set_result(error)
 
-    # The crash guard: a message that was handed out again and again without an answer may be what kills its consumers.
-    # It is copied with its count raised, and the copy runs with nothing else in this process' hands, so that what
-    # the next crash takes down with it keeps its innocence.
-
-    def _trust(self, delivery: Delivery[Any], crashes: int) -> bool:
-        """May it be handed out now? If not, it is on its way to another place."""
-        match retry.suspect(delivery.deliveries, crashes, self.policy.crash_limit):
-            case Suspicion.NONE:
-                return True
-            case Suspicion.ALONE if self._alone:
-                self._trusted = 0
-                return True
-            case Suspicion.ALONE:
-                self._suspects.append(delivery)
-            case Suspicion.MARK:
-                self._report.suspect(delivery)
-                self._send_back(delivery, crashes + 1)
-            case Suspicion.DEAD:
-                self.finish(delivery, Verdict(Action.DEAD_LETTER, reason=retry.CRASH_LOOP))
-        return False
-
-    def _send_back(self, delivery: Delivery[Any], crashes: int) -> None:
-        headers = {**delivery.message.headers, CRASH_COUNT: str(crashes)}
-        delivery.settled = True
-        self._settler.move(delivery, Outgoing(self.address, deadletter.copy(delivery.message, headers), None, delivery))
-
-    def _calm(self, deliveries: Sequence[Delivery[Any]]) -> bool:
-        """No suspects left, as far as one can see."""
-        return self._trusted >= self.prefetch or not (deliveries or self.holding)
-
     async def _hand_over(self) -> None:
         """Empty our hands, then subscribe anew: for one delivery at a time, or as usual again."""
-        suspects, self._suspects = self._suspects, []
+        suspects, self._guard.suspects = self._guard.suspects, []
         try:
             if self._subscription is not None:
                 await self._subscription.stop()
@@ -502,15 +461,14 @@ class Intake:
             while self.running:
                 self._finished.clear()
                 await self._finished.wait()
-            for suspect in suspects:
-                self._send_back(suspect, deadletter.crash_count(suspect.message.headers))
+            self._guard.send_back(suspects)
             await self._settler.idle()
             await self._close_subscription()
         except Exception as error:  # the next subscribe meets it again
             log.warning("%s: %s", self.address, error, exc_info=not isinstance(error, UnibusError))
             await self._abandon()
         self._emptying = False
-        self._alone, self._trusted = bool(suspects), 0
+        self._guard.alone, self._guard.trusted = bool(suspects), 0
 
     # The end of a subscription
 
@@ -559,7 +517,7 @@ class Intake:
             self._forget(delivery)
         for delivery in self.holding:
             delivery.lost = True
-        self._suspects.clear()
+        self._guard.suspects.clear()
         await self._close_subscription()
 
     async def _close_subscription(self) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+from unibus import deadletter
+from unibus.adapter import Outgoing
 from unibus.capabilities import Capabilities
+from unibus.channel import Group, Queue, dead_letter_queue, invalid_queue
+from unibus.delivery import Delivery
 from unibus.errors import ConfigError, Unsupported
 from unibus.retry import Action, RetryPolicy, Verdict
 
@@ -41,6 +46,17 @@ def plan(verdict: Verdict, place: Place, capabilities: Capabilities) -> Step:
             return Step.PARK if place.ordered or place.private or soon else Step.MOVE
         case Action.DEAD_LETTER | Action.INVALID:
             return Step.SETTLE if place.private else Step.MOVE
+
+
+def onward(delivery: Delivery[Any], verdict: Verdict, address: Queue[Any] | Group, now: float) -> Outgoing:
+    """For a MOVE: the message as it goes to its next place, with the story of its failures. `now`: epoch seconds."""
+    if verdict.action is Action.RETRY:
+        headers = deadletter.failed(delivery, verdict.error, now)
+        return Outgoing(address, deadletter.copy(delivery.message, headers), now + verdict.delay, delivery)
+    headers = deadletter.dead(delivery, verdict.reason, verdict.error, now)
+    to = invalid_queue(address) if verdict.action is Action.INVALID else dead_letter_queue(address)
+    # What is dead doesn't expire: somebody has to look at it.
+    return Outgoing(to, deadletter.copy(delivery.message, headers, expires_at=None, priority=None), None, delivery)
 
 
 def beyond(delay: float, step: Step, capabilities: Capabilities) -> Unsupported | None:

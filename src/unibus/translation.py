@@ -47,6 +47,11 @@ def wrong_password(doing: str, more: str = "") -> AuthenticationFailed:
     return AuthenticationFailed(f"{doing}: wrong user or password; check username and UNIBUS_PASSWORD{more}")
 
 
+def of_host(error: UnibusError) -> UnibusError:
+    """During connect: what another host would say as well stays as it is, all else is a host that can't be had."""
+    return error if isinstance(error, FATAL | ConnectionLost) else ConnectionLost(str(error))
+
+
 async def first_that_answers(hosts: Iterable[H], open_: Callable[[H], Awaitable[T]]) -> T:
     """The first host that `open_` succeeds with; it raises our errors.
 

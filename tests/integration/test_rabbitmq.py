@@ -200,7 +200,7 @@ async def test_request_and_reply(lab: Bench) -> None:
     await inbox.stop()
     await inbox.close()
     results = await adapter.send([Outgoing(inbox.address, reply)], SOON)
-    assert errors_of(results) == ["NotFound"]
+    assert errors_of(results) == ["Unroutable"]
     assert (await adapter.check()).up
 
 

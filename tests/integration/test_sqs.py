@@ -38,6 +38,7 @@ from unibus.channel import Group, Inbox, Topic, dead_letter_queue
 from unibus.message import NOT_BEFORE
 from unibus.url import parse
 from unibus_contracts import supply
+from unibus_contracts.kit import until
 from unibus_sqs import private, topology
 
 
@@ -368,13 +369,13 @@ async def test_a_cancelled_receive_loses_nothing(lab: Bench) -> None:
     adapter = await lab.adapter(queue := lab.queue())
     subscription = await subscribe(adapter, queue)
     receiving = asyncio.create_task(subscription.receive(10, 5))
-    await asyncio.sleep(0)
+    await until(lambda: list(subscription._polls), "a poll is under way")
     receiving.cancel()
     await send(adapter, out(queue, b"1"))
     [delivery] = await take(subscription)
     await subscription.settle(Outcome.ACCEPTED, [delivery])
     receiving = asyncio.create_task(subscription.receive(10, 5))
-    await asyncio.sleep(0)
+    await until(lambda: list(subscription._polls), "a poll is under way")
     receiving.cancel()
     await send(adapter, out(queue, b"2"))
     await subscription.stop()  # the poll that was left may have it

@@ -144,6 +144,28 @@ def test_the_original_headers_are_left_alone() -> None:
     assert one.message.headers == {"a": "b"}
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (BILLING, {"x-original-destination": "order.charged", "x-original-subscription": "billing"}),
+        ("some queue", {"x-original-destination": "some queue"}),
+    ],
+)
+def test_what_the_broker_has_moved_is_explained(source: Any, told: dict[str, str]) -> None:
+    letter = Message(b"body", "id-1", headers={"tenant": "a"})
+    deadletter.explain(letter, retry.BROKER_LIMIT, NOW, source)
+    expected = {"tenant": "a", "x-dlq-reason": "broker_limit", "x-moved-to-dlq-at": NOW_TEXT, **told}
+    assert letter.headers == expected
+    deadletter.explain(letter, retry.EXPIRED, LATER, ORDERS)
+    assert letter.headers == expected, "what it says of itself stands"
+
+
+def test_when_the_broker_moved_it_may_be_unknown() -> None:
+    letter = Message(b"", "id-1")
+    deadletter.explain(letter, retry.EXPIRED, None, "")
+    assert letter.headers == {"x-dlq-reason": "expired", "x-original-destination": ""}
+
+
 def test_no_position_no_header() -> None:
     one = delivery()
     one.position = ""

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from unibus.adapter import Outcome, Outgoing, Results, Source
-from unibus.channel import Group, Queue, Topic
+from unibus.channel import Group, Inbox, Queue, Topic
 from unibus.delivery import Delivery
 from unibus.driver import (
     NoLease,
     NoMove,
     OnlyLooks,
+    all_there,
     as_result,
     by,
     held,
     lease_lost,
     linked,
-    missing,
     no_history,
+    nobody,
+    only_one,
     place_of,
+    quiet,
     send_all,
     topic_of,
 )
@@ -63,9 +67,33 @@ def test_a_link_is_there_and_up() -> None:
 
 
 def test_all_that_is_missing_is_one_error() -> None:
-    error = missing("X", ["a", "b"])
-    assert isinstance(error, NotFound)
-    assert str(error) == "missing on X: a, b; create them with `unibus declare`"
+    all_there("X", [])
+    with pytest.raises(NotFound) as caught:
+        all_there("X", iter(["a", "b", "a"]))
+    assert str(caught.value) == "missing on X: a, b; create them with `unibus declare`"
+
+
+def test_a_name_on_the_broker_is_one_address() -> None:
+    taken: dict[str, object] = {}
+    for _ in range(2):  # declared twice is no fault
+        only_one(taken, "orders", Q, "the key")
+    only_one(taken, "charged", T, "the key")
+    with pytest.raises(
+        ConfigError, match=r"^queue 'orders' and topic 'charged' would both be the key; rename one of them$"
+    ):
+        only_one(taken, "orders", T, "the key")
+
+
+def test_a_client_library_is_quiet_unless_it_was_asked_to_speak() -> None:
+    silent, asked = (logging.getLogger(f"test_driver.{name}") for name in ("silent", "asked"))
+    asked.setLevel(logging.DEBUG)
+    quiet(logging.INFO, silent.name, asked.name)
+    assert (silent.level, asked.level) == (logging.INFO, logging.DEBUG)
+
+
+def test_what_nobody_gets_says_why() -> None:
+    assert str(nobody(T)) == "topic 'charged' has no group"
+    assert str(nobody(Inbox("unibus.reply.a.1"))) == "the inbox 'unibus.reply.a.1' is gone"
 
 
 def test_a_broker_without_history_begins_now() -> None:

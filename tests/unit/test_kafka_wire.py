@@ -353,7 +353,7 @@ def test_an_ordered_channel_needs_no_rungs() -> None:
 
 
 def test_names_that_kafka_refuses_are_refused_at_start() -> None:
-    with pytest.raises(ConfigError, match=r"'a\.b' and 'a_b'"):
+    with pytest.raises(ConfigError, match=r"'a\.b' and topic 'a_b'"):
         places(Declared(Queue("a.b"), "a.b"), Declared(Queue("a_b"), "a_b"))
     with pytest.raises(ConfigError, match="249"):
         places(Declared(Q, "q" * 250))

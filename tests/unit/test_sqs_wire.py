@@ -79,9 +79,9 @@ def test_a_short_name_can_be_read_back(name: str) -> None:
 def test_no_channel_is_an_inbox(name: str, prefix: str) -> None:
     stem = wire.private_stem(prefix)
     assert not wire.physical(name).startswith(stem + "reply_")
-    assert wire.inbox(stem + "reply_" + "0" * 16).name
+    assert wire.reply_address(stem + "reply_" + "0" * 16).name
     with pytest.raises(Refused):
-        wire.inbox(wire.physical(name))
+        wire.reply_address(wire.physical(name))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import ssl
 import pytest
 
 from unibus.errors import AuthenticationFailed, ConfigError, ConnectionLost, PermissionDenied, Refused, Timeout
-from unibus.translation import common, first_that_answers, wrong_password
+from unibus.translation import common, first_that_answers, of_host, wrong_password
 
 
 def test_ours_stay_what_they_are() -> None:
@@ -32,6 +32,15 @@ def test_a_certificate_that_is_not_trusted_names_the_setting(how: str) -> None:
     found = common(error, "connect", "Kafka")
     assert isinstance(found, ConfigError)
     assert "set kafka.ca_file" in str(found)
+
+
+def test_a_host_that_can_not_be_had_is_a_lost_connection() -> None:
+    for fatal in (AuthenticationFailed("a"), PermissionDenied("b"), ConfigError("c"), ConnectionLost("d")):
+        assert of_host(fatal) is fatal
+    for passing in (Timeout("no answer"), Refused("too many clients")):
+        found = of_host(passing)
+        assert isinstance(found, ConnectionLost)
+        assert str(found) == str(passing)
 
 
 def test_a_wrong_password_says_what_to_check() -> None:
