@@ -148,7 +148,8 @@ def _brokers() -> frozenset[str]:
 
 def _profile(url: Url) -> str | None:
     """The broker that `memory://?profile=...` imitates: its settings count then, not those of memory."""
-    return url.query.get(PROFILE) if broker_name(url.scheme) == "memory" else None
+    profile = url.query.get(PROFILE) if broker_name(url.scheme) == "memory" else None
+    return None if profile is None else profile.partition("-")[0]  # behind it a version may stand
 
 
 def _broker(url: Url) -> str:

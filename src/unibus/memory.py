@@ -35,7 +35,7 @@ from unibus.errors import (
 from unibus.memory_broker import MemoryBroker
 from unibus.memory_places import Key, Place
 from unibus.memory_subscription import MemorySubscription
-from unibus.registry import profile_factory
+from unibus.registry import profile_of
 
 log = logging.getLogger("unibus.memory")
 
@@ -115,11 +115,12 @@ class MemoryAdapter:
     def __init__(self, endpoint: Endpoint) -> None:
         self._profile: Profile | None = None
         if name := endpoint.url.query.get("profile"):
-            self._profile = profile_factory(name)(endpoint, None)
+            self._profile = profile_of(name, endpoint)
         self.broker = _broker(endpoint)
         known = _own(endpoint) if self._profile is None else self._profile.capabilities
-        # Reports must not take it for the server.
-        self._capabilities = known if self._profile is None else replace(known, version="in memory")
+        if self._profile is not None:  # reports must not take it for the server
+            known = replace(known, version=f"{known.version} in memory" if known.version else "in memory")
+        self._capabilities = known
         self.lease = known.lease.limit or LEASE if known.lease else None
         self._max_body = known.max_body
         self._prefix = endpoint.prefix

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
-from unibus.adapter import AdapterFactory, ProfileFactory
+from unibus.adapter import AdapterFactory, Endpoint, Profile, ProfileFactory
 from unibus.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ PROFILES = "unibus.profiles"  # section of the broker -> what its adapter says w
 def adapter_factory(scheme: str) -> AdapterFactory:
     """What makes the adapter for URLs of `scheme`. Raises ConfigError: unknown scheme, missing client library."""
     return cast(AdapterFactory, _load(_entry(scheme), f"{scheme}://"))
+
+
+def profile_of(text: str, endpoint: Endpoint) -> Profile:
+    """What the adapter of `kafka`, or of `rabbitmq-4.1` at that version, says without a broker. Raises ConfigError."""
+    name, _, version = text.partition("-")
+    return profile_factory(name)(endpoint, version or None)
 
 
 @cache
