@@ -69,6 +69,10 @@ def _broker(endpoint: Endpoint) -> MemoryBroker:
 def _own(endpoint: Endpoint) -> Capabilities:
     """What the memory broker can do. Raises ConfigError for what is wrong with its settings."""
     for name in endpoint.settings:
+        if name == "profile":
+            raise ConfigError(
+                f"memory.profile: it decides whose settings count, so it stands in the URL: memory://?profile={endpoint.settings[name]}"
+            )
         if name not in _SETTINGS:
             near = get_close_matches(name, _SETTINGS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {' and '.join(_SETTINGS)}"
@@ -282,7 +286,7 @@ class MemoryAdapter:
                 places, problem = self.route(outgoing)
                 last = None if problem is not None else outgoing.to
                 reached.update(dict.fromkeys(places))
-            error = problem or (self.refusal(outgoing) if self._max_body is not None else None)
+            error = (self.refusal(outgoing) if self._max_body is not None else None) or problem
             results[i] = error
             if error is None or (isinstance(error, Unroutable) and isinstance(outgoing.to, Topic)):
                 store(outgoing, places, now, self._kept.get(outgoing.to) if self._kept else None)

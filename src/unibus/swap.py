@@ -85,7 +85,9 @@ async def plan(bus: Bus, source: Settings | None = None) -> Plan:
     rows = [*_features(session, known), *_handlers(session, known), *_everywhere(known)]
     rows += [*_limits(known, source), *_settings(session, source)]
     if session.settings.broker in profile_names():
-        rows += _objects(session, _profile(session.settings, known.version))
+        refused = {row.channel for row in rows if row.level == "refused"}
+        found = _objects(session, _profile(session.settings, known.version))
+        rows += [row for row in found if row.channel not in refused]
     return Plan(known.adapter, known.version, tuple(rows))
 
 
@@ -96,14 +98,29 @@ def _profile(settings: Settings, version: str | None) -> Profile:
 
 
 def _features(session: Session, known: Capabilities) -> Iterator[Row]:
+    quiet = {
+        s.address
+        for s in session._stations
+        if s.registration.kind == "responder" and "retry" not in s.registration.options
+    }
     for need in needs(session.channels, session._stations, known):
-        support = need.support
+        channel, support = _label(need.address), need.support
+        what = need.what.replace(str(need.address), channel)
+        short = what.removeprefix(f"{channel} ")
         if need.problem is not None:
-            yield Row(str(need.address), need.feature, "refused", need.what, str(need.problem), support.limit)
-        else:
-            yield _row(str(need.address), need.feature, need.what, support)
+            how = str(need.problem).replace(str(need.address), channel).removeprefix(f"{what}: ")
+            yield Row(channel, need.feature, "refused", short, how, support.limit)
+        elif need.address not in quiet or need.what.startswith(channel):  # a responder answers an error at once
+            yield _row(channel, need.feature, short, support)
         if need.feature == "reply" and need.problem is None:
-            yield _row(str(need.address), "inbox", "a reply to a process that has gone is an error", known.inbox)
+            yield _row(channel, "inbox", "a reply to a process that has gone is an error", known.inbox)
+
+
+def _label(address: Queue[Any] | Topic[Any] | Group) -> str:
+    """A broadcast's group has another name in each process."""
+    if isinstance(address, Group) and address.ephemeral:
+        return f"broadcast of {address.topic}"
+    return str(address)
 
 
 def _row(channel: str, feature: str, what: str, support: Support) -> Row:
@@ -114,7 +131,7 @@ def _row(channel: str, feature: str, what: str, support: Support) -> Row:
 
 def _handlers(session: Session, known: Capabilities) -> Iterator[Row]:
     for station in session._stations:
-        channel, registration = str(station.address), station.registration
+        channel, registration = _label(station.address), station.registration
         if registration.broadcast:
             yield Row(
                 channel, "broadcast", "native", "each process gets all", "a subscription that ends with its process"
@@ -137,7 +154,7 @@ def _timeout(station: Station, known: Capabilities) -> Row | None:
         return None
     what = "a handler may run for ever" if most is None else f"a handler may run for {most:g} s"
     how = f"a message is safely held for {limit:g} s" + (f": {known.lease.how}" if known.lease.how else "")
-    return Row(str(station.address), "timeout", "absent", what, how, limit)
+    return Row(_label(station.address), "timeout", "absent", what, how, limit)
 
 
 def _everywhere(known: Capabilities) -> Iterator[Row]:
