@@ -214,7 +214,8 @@ def _retries(known: Capabilities, station: Station, where: str) -> Need:
     policy = station.settings.retry
     private = isinstance(station.address, Group) and station.address.ephemeral
     place = Place(ordered=station.channel.ordered, private=private)
-    longest = policy.waits()[-1] * (1 + policy.jitter)
+    waits = policy.waits()
+    longest = waits[-1] * (1 + policy.jitter) if waits else 0.0
     support = known.delay
     if place.ordered or place.private or longest < max(known.park_below, 1e-9):
         why = "its key waits with it" if place.ordered else "nothing else waits for it"
