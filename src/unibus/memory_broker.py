@@ -176,8 +176,10 @@ class MemoryBroker:
             # Epoch floats resolve a quarter of a microsecond; without the rounding a wait of 5 s ends after 5.0000002.
             wait = round(not_before - self.clock.time(), 6)
             if wait > 0:
+                # Not from `now`: what has passed since then is in `wait` already, and a delay is a floor.
+                due = self.clock.monotonic() + wait
                 for place in places:
-                    self.delay(now + wait, place, Entry(fields, 0, now), again=False)
+                    self.delay(due, place, Entry(fields, 0, now), again=False)
                 places = ()
         for place in places:
             place.put(Entry(fields, self._next(), now))
