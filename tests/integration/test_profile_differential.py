@@ -16,19 +16,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from unibus import Bus, DeadLetter, Delivery, Discard, Message, Queue, Retry, RetryPolicy, SendFailed, Topic, deadletter
 from unibus.capabilities import Capabilities
 from unibus.cli.commands.plan import plan_swap
 from unibus.errors import UnibusError
+from unibus.memory_subscription import MemorySubscription
 from unibus.tooling import attached
 from unibus_contracts import supply
 from unibus_contracts.kit import FACTOR
 
 BROKERS = ("rabbitmq", "kafka", "redis", "sqs")
-EXAMPLES = 3
+EXAMPLES = 3  # beside the one that has everything
 DEADLINE = 40.0 * FACTOR
 JOBS, LINE, NEWS = Queue("jobs", bytes, delayed=True), Queue("line", bytes, ordered=True), Topic("news", bytes)
 GROUPS = ("one", "two")
@@ -90,7 +91,19 @@ news = st.builds(
     st.sampled_from(HEADERS),
 )
 undelayable = st.builds(Step, st.just("line"), delay=st.just(1.0))
-histories = st.lists(st.one_of(jobs, jobs, lined, lined, news, undelayable), min_size=15, max_size=30)
+histories = st.lists(st.one_of(jobs, jobs, lined, lined, news, undelayable), min_size=20, max_size=40)
+# By hand, so that nothing is left to chance: each end, body, key and set of headers, once on every channel that has it.
+EVERYTHING = [
+    *(Step("jobs", runs) for runs in ENDS + GIVEN_BACK),
+    *(Step("news", runs) for runs in ENDS + GIVEN_BACK),
+    *(Step("line", runs, key="a") for runs in ENDS),
+    *(Step("line", key=key, together=True) for key in ("a", "b", "a", "b")),
+    *(Step(to, ("fail", "ok"), body=body) for to in ("jobs", "news") for body in sorted(set(BODIES))),
+    *(Step(to, ("fail", "ok"), key=key) for to in ("jobs", "news") for key in KEYS),
+    *(Step(to, ("fail", "ok"), headers=headers) for to in ("jobs", "news") for headers in HEADERS),
+    *(Step("jobs", expires_in=seconds) for seconds in (0.0, 600.0)),
+    *(Step(to, delay=1.0) for to in ("jobs", "line", "news")),
+]
 
 
 def body(step: Step, id: str, known: Capabilities) -> bytes:
@@ -277,9 +290,10 @@ def _compare(runner: asyncio.Runner, url: str) -> None:
                 deadline=None,
                 derandomize=True,
                 database=None,
-                phases=[Phase.generate],  # shrinking would play hundreds of histories on a server
+                phases=[Phase.explicit, Phase.generate],  # shrinking would play hundreds of histories on a server
                 suppress_health_check=list(HealthCheck),
             )
+            @example(EVERYTHING)
             @given(histories)
             def same(history: list[Step]) -> None:
                 number = next(numbers)
@@ -298,3 +312,39 @@ async def _planned(bus: Bus, url: str) -> Any:
     tool = attached(bus)
     tool._environ = {"UNIBUS_URL": url}
     return await plan_swap(tool)
+
+
+# That it would notice
+
+
+async def _everything(profile: str) -> dict[str, Any]:
+    service = Service(f"memory://?profile={profile}", "")
+    async with service.bus.running():
+        return await service.live(0, EVERYTHING, service.bus.capabilities)
+
+
+async def test_the_history_has_everything() -> None:
+    """Else all could be equal, and nothing be seen."""
+    seen = await _everything("kafka")
+    assert {error for error in seen["sent"].values() if error} == {"MessageTooLarge", "CodecError", "Unsupported"}
+    assert all(seen["counts"].values()), seen["counts"]
+    assert {letter["x-dlq-reason"] for letter in seen["letters"].values()} == {
+        *("retries_exhausted", "non_retryable", "expired")
+    }
+    assert seen == await _everything("kafka")
+    assert seen != await _everything("redis")
+
+
+@pytest.mark.parametrize("field", ["headers", "key", "body"])
+async def test_a_message_that_comes_otherwise_is_noticed(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, expected = MemorySubscription.receive, await _everything("sqs")
+
+    async def receive(self: MemorySubscription, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        found = await honest(self, limit, timeout)
+        for delivery in found:
+            if delivery.message.id == "e0-01":
+                setattr(delivery.message, field, {"headers": {"a": "b"}, "key": "other", "body": b"other"}[field])
+        return found
+
+    monkeypatch.setattr(MemorySubscription, "receive", receive)
+    assert await _everything("sqs") != expected
