@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.unit.cli_lab import Cli, Done
+from tests.unit.snippets import blocks, compiled, read
 
 from unibus import Bus, ConfigError, Queue, RetryPolicy, Topic, Unsupported
 from unibus.swap import Plan, Row, plan
@@ -286,6 +287,28 @@ def test_a_plan_and_the_bus_never_disagree(of_queues: list[Any], of_topics: list
         await agrees(bus, to, await planned(bus, to))
 
     asyncio.run(both())
+
+
+# The page that leads through a swap
+
+
+async def test_the_tests_of_the_page_pass() -> None:
+    (source,) = blocks(read("docs/swapping.md"), "python")
+    names: dict[str, Any] = {}
+    exec(compiled(source, "swapping"), names)  # noqa: S102  # that is the test
+    tests = [function for name, function in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        await test()
+
+
+def test_the_command_line_of_the_page_works(cli: Cli) -> None:
+    (line,) = blocks(read("docs/swapping.md"), "console")
+    assert line == "$ unibus plan shop:bus --to kafka\n"
+    app = cli.app(APP)
+    assert cli(*line.split()[2:3], app, *line.split()[4:], url=None).code == 1
+    for target in re.findall(r"`unibus plan (--to \S+)`", read("docs/swapping.md")):
+        assert cli("plan", app, *target.split(), url=None).code == 0
 
 
 # The command
