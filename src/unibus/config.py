@@ -250,8 +250,6 @@ def _url(
         problems.append(f"{place}: {exc}")
         return None, "", {}
     standing = dict.fromkeys(("url", "username", "password"), place)
-    if broker_name(url.scheme) == "memory":
-        return url, broker, standing  # it has no users: those of the settings are for the broker that it stands in for
     username, password = url.username, url.password
     if tables.username is not None and (username is None or _outranks(layers, scope, "username")):
         if username != tables.username:

@@ -49,8 +49,9 @@ _shared: dict[tuple[str, Clock | None], MemoryBroker] = {}
 def _broker(endpoint: Endpoint) -> MemoryBroker:
     url = endpoint.url
     name = url.path or (url.hosts[0][0] if url.hosts else "")
-    if len(url.hosts) > 1 or (url.hosts and (url.path or url.hosts[0][1])) or url.username or url.password:
-        raise ConfigError(f"url {url}: use memory:// or memory://name, without port, path or user")
+    # A user is not asked for: the settings may name one for the broker that it stands in for.
+    if len(url.hosts) > 1 or (url.hosts and (url.path or url.hosts[0][1])):
+        raise ConfigError(f"url {url}: use memory:// or memory://name, without port or path")
     profile = url.query.get("profile", "")
     if not name:
         return MemoryBroker(endpoint.clock, profile)
