@@ -17,7 +17,6 @@ from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.driver import all_there, linked, nobody, place_of, send_all
 from unibus.errors import (
     ConfigError,
-    MessageTooLarge,
     NotFound,
     Timeout,
     TransportError,
@@ -36,8 +35,11 @@ log = logging.getLogger("unibus.kafka")
 _JOIN = 5.0  # seconds; a group that is busy rebalancing may need longer, and then this member stands by meanwhile
 _LOOK = 1.0  # seconds without a confirmation after which the topics are looked at
 _REPLIES = {"retention.ms": "3600000", "cleanup.policy": "delete"}
+<<<<<<< HEAD
 _HIDDEN = "; what this user may not Describe looks missing to it"
 _RECORD_OVERHEAD = 100  # bytes of a record beside key, value and headers, and of its batch
+=======
+>>>>>>> profiles
 
 
 class KafkaAdapter:
@@ -159,15 +161,12 @@ class KafkaAdapter:
         gone = await link.missing({topic for topic, _, _ in routes})
         builders: dict[TopicPartition, list[tuple[Any, list[int]]]] = defaultdict(list)
         for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
-            key, value, headers, at = wire.encode(outgoing, now, later=later)
-            size = len(key or b"") + len(value or b"") + _RECORD_OVERHEAD
-            if size + 64 * 1024 > self._settings.max_request_size:
-                size += sum(len(name) + len(v or b"") + 6 for name, v in headers)
+            key, value, headers, at = record = wire.encode(outgoing, now, later=later)
             tp = link.partition(topic, key) if number is None else TopicPartition(topic, number)
             if topic in gone or tp is None or tp.partition >= len(link.partitions(topic)):
                 results[i] = self._missing(outgoing, topic)
-            elif size > self._settings.max_request_size:
-                results[i] = MessageTooLarge(f"{outgoing.to}: {size} bytes; kafka.max_request_size is less")
+            elif too_large := wire.too_large(outgoing, record, self._settings.max_request_size):
+                results[i] = too_large
             else:
                 of_partition = builders[tp]
                 fields = {"timestamp": at, "key": key, "value": value, "headers": headers}

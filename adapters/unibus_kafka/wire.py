@@ -12,11 +12,12 @@ from typing import Any
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
 from unibus.envelope import JSON, read, time_text, write
-from unibus.errors import ConfigError
+from unibus.errors import ConfigError, MessageTooLarge
 from unibus.inboxes import PLAIN, check_inbox, plain
 from unibus.message import CONTENT_TYPE, ID, NO_HEADERS, NOT_BEFORE, RESERVED_HEADERS, TIMESTAMP, Message
 
 _FRESH = 60.0  # seconds
+_RECORD_OVERHEAD = 100  # bytes of a record beside key, value and headers, and of its batch
 _INBOX = re.compile(rf"([{PLAIN}]{{0,60}}unibus\.reply\.[{PLAIN}]{{1,60}}):(\d{{1,6}}):([{PLAIN}]{{1,100}})")
 _POSITION = re.compile(rf"([{PLAIN}]{{1,249}})/(\d{{1,9}})@(\d{{1,18}})")
 _NAME = re.compile(rf"[{PLAIN}]{{1,249}}")
@@ -83,6 +84,15 @@ def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
         if odd:
             headers = [(n, v) for n, v in headers if n not in odd] + [(n, v) for n, v in native.headers if n in odd]
     return key, value, headers, round(at * 1000)
+
+
+def too_large(outgoing: Outgoing, record: Record, most: int) -> MessageTooLarge | None:
+    """Is a record refused, where a request has `most` bytes?"""
+    key, value, headers, _ = record
+    size = len(key or b"") + len(value or b"") + _RECORD_OVERHEAD
+    if size + 64 * 1024 > most:
+        size += sum(len(name) + len(v or b"") + 6 for name, v in headers)
+    return MessageTooLarge(f"{outgoing.to}: {size} bytes; kafka.max_request_size is less") if size > most else None
 
 
 def _text(value: bytes | None) -> str | None:

@@ -18,7 +18,7 @@ from unibus.config_tables import check_table
 from unibus.driver import linked, no_history, place_of, send_all, topic_of
 from unibus.inboxes import inbox_name
 from unibus.translation import first_that_answers
-from unibus_rabbitmq import config, errors, topology, wire
+from unibus_rabbitmq import config, declaring, errors, topology, wire
 from unibus_rabbitmq.capabilities import known
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.publisher import Publisher
@@ -92,14 +92,14 @@ class RabbitMQAdapter:
         link = self._link(self._consuming)
         made = topology.plan(topology_, self._endpoint.prefix, link.version)
         if topology_.mode == "create":
-            await topology.declare(link, made, _TIMEOUT)
+            await declaring.declare(link, made, _TIMEOUT)
         elif topology_.mode == "verify":
-            await topology.verify(link, made, _TIMEOUT)
+            await declaring.verify(link, made, _TIMEOUT)
         self._plan = made
 
     async def inspect(self, topology_: Topology) -> list[Inspected]:
         link = self._link(self._consuming)
-        return await topology.inspect(link, topology.plan(topology_, self._endpoint.prefix, link.version), _TIMEOUT)
+        return await declaring.inspect(link, topology.plan(topology_, self._endpoint.prefix, link.version), _TIMEOUT)
 
     def _link(self, link: Link | None) -> Link:
         return linked(link, "RabbitMQ")

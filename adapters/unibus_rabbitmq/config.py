@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ssl
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from yarl import URL
 
 from unibus.adapter import Url
 from unibus.config_tables import DriverTable
 from unibus.errors import ConfigError
 from unibus.tls import TlsTable, client_context
+
+if TYPE_CHECKING:  # the settings need no client library
+    from yarl import URL
 
 ExchangeType = Literal["direct", "fanout", "topic", "headers"]
 
@@ -67,6 +69,8 @@ def check_exchange(name: str, of: object) -> str:
 
 def urls(url: Url, given: Settings, service: str, role: str) -> list[URL]:
     """One URL for aio-pika for each host; with the password, so never to be shown."""
+    from yarl import URL
+
     if "%" in url.path:  # aiormq would decode it once more
         raise ConfigError(
             f"url: the vhost {url.path!r} holds a %, which the client library can't address; rename the vhost"

@@ -1,33 +1,27 @@
-"""What stands on the broker for a topology: exchanges, queues, bindings. First a pure plan, then its carrying out.
+"""What stands on the broker for a topology: exchanges, queues, bindings. Pure; `declaring` carries it out.
 
 Arguments are constants: they never depend on a policy, since a changed one would be PRECONDITION_FAILED for ever.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from aiormq.abc import AbstractChannel
-from aiormq.exceptions import ChannelNotFoundEntity
-
-from unibus.adapter import Declared, Inspected, Topology
+from unibus.adapter import Declared, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Queue, Topic, dead_letter_queue
 from unibus.config_tables import check_options
+<<<<<<< HEAD
 from unibus.driver import all_there, no_history, topic_of
+=======
+from unibus.driver import no_history, topic_of
+>>>>>>> profiles
 from unibus.errors import ConfigError
-from unibus.waiting import side_by_side
-from unibus_rabbitmq import config, errors
+from unibus_rabbitmq import config
 from unibus_rabbitmq.capabilities import number
-from unibus_rabbitmq.link import Link
-
-_Call = Callable[[Callable[[AbstractChannel], Awaitable[Any]]], Awaitable[Any]]  # do this on some channel
-log = logging.getLogger("unibus.rabbitmq")
 
 DELIVERY_LIMIT = 100  # a backstop far above what the crash guard allows: neighbours of a poison message get counted too
 LADDER = tuple(1000 << n for n in range(13))  # 1 s to 4096 s, in ms
@@ -260,6 +254,7 @@ def step(steps: tuple[int, ...], wait: float) -> tuple[int, bool]:
     if at < len(steps) and (at == 0 or steps[at] - ms < 1000):
         return steps[at], True
     return steps[at - 1], False
+<<<<<<< HEAD
 
 
 # Carrying it out
@@ -371,3 +366,5 @@ async def _bind(call: _Call, item: Binding) -> None:
         await call(bind)
     except Exception as exc:
         raise errors.translate(exc, f"bind {item.destination!r} to {item.source!r}") from exc
+=======
+>>>>>>> profiles

@@ -5,12 +5,9 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from unibus.adapter import Secret, Url
 from unibus.config_tables import DriverTable, check_table
@@ -18,6 +15,9 @@ from unibus.errors import ConfigError
 from unibus.inboxes import plain
 from unibus.tls import TlsTable, client_context
 from unibus_redis.capabilities import LEASE
+
+if TYPE_CHECKING:  # the settings need no client library
+    from redis.asyncio import Redis, RedisCluster
 
 
 class Settings(TlsTable):
@@ -76,6 +76,10 @@ def login(url: Url, given: Settings, name: str) -> Login:
 
 def client(given: Settings, login: Login, host: str, port: int, *, cluster: bool) -> Redis | RedisCluster:
     """redis-py's, for what unibus does not cover."""
+    from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
     arguments: dict[str, Any] = {
         "host": host,
         "port": port,

@@ -11,10 +11,15 @@ from typing import Any
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
+<<<<<<< HEAD
 from unibus.driver import as_result, by, linked, no_history, nobody, place_of
 from unibus.errors import MessageTooLarge, PermissionDenied, Timeout, TransportError, UnibusError
+=======
+from unibus.driver import as_result, by, linked, no_history, place_of
+from unibus.errors import PermissionDenied, Timeout, TransportError, UnibusError, Unroutable
+>>>>>>> profiles
 from unibus_sqs import config, topology, wire
-from unibus_sqs.capabilities import LIMIT, RESERVE, TOPIC_LIMIT, known
+from unibus_sqs.capabilities import LIMIT, TOPIC_LIMIT, known
 from unibus_sqs.link import BATCH, Link
 from unibus_sqs.private import Private
 from unibus_sqs.subscription import LONGEST_DELAY, SqsSubscription
@@ -122,19 +127,16 @@ class SqsAdapter:
                 results[i] = as_result(error)
             return
         is_topic = isinstance(to, Topic)
-        operation, name, where, limit, reserved = link.sqs.send_message_batch, "Entries", "QueueUrl", LIMIT, RESERVE
-        if is_topic:  # a retry of a group's message goes to its queue, which carries more: nothing is reserved
+        operation, name, where, limit = link.sqs.send_message_batch, "Entries", "QueueUrl", LIMIT
+        if is_topic:
             operation, name, where = link.sns.publish_batch, "PublishBatchRequestEntries", "TopicArn"
-            limit, reserved = TOPIC_LIMIT, 0
+            limit = TOPIC_LIMIT
         chunks: list[tuple[list[int], list[dict[str, Any]]]] = []
         room = 0
         for i in indexes:
             entry, size = self._entry(batch[i], place)
-            if size > limit - (reserved if batch[i].origin is None else 0):
-                results[i] = MessageTooLarge(
-                    f"{to}: the message has {size} bytes with its headers, as {'SNS' if is_topic else 'SQS'} counts them; "
-                    f"{limit} is its limit, of which {reserved} are kept for the headers of a retry"
-                )
+            if too_large := wire.too_large(batch[i], size):
+                results[i] = too_large
                 continue
             if not chunks or size > room or len(chunks[-1][0]) == BATCH:
                 chunks.append(([], []))

@@ -6,7 +6,7 @@ import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unibus.adapter import Inspected, Topology
 from unibus.channel import DEAD_LETTER, Address, Group, Topic
@@ -14,7 +14,9 @@ from unibus.driver import all_there, no_history, only_one
 from unibus.errors import NotFound, Refused
 from unibus.waiting import side_by_side
 from unibus_sqs import config, wire
-from unibus_sqs.link import Link
+
+if TYPE_CHECKING:  # the plan needs no client library
+    from unibus_sqs.link import Link
 
 log = logging.getLogger("unibus.sqs")
 

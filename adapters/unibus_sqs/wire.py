@@ -17,10 +17,16 @@ from hashlib import sha256
 from typing import Any
 
 from unibus.adapter import Outgoing
-from unibus.channel import Inbox
+from unibus.channel import Inbox, Topic
 from unibus.envelope import read, time_text, write
+<<<<<<< HEAD
 from unibus.inboxes import inbox, plain
+=======
+from unibus.errors import MessageTooLarge
+from unibus.inboxes import check_inbox, plain
+>>>>>>> profiles
 from unibus.message import CRASH_COUNT, NOT_BEFORE, REDRIVE_COUNT, RETRY_COUNT, Message
+from unibus_sqs.capabilities import LIMIT, RESERVE, TOPIC_LIMIT
 
 log = logging.getLogger("unibus.sqs")
 
@@ -123,6 +129,19 @@ def size(attributes: Attributes) -> int:
         total += len(name) + len(attribute["DataType"])
         total += len(attribute["BinaryValue"]) if value is None else len(value.encode())
     return total
+
+
+def too_large(outgoing: Outgoing, size: int) -> MessageTooLarge | None:
+    """Is a message of this size refused where it goes?"""
+    to, limit, reserved = outgoing.to, LIMIT, RESERVE if outgoing.origin is None else 0
+    if is_topic := isinstance(to, Topic):  # a retry of a group's message goes to its queue, which carries more
+        limit, reserved = TOPIC_LIMIT, 0
+    if size <= limit - reserved:
+        return None
+    return MessageTooLarge(
+        f"{to}: the message has {size} bytes with its headers, as {'SNS' if is_topic else 'SQS'} counts them; "
+        f"{limit} is its limit, of which {reserved} are kept for the headers of a retry"
+    )
 
 
 def decode(native: dict[str, Any]) -> tuple[Message, float | None]:

@@ -53,7 +53,7 @@ class UrlHarness:
 
     def __init__(self, url: str, prefix: str | None = None) -> None:
         # A URL without a host is a broker inside this process; named, it is one that the buses of a contract share.
-        self.url = f"{url}ctr-{secrets.token_hex(3)}" if url.endswith("://") else url
+        self.url = re.sub(r"://(?=\?|$)", f"://ctr-{secrets.token_hex(3)}", url, count=1)
         self.prefix = prefix if prefix is not None else f"ctr-{secrets.token_hex(3)}."
         # With a given prefix, parallel workers share it: the token keeps their channels apart.
         self._token = secrets.token_hex(2)

@@ -288,3 +288,23 @@ class Adapter(Protocol):
 
 
 AdapterFactory = Callable[[Endpoint], Adapter]
+
+
+def _no_refusal(_outgoing: Outgoing) -> TransportError | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What an adapter says without a broker, for `memory://?profile=` and plans.
+
+    `capabilities`: with the settings of the endpoint. `plan`: raises what `declare` would raise before it asks the broker.
+    `refusal`: what `send` would answer without asking.
+    """
+
+    capabilities: Capabilities
+    plan: Callable[[Topology], object]
+    refusal: Callable[[Outgoing], TransportError | None] = _no_refusal
+
+
+ProfileFactory = Callable[[Endpoint, str | None], Profile]  # the second: of this version, None for the newest

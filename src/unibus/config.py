@@ -38,12 +38,13 @@ from unibus.config_tables import (
     schema,
 )
 from unibus.errors import ConfigError
-from unibus.registry import broker_name, broker_names
+from unibus.registry import broker_name, broker_names, profile_factory, profile_names
 from unibus.retry import RetryPolicy
 from unibus.url import MASK, is_secret, masked, parse
 
 __all__ = ["ConsumerSettings", "Guarantee", "Setting", "Settings", "check_table", "load"]
 
+PROFILE = "profile"  # in the query of a memory URL
 _POLICY = RetryPolicy()
 _BUILT_IN: dict[str, Any] = {
     "prefix": "",
@@ -104,9 +105,9 @@ def load(
     # The broker is known only now, and with it the table that the code's settings and the URL's query belong to.
     if settings and _belongs(given, scope, broker):
         given.add((*scope, broker), settings, CODE)
-    if url.query:
+    if table := {key: value for key, value in url.query.items() if key != PROFILE or broker != _profile(url)}:
         query = Layer(root)
-        query.add((*scope, broker), url.query, f"query of url, {standing['url']}")
+        query.add((*scope, broker), table, f"query of url, {standing['url']}")
         layers.insert(0, query)
     merged, tables = _merge(root, layers, scope)
     return Settings(
@@ -142,7 +143,21 @@ def app_of(environ: Mapping[str, str], file: str | Path | None = None) -> str | 
 
 def _brokers() -> frozenset[str]:
     """Whose tables may stand in the file: both sides of a swap, also where the adapter of one isn't installed."""
-    return broker_names() | {"rabbitmq", "kafka", "sqs", "redis"}
+    return broker_names() | {"rabbitmq", "kafka", "sqs", "redis", *profile_names()}
+
+
+def _profile(url: Url) -> str | None:
+    """The broker that `memory://?profile=...` imitates: its settings count then, not those of memory."""
+    profile = url.query.get(PROFILE) if broker_name(url.scheme) == "memory" else None
+    return None if profile is None else profile.partition("-")[0]  # behind it a version may stand
+
+
+def _broker(url: Url) -> str:
+    """Whose settings count. Raises ConfigError."""
+    if (profile := _profile(url)) is None:
+        return broker_name(url.scheme)
+    profile_factory(profile)  # raises what is wrong with it
+    return profile
 
 
 def _merge(root: type[Root], layers: Sequence[Layer], scope: Key) -> tuple[Root, BusTable]:
@@ -230,7 +245,7 @@ def _url(
     place = _place(layers, (*scope, "url"))
     try:
         url = parse(tables.url.get_secret_value())
-        broker = broker_name(url.scheme)
+        broker = _broker(url)
     except ConfigError as exc:
         problems.append(f"{place}: {exc}")
         return None, "", {}
@@ -277,7 +292,7 @@ def _belongs(given: Layer, scope: Key, broker: str) -> bool:
     """Whether the driver's settings in code are of the broker in use, and not of the one that a swap has replaced."""
     url = given.table(scope).get("url")
     try:
-        return url is None or broker_name(parse(url).scheme) == broker
+        return url is None or _broker(parse(url)) == broker
     except ConfigError:
         return False
 

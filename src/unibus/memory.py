@@ -3,6 +3,8 @@
 `memory://` is a broker of its own for each adapter; `memory://name` is shared by all buses of the process that run on
 the same clock. A broker keeps its state while adapters close and connect again. Nothing here is thread-safe.
 Messages are lost with the process.
+
+`memory://?profile=NAME` is in disguise: it declares what the adapter of that broker declares, and refuses what that refuses.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from math import inf
 from typing import Any
 
-from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Profile, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities, emulated, native, refused
 from unibus.channel import Address, Group, Inbox, Queue, Topic
 from unibus.clock import Clock, SystemClock
@@ -32,6 +35,7 @@ from unibus.errors import (
 from unibus.memory_broker import MemoryBroker
 from unibus.memory_places import Key, Place
 from unibus.memory_subscription import MemorySubscription
+from unibus.registry import profile_of
 
 log = logging.getLogger("unibus.memory")
 
@@ -45,14 +49,53 @@ _shared: dict[tuple[str, Clock | None], MemoryBroker] = {}
 def _broker(endpoint: Endpoint) -> MemoryBroker:
     url = endpoint.url
     name = url.path or (url.hosts[0][0] if url.hosts else "")
-    if len(url.hosts) > 1 or (url.hosts and (url.path or url.hosts[0][1])) or url.username or url.password:
-        raise ConfigError(f"url {url}: use memory:// or memory://name, without port, path or user")
+    # A user is not asked for: the settings may name one for the broker that it stands in for.
+    if len(url.hosts) > 1 or (url.hosts and (url.path or url.hosts[0][1])):
+        raise ConfigError(f"url {url}: use memory:// or memory://name, without port or path")
+    profile = url.query.get("profile", "")
     if not name:
-        return MemoryBroker(endpoint.clock)
+        return MemoryBroker(endpoint.clock, profile)
     key = name, None if isinstance(endpoint.clock, SystemClock) else endpoint.clock
     if key not in _shared:
-        _shared[key] = MemoryBroker(endpoint.clock)
-    return _shared[key]
+        _shared[key] = MemoryBroker(endpoint.clock, profile)
+    broker = _shared[key]
+    if broker.profile != profile:
+        raise ConfigError(
+            f"url {url}: in this process it has {f'profile={broker.profile}' if broker.profile else 'no profile'}, and now "
+            f"{f'profile={profile}' if profile else 'none'}; one broker has one: give the other another name"
+        )
+    return broker
+
+
+def _own(endpoint: Endpoint) -> Capabilities:
+    """What the memory broker can do. Raises ConfigError for what is wrong with its settings."""
+    for name in endpoint.settings:
+        if name == "profile":
+            raise ConfigError(
+                f"memory.profile: it decides whose settings count, so it stands in the URL: memory://?profile={endpoint.settings[name]}"
+            )
+        if name not in _SETTINGS:
+            near = get_close_matches(name, _SETTINGS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {' and '.join(_SETTINGS)}"
+            raise ConfigError(f"memory.{name}: the memory broker has no such setting; {hint}")
+    max_body = _positive(endpoint, "max_body", None)
+    return Capabilities(
+        adapter="memory",
+        order=native("a lane for each key; one message of a key is out at a time"),
+        delay=native(),
+        priority=native(limit=10),
+        replay=refused("the memory broker keeps no history"),
+        browse=native(),
+        reply=native(),
+        release=native(),
+        lease=native(limit=_positive(endpoint, "lease", LEASE)),
+        atomic_move=native(),
+        delivery_count=native(),
+        attempt=emulated("counted in a header; a crash forgets failures in place since the last copy"),
+        settle_confirmed=native(),
+        dedup=refused("the memory broker stores every message that is sent"),
+        max_body=None if max_body is None else int(max_body),
+    )
 
 
 def _positive(endpoint: Endpoint, name: str, default: float | None) -> float | None:
@@ -69,39 +112,27 @@ def _positive(endpoint: Endpoint, name: str, default: float | None) -> float | N
 
 
 class MemoryAdapter:
-    """A client of a MemoryBroker. Settings: `lease`, seconds (30), and `max_body`, bytes (no limit)."""
+    """A client of a MemoryBroker. Settings: `lease`, seconds (30), and `max_body`, bytes (no limit).
+
+    With `profile=NAME` in the URL its settings are those of that broker.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        for name in endpoint.settings:
-            if name not in _SETTINGS:
-                near = get_close_matches(name, _SETTINGS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {' and '.join(_SETTINGS)}"
-                raise ConfigError(f"memory.{name}: the memory broker has no such setting; {hint}")
+        self._profile: Profile | None = None
+        if name := endpoint.url.query.get("profile"):
+            self._profile = profile_of(name, endpoint)
         self.broker = _broker(endpoint)
-        self.lease = _positive(endpoint, "lease", LEASE) or LEASE
-        max_body = _positive(endpoint, "max_body", None)
-        self._max_body = None if max_body is None else int(max_body)
+        known = _own(endpoint) if self._profile is None else self._profile.capabilities
+        if self._profile is not None:  # reports must not take it for the server
+            known = replace(known, version=f"{known.version} in memory" if known.version else "in memory")
+        self._capabilities = known
+        self.lease = known.lease.limit or LEASE if known.lease else None
+        self._max_body = known.max_body
         self._prefix = endpoint.prefix
         self._keys: dict[Address, Key] = {}
+        self._kept: dict[Address, Key] = {}  # topics with a history
         self._subscriptions: list[MemorySubscription] = []
         self._lost: str | None = "the memory adapter is not connected"
-        self._capabilities = Capabilities(
-            adapter="memory",
-            order=native("a lane for each key; one message of a key is out at a time"),
-            delay=native(),
-            priority=native(limit=10),
-            replay=refused("the memory broker keeps no history"),
-            browse=native(),
-            reply=native(),
-            release=native(),
-            lease=native(limit=self.lease),
-            atomic_move=native(),
-            delivery_count=native(),
-            attempt=emulated("counted in a header; a crash forgets failures in place since the last copy"),
-            settle_confirmed=native(),
-            dedup=refused("the memory broker stores every message that is sent"),
-            max_body=self._max_body,
-        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -145,10 +176,14 @@ class MemoryAdapter:
             if self.broker.has(key):
                 self._same(address, key)
             elif topology.mode == "create" and (key[0] != "group" or self.broker.has(("topic", key[1]))):
-                self.broker.make(key, address)
+                self.broker.make(key, address, topology.find(address).start)
                 log.info("created %s", address)
             else:
                 missing.append(str(address))
+        if self._capabilities.replay:
+            self._kept = {a: k for a, k in self._keys.items() if isinstance(a, Topic) and self.broker.has(k)}
+            for key in self._kept.values():
+                self.broker.keep(key)
         if missing:
             raise NotFound(f"missing on the memory broker: {', '.join(missing)}; create them with `unibus declare`")
 
@@ -163,12 +198,14 @@ class MemoryAdapter:
     def _planned(self, topology: Topology) -> dict[Address, Key]:
         """What each address is here. Raises what is wrong with it."""
         planned: dict[Address, Key] = {}
+        if self._profile is not None:
+            self._profile.plan(topology)
         for declared in topology.channels:
             address = declared.address
-            if declared.options:
+            if declared.options and self._profile is None:
                 raise ConfigError(f"{address}: the memory broker has no setting {next(iter(declared.options))!r}")
-            if declared.start != "new":
-                raise Unsupported(f"{address}: start={declared.start!r}; the memory broker keeps no history")
+            if declared.start != "new" and not self._capabilities.replay:
+                raise self._no_history(address, declared.start)
             if isinstance(address, Group):
                 topic = planned.get(address.topic) or self._keys.get(address.topic)
                 if topic is None:
@@ -183,6 +220,9 @@ class MemoryAdapter:
                     )
             planned[address] = key
         return planned
+
+    def _no_history(self, address: Address, start: Start) -> Unsupported:
+        return Unsupported(f"{address}: start={start!r}; {self._capabilities.replay.how}")
 
     def _same(self, address: Address, key: Key) -> None:
         """Nothing is altered, so what is there has to be what was asked for."""
@@ -210,7 +250,8 @@ class MemoryAdapter:
         if place is not None:
             return (place,), None
         if isinstance(to, Inbox):
-            return (), Unroutable(f"inbox {to.name!r} is gone: its process has ended")
+            gone = Unroutable(f"inbox {to.name!r} is gone: its process has ended")
+            return (), gone if self._capabilities.inbox else None
         return (), NotFound(f"{to} does not exist on the memory broker; declare it")
 
     def _key(self, address: Address) -> Key | None:
@@ -221,7 +262,10 @@ class MemoryAdapter:
             return None if topic is None else ("group", topic[1], self._prefix + address.name)
         return self._keys.get(address)
 
-    def too_large(self, outgoing: Outgoing) -> TransportError | None:
+    def refusal(self, outgoing: Outgoing) -> TransportError | None:
+        """Of the message itself, wherever it goes."""
+        if self._profile is not None:
+            return self._profile.refusal(outgoing)
         if self._max_body is None or len(outgoing.message.body) <= self._max_body:
             return None
         size = len(outgoing.message.body)
@@ -243,10 +287,10 @@ class MemoryAdapter:
                 places, problem = self.route(outgoing)
                 last = None if problem is not None else outgoing.to
                 reached.update(dict.fromkeys(places))
-            error = problem or (self.too_large(outgoing) if self._max_body is not None else None)
+            error = (self.refusal(outgoing) if self._max_body is not None else None) or problem
             results[i] = error
             if error is None or (isinstance(error, Unroutable) and isinstance(outgoing.to, Topic)):
-                store(outgoing, places, now)
+                store(outgoing, places, now, self._kept.get(outgoing.to) if self._kept else None)
         for place in reached:
             if place.waiters:
                 place.wake()
@@ -255,8 +299,8 @@ class MemoryAdapter:
     async def subscribe(self, source: Source) -> MemorySubscription:
         self._linked()
         address: Address = source.address
-        if source.start != "new":
-            raise Unsupported(f"{address}: start={source.start!r}; the memory broker keeps no history")
+        if source.start != "new" and not self._capabilities.replay:
+            raise self._no_history(address, source.start)
         if isinstance(address, Inbox):
             name = self._prefix + address.name.removeprefix("inbox.")
             address = self.reply_to(f"inbox.{name}")

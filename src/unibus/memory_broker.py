@@ -6,13 +6,13 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unibus.adapter import Outgoing
+from unibus.adapter import Outgoing, Start
 from unibus.channel import Address, Group, Queue
 from unibus.clock import Clock, Timer
-from unibus.errors import ConnectionLost, TransportError
-from unibus.memory_places import SOON, Entry, Key, Place, make_place
+from unibus.errors import ConfigError, ConnectionLost, TransportError
+from unibus.memory_places import ID, SOON, Entry, Key, Place, make_place
 from unibus.message import NO_HEADERS, Message
 
 if TYPE_CHECKING:
@@ -20,15 +20,25 @@ if TYPE_CHECKING:
     from unibus.memory_subscription import MemorySubscription
 
 
+class _Kept(NamedTuple):
+    """A message in the history of a topic."""
+
+    at: float  # seconds since the epoch
+    fields: tuple[Any, ...]
+    not_before: float | None
+
+
 class MemoryBroker:
     """The state of one broker, and what a test may ask of it or do to it.
 
     `on_send` is called with each Outgoing that the broker took, also one to a topic without groups. While `down` is True
-    no adapter can connect. `subscriptions` are the open ones, for `kill`.
+    no adapter can connect. `subscriptions` are the open ones, for `kill`. `profile`: of the URL.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, profile: str = "") -> None:
         self.clock = clock
+        self.profile = profile  # the broker that it imitates
+        self._history: dict[Key, list[_Kept]] = {}  # of topics, for the adapters that declare replay
         self.on_send: Callable[[Outgoing], object] | None = None
         self.down = False
         self._places: dict[Key, Place] = {}
@@ -99,15 +109,34 @@ class MemoryBroker:
             self._refusals[address] = (error, times - 1)
         return error
 
-    def make(self, key: Key, address: Address) -> None:
-        """Make a queue, topic, group or inbox that is not there."""
+    def make(self, key: Key, address: Address, start: Start = "new") -> None:
+        """Make a queue, topic, group or inbox that is not there. Raises ConfigError for a start that is no position."""
         if key[0] == "topic":
             self._topics[key] = []
             return
         place = make_place(key, address)
+        past = self._since(key[1], start, address) if start != "new" else ()
         self._places[key] = place
         if key[0] == "group":
             self._topics["topic", key[1]].append(place)
+        for kept in past:
+            self._put(kept.fields, kept.not_before, (place,), self.clock.monotonic())
+
+    def _since(self, topic: str, start: Start, address: Address) -> list[_Kept]:
+        history = self._history.get(("topic", topic), [])
+        if isinstance(start, float):
+            return [kept for kept in history if kept.at >= start]
+        if start == "all":
+            return history
+        at = {f"{topic}/{kept.fields[ID]}": n for n, kept in enumerate(history)}
+        for text in start:
+            if text not in at:
+                raise ConfigError(f"{address}: start={text!r} is no position of its topic")
+        return history[min(at[text] for text in start) :]
+
+    def keep(self, key: Key) -> None:
+        """From now on what is sent to this topic is kept for groups to come."""
+        self._history.setdefault(key, [])
 
     def has(self, key: Key) -> bool:
         return key in self._places or key in self._topics
@@ -118,7 +147,8 @@ class MemoryBroker:
     def groups(self, key: Key | None) -> list[Place] | None:
         return None if key is None else self._topics.get(key)
 
-    def store(self, outgoing: Outgoing, places: Iterable[Place], now: float) -> None:
+    def store(self, outgoing: Outgoing, places: Iterable[Place], now: float, topic: Key | None = None) -> None:
+        """`topic`: the key of one that keeps its history."""
         m = outgoing.message
         headers = m.headers
         fields = (
@@ -135,17 +165,24 @@ class MemoryBroker:
             m.expires_at,
             m.priority,
         )  # not `delay`: it is an order to the sender, and does not travel
-        if outgoing.not_before is not None:
+        if topic is not None:
+            self._history[topic].append(_Kept(self.clock.time(), fields, outgoing.not_before))
+        self._put(fields, outgoing.not_before, places, now)
+        if self.on_send is not None:
+            self.on_send(outgoing)
+
+    def _put(self, fields: tuple[Any, ...], not_before: float | None, places: Iterable[Place], now: float) -> None:
+        if not_before is not None:
             # Epoch floats resolve a quarter of a microsecond; without the rounding a wait of 5 s ends after 5.0000002.
-            wait = round(outgoing.not_before - self.clock.time(), 6)
+            wait = round(not_before - self.clock.time(), 6)
             if wait > 0:
+                # Not from `now`: what has passed since then is in `wait` already, and a delay is a floor.
+                due = self.clock.monotonic() + wait
                 for place in places:
-                    self.delay(now + wait, place, Entry(fields, 0, now), again=False)
+                    self.delay(due, place, Entry(fields, 0, now), again=False)
                 places = ()
         for place in places:
             place.put(Entry(fields, self._next(), now))
-        if self.on_send is not None:
-            self.on_send(outgoing)
 
     def delay(self, due: float, place: Place, entry: Entry, *, again: bool) -> None:
         heapq.heappush(self._delayed, (due, self._next(), again, place, entry))

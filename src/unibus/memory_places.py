@@ -14,7 +14,7 @@ from unibus.channel import Address, Group, Inbox
 if TYPE_CHECKING:
     from unibus.memory_subscription import MemorySubscription
 
-HEADERS, KEY, PRIORITY = 4, 5, 11  # positions in Entry.fields
+ID, HEADERS, KEY, PRIORITY = 1, 4, 5, 11  # positions in Entry.fields
 
 SOON = 1e-9  # sums of floats: what is due within a nanosecond is due
 
@@ -175,6 +175,11 @@ class OrderedPlace(Place):
 
     def deliverable(self) -> int:
         return len(self._free)
+
+
+def position(place: Place, entry: Entry) -> str:
+    """Where a profile with positions says that an entry is. Of a group: in its topic."""
+    return f"{place.key[1]}/{entry.fields[ID]}"
 
 
 def _insert(waiting: deque[Entry], entry: Entry) -> None:

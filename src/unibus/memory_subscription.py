@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from unibus.adapter import Move, Outcome, Results, Source, Standing
 from unibus.channel import Address, Topic
 from unibus.delivery import Delivery
-from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, Unroutable
-from unibus.memory_places import HEADERS, SOON, Entry, Place
+from unibus.errors import ConnectionLost, LeaseLost, NotFound, TransportError, Unroutable, Unsupported
+from unibus.memory_places import HEADERS, SOON, Entry, Place, position
 from unibus.message import Message
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class MemorySubscription:
         self._stopped = False
         self._adapter = adapter
         self._broker = adapter.broker
+        self._profiled = bool(adapter.broker.profile)
         self._address = address
         self._gone: list[Delivery[Any]] = []  # lost, and `losing` not told yet
         self._seen = 0  # of a browser
@@ -79,7 +80,8 @@ class MemorySubscription:
         entries = self.place.take(room) if room > 0 else ()
         if not entries:
             return []
-        until = self._broker.clock.monotonic() + self._adapter.lease
+        lease = self._adapter.lease
+        until = inf if lease is None else self._broker.clock.monotonic() + lease
         taken: list[Delivery[Any]] = []
         for entry in entries:
             entry.deliveries += 1
@@ -87,7 +89,20 @@ class MemorySubscription:
             held[delivery] = until
             taken.append(delivery)
         self._broker.leased(until)
+        if self._profiled:
+            self._disguise(taken)
         return taken
+
+    def _disguise(self, deliveries: list[Delivery[Any]]) -> None:
+        """Only what the broker of the profile tells too."""
+        known = self._adapter.capabilities
+        for delivery in deliveries:
+            if not known.lease:
+                delivery.lease_until = None
+            if not known.delivery_count:
+                delivery.deliveries = None
+            if known.start_positions:
+                delivery.position = position(self.place, delivery.token)
 
     def _look(self, limit: int) -> list[Delivery[Any]]:
         if not self._page:
@@ -95,7 +110,10 @@ class MemorySubscription:
         page = [self._page.popleft() for _ in range(min(limit, len(self._page)))]
         if page:
             self._seen = page[-1].seq
-        return [_deliver(entry, self.source, None) for entry in page]
+        found = [_deliver(entry, self.source, None) for entry in page]
+        if self._profiled:
+            self._disguise(found)
+        return found
 
     async def settle(
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
@@ -117,13 +135,17 @@ class MemorySubscription:
                     results[i] = self._lease_lost(delivery)
                     continue
                 entry = delivery.token
-                entry.deliveries -= 1  # a release does not count
+                self._uncount(entry)  # a release does not count
                 if delays and delays[i] > 0:
                     self._broker.delay(now + delays[i], place, entry, again=True)
                 else:
                     place.give_back(entry)
         self._freed()
         return results
+
+    def _uncount(self, entry: Entry) -> None:
+        if not self._adapter.capabilities.release_counts:
+            entry.deliveries -= 1
 
     def _freed(self) -> None:
         """There may be room for a consumer at its prefetch, or the next message of a key."""
@@ -132,6 +154,8 @@ class MemorySubscription:
 
     async def move(self, moves: Sequence[Move], timeout: float) -> Results:
         """A topic without groups takes a message as in `send`; here, where a result is all or nothing, without a word."""
+        if not self._adapter.capabilities.atomic_move:
+            raise Unsupported(f"{self._address}: this broker has no atomic move; send, then accept")
         await asyncio.sleep(0)  # as in send
         self._linked()
         results = [self._move(move) for move in moves]
@@ -144,7 +168,7 @@ class MemorySubscription:
         routes = []
         for outgoing in move.sends:
             places, error = self._adapter.route(outgoing)
-            error = self._adapter.too_large(outgoing) or error
+            error = self._adapter.refusal(outgoing) or error
             if error is not None and not (isinstance(error, Unroutable) and isinstance(outgoing.to, Topic)):
                 return error
             routes.append((outgoing, places))
@@ -159,6 +183,8 @@ class MemorySubscription:
         return None
 
     async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
+        if self._adapter.lease is None:
+            raise Unsupported(f"{self._address}: deliveries of this broker have no lease to extend")
         self._linked()
         until = self._broker.clock.monotonic() + seconds
         results: list[TransportError | None] = []
@@ -181,7 +207,7 @@ class MemorySubscription:
     async def close(self) -> None:
         if self.over is None:
             for delivery in self.held:
-                delivery.token.deliveries -= 1  # an orderly end does not count
+                self._uncount(delivery.token)  # an orderly end does not count
             self.end(f"the subscription of {self._address} is closed")
 
     # For the broker and the adapter.
@@ -191,7 +217,7 @@ class MemorySubscription:
         if self.over is not None:
             return
         self.over = why
-        if give_back:
+        if give_back or self._adapter.lease is None:
             self._return(list(self.held))
         self._adapter.forget(self)
         self._broker.detach(self, self.place)

@@ -1,4 +1,4 @@
-"""From a URL's scheme to the adapter behind it, by entry points of the group `unibus.adapters`.
+"""From a URL's scheme to the adapter behind it, by entry points of the group `unibus.adapters`; profiles likewise.
 
 Nothing is imported until an adapter is asked for: a name is answered from the installed metadata alone.
 """
@@ -9,26 +9,52 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
-from unibus.adapter import AdapterFactory
+from unibus.adapter import AdapterFactory, Endpoint, Profile, ProfileFactory
 from unibus.errors import ConfigError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "unibus.adapters"
+PROFILES = "unibus.profiles"  # section of the broker -> what its adapter says without a broker
 
 
 @cache
 def adapter_factory(scheme: str) -> AdapterFactory:
     """What makes the adapter for URLs of `scheme`. Raises ConfigError: unknown scheme, missing client library."""
-    entry = _entry(scheme)
+    return cast(AdapterFactory, _load(_entry(scheme), f"{scheme}://"))
+
+
+def profile_of(text: str, endpoint: Endpoint) -> Profile:
+    """What the adapter of `kafka`, or of `rabbitmq-4.1` at that version, says without a broker. Raises ConfigError."""
+    name, _, version = text.partition("-")
+    return profile_factory(name)(endpoint, version or None)
+
+
+@cache
+def profile_factory(name: str) -> ProfileFactory:
+    """What makes the profile of a broker. Raises ConfigError for one that no adapter has."""
+    found = [entry for entry in _profiles() if entry.name == name]
+    if not found:
+        near = get_close_matches(name, profile_names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(profile_names()) or 'none'}"
+        raise ConfigError(f"profile={name}: no installed adapter has a profile of that name; {hint}")
+    return cast(ProfileFactory, _load(found[0], f"profile={name}"))
+
+
+def profile_names() -> tuple[str, ...]:
+    """The brokers that have a profile, sorted."""
+    return tuple(sorted({entry.name for entry in _profiles()}))
+
+
+def _load(entry: EntryPoint, what: str) -> object:
     try:
-        return cast(AdapterFactory, entry.load())
+        return entry.load()
     except ImportError as exc:
-        raise ConfigError(f"{scheme}://: {_missing(entry, exc)}") from exc
+        raise ConfigError(f"{what}: {_missing(entry, exc)}") from exc
     except AttributeError as exc:
         raise ConfigError(
-            f"{scheme}://: {entry.value} of {_distribution(entry)} does not exist ({exc}); reinstall it"
+            f"{what}: {entry.value} of {_distribution(entry)} does not exist ({exc}); reinstall it"
         ) from exc
 
 
@@ -60,6 +86,13 @@ def _entries() -> dict[str, list[EntryPoint]]:
         if all(entry.value != other.value for other in same):
             same.append(entry)
     return found
+
+
+@cache
+def _profiles() -> list[EntryPoint]:
+    from importlib.metadata import entry_points  # as above
+
+    return list(entry_points(group=PROFILES))
 
 
 def _entry(scheme: str) -> EntryPoint:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 from unibus.adapter import Outgoing
 from unibus.bus import Bus
@@ -116,14 +117,16 @@ class Lab:
 
 
 @asynccontextmanager
-async def in_memory(bus: Bus) -> AsyncIterator[Lab]:
+async def in_memory(bus: Bus, *, profile: str | None = None) -> AsyncIterator[Lab]:
     """Run `bus` on a memory broker of its own, with virtual time. The environment is not read; unibus.toml is, its URL isn't.
 
-    Afterwards the bus is as it was.
+    `profile`: the broker to imitate, by the name that it has in unibus.toml. Its settings there count, and what it can't do or
+    carry is refused as its adapter would: Unsupported, ConfigError, MessageTooLarge. Afterwards the bus is as it was.
     """
     clock = VirtualClock()
     before = bus._clock, bus._environ
-    bus._clock, bus._environ = clock, {"UNIBUS_URL": "memory://"}
+    url = "memory://" if profile is None else f"memory://?profile={quote(profile, safe='')}"
+    bus._clock, bus._environ = clock, {"UNIBUS_URL": url}
     try:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(bus.running())

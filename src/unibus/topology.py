@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from unibus.adapter import Declared, Topology
-from unibus.capabilities import Capabilities, Support
+from unibus.capabilities import Capabilities, Support, emulated
 from unibus.channel import (
     DEAD_LETTER,
     INVALID,
@@ -160,33 +160,79 @@ def _check_names(declared: Sequence[Declared]) -> None:
             )
 
 
-def check(channels: Channels, stations: Sequence[Station], capabilities: Capabilities) -> None:
-    """Refuse at start what the broker can't do. Raises one Unsupported that lists all of it."""
-    problems: list[str] = []
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a channel or a handler asks of the broker. `problem`: why it is refused at start, None where it is not."""
 
-    def need(what: str, support: Support, level: float = 0) -> None:
-        if not support:
-            problems.append(f"{what}: {capabilities.adapter} can't do that ({support.how})")
-        elif support.limit is not None and level > support.limit:
-            problems.append(f"{what}: {capabilities.adapter} goes up to {support.limit:g}")
+    address: Queue[Any] | Topic[Any] | Group
+    feature: str  # its name in Capabilities
+    what: str
+    support: Support
+    problem: ConfigError | Unsupported | None = None
 
+
+def needs(
+    channels: Iterable[Queue[Any] | Topic[Any]], stations: Sequence[Station], known: Capabilities
+) -> Iterator[Need]:
+    """All that can be refused at start, and how a broker with these capabilities has it."""
     for channel in channels:
         if channel.ordered:
-            need(f"{channel} is ordered by key", capabilities.order)
+            yield _need(known, channel, "order", f"{channel} is ordered by key")
         if channel.priorities:
-            need(f"{channel} has {channel.priorities} priorities", capabilities.priority, channel.priorities)
+            yield _need(
+                known, channel, "priority", f"{channel} has {channel.priorities} priorities", channel.priorities
+            )
         if channel.delayed:
-            need(f"{channel} takes delayed messages", capabilities.delay)
+            yield _need(known, channel, "delay", f"{channel} takes delayed messages")
         if isinstance(channel, Queue) and channel.reply is not None:
-            need(f"{channel} has replies", capabilities.reply)
+            yield _need(known, channel, "reply", f"{channel} has replies")
     for station in stations:
-        private = isinstance(station.address, Group) and station.address.ephemeral
-        place = Place(ordered=station.channel.ordered, private=private)
         what, start = f"{station.registration} of {station.address}", station.registration.start
-        check_policy(station.settings.retry, place, capabilities, what)
+        if station.settings.retry.max_retries:
+            yield _retries(known, station, what)
         if start != "new":
-            need(f"{what} has start={start!r}", capabilities.replay)
-        if isinstance(start, tuple) and capabilities.replay and not capabilities.start_positions:
-            problems.append(f'{what} starts at positions: {capabilities.adapter} takes "all" or a time')
+            need = _need(known, station.address, "replay", f"{what} has start={start!r}")
+            if isinstance(start, tuple) and known.replay and not known.start_positions:
+                problem = Unsupported(f'{what} starts at positions: {known.adapter} takes "all" or a time')
+                need = replace(need, problem=problem)
+            yield need
+
+
+def _need(
+    known: Capabilities, address: Queue[Any] | Topic[Any] | Group, feature: str, what: str, level: float = 0
+) -> Need:
+    support: Support = getattr(known, feature)
+    problem = None
+    if not support:
+        problem = Unsupported(f"{what}: {known.adapter} can't do that ({support.how})")
+    elif support.limit is not None and level > support.limit:
+        problem = Unsupported(f"{what}: {known.adapter} goes up to {support.limit:g}")
+    return Need(address, feature, what, support, problem)
+
+
+def _retries(known: Capabilities, station: Station, where: str) -> Need:
+    policy = station.settings.retry
+    private = isinstance(station.address, Group) and station.address.ephemeral
+    place = Place(ordered=station.channel.ordered, private=private)
+    waits = policy.waits()
+    longest = waits[-1] * (1 + policy.jitter) if waits else 0.0
+    support = known.delay
+    if place.ordered or place.private or longest < max(known.park_below, 1e-9):
+        why = "its key waits with it" if place.ordered else "nothing else waits for it"
+        support = emulated(f"held by its consumer, and {why}", known.park_limit)
+    what = f"{where} retries after up to {longest:g} s" if longest else f"{where} retries at once"
+    try:
+        check_policy(policy, place, known, where)
+    except (ConfigError, Unsupported) as error:
+        return Need(station.address, "delay", what, support, error)
+    return Need(station.address, "delay", what, support)
+
+
+def check(channels: Iterable[Queue[Any] | Topic[Any]], stations: Sequence[Station], capabilities: Capabilities) -> None:
+    """Refuse at start what the broker can't do. Raises the first ConfigError, or one Unsupported that lists all of it."""
+    problems = [need.problem for need in needs(channels, stations, capabilities) if need.problem is not None]
+    for problem in problems:
+        if isinstance(problem, ConfigError):
+            raise problem
     if problems:
-        raise Unsupported("; ".join(problems))
+        raise Unsupported("; ".join(str(problem) for problem in problems))

@@ -37,6 +37,27 @@ async def test_a_message_arrives_as_sent_and_is_nobody_elses(lab: Lab) -> None:
         await subscription.close()
 
 
+async def test_a_delay_is_a_floor_on_a_machine_that_is_busy_elsewhere(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time passes between two looks at the clock, as it does where the process has to wait for its turn."""
+    look = lab.clock.time
+    due = look() + 1
+
+    def slow() -> float:
+        lab.clock.move(0.1)
+        return look()
+
+    monkeypatch.setattr(lab.clock, "time", slow)
+    await lab.adapter.send([Outgoing(ORDERS, Message(b"x", "x"), due)], 5)
+    rest = due - look()
+    lab.clock.move(rest - 0.01)
+    subscription = await lab.subscribe(ORDERS)
+    assert await got(subscription) == ""
+    lab.clock.move(0.01)
+    assert await got(subscription) == "x"
+
+
 async def test_first_in_first_out_and_settled_is_gone(lab: Lab) -> None:
     await lab.send(ORDERS, "1", "2", "3")
     one, two = await lab.subscribe(ORDERS), await lab.subscribe(ORDERS)

@@ -30,12 +30,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def install(*entries: EntryPoint) -> None:
         monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(entries))
-        registry._entries.cache_clear()
-        registry.adapter_factory.cache_clear()
+        clear()
+
+    def clear() -> None:
+        for cached in (registry._entries, registry.adapter_factory, registry._profiles, registry.profile_factory):
+            cached.cache_clear()
 
     yield install
-    registry._entries.cache_clear()
-    registry.adapter_factory.cache_clear()
+    clear()
 
 
 def test_the_memory_adapter_is_found() -> None:

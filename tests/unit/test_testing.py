@@ -2,12 +2,13 @@
 
 import asyncio
 import itertools
+from pathlib import Path
 
 import pytest
 from tests.unit.core_lab import DONE, EVENTS, LATER, ORDERS, make_bus, tidy
 
 import unibus.testing
-from unibus import Closed, Delivery, RetryPolicy, UnknownChannel
+from unibus import Bus, Closed, Delivery, Queue, RetryPolicy, UnknownChannel
 from unibus.clock import SystemClock
 from unibus.testing import in_memory
 
@@ -111,3 +112,13 @@ async def test_labs_do_not_share_a_broker() -> None:
 
 def test_no_public_class_looks_like_a_test() -> None:
     assert not [name for name in vars(unibus.testing) if name.startswith("Test")]
+
+
+async def test_a_user_in_the_settings_is_for_the_real_broker(tmp_path: Path) -> None:
+    file = tmp_path / "unibus.toml"
+    file.write_text('url = "amqp://rabbit"\nusername = "billing"\n')
+    queue = Queue("q", str)
+    bus = Bus(service="svc", channels=[queue], config=file)
+    async with in_memory(bus) as lab:
+        await bus.send(queue, "x")
+        assert lab.sent(queue) == ["x"]

@@ -79,14 +79,17 @@ class Trial:
         return [id for id, outcome in self.outcomes.items() if outcome in (PASSED, REFUSED)]
 
 
-def trial(folder: Path, name: str, nodes: Sequence[str], *, part: int = 0) -> Trial:
-    """The contracts at `nodes` against one saboteur; `HEALTHY`: against none. `part`: of a run in several."""
+def trial(folder: Path, name: str, nodes: Sequence[str], *, part: int = 0, url: str | None = None) -> Trial:
+    """The contracts at `nodes` against one saboteur; `HEALTHY`: against none. `part`: of a run in several.
+
+    `url`: against the adapter of this URL, which lives in this process too; the report stays in `folder` as `<name>-<part>.json`.
+    """
     report, output = folder / f"{name}-{part}.json", folder / f"{name}-{part}.txt"
     begun = time.monotonic()
     arguments = ["-q", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider"]
     arguments += [word for plugin in PLUGINS for word in ("-p", plugin)]
     arguments += ["-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "--pyargs", *nodes]
-    arguments += [f"--unibus-url={SCHEME}://{HOST}?saboteur={name}", f"--unibus-report={report}"]
+    arguments += [f"--unibus-url={url or f'{SCHEME}://{HOST}?saboteur={name}'}", f"--unibus-report={report}"]
     process = _FORKS.Process(target=_pytest, args=(folder, output, arguments))
     process.start()
     process.join(SECONDS)

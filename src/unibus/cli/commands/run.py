@@ -54,7 +54,7 @@ def run(
     if workers == 1:
         asyncio.run(_work(target.bus, chosen, worker=worker))
         return
-    if settings_of(target.tool()).broker == "memory":  # and what is wrong with the settings is said once
+    if settings_of(target.tool()).url.scheme == "memory":  # and what is wrong with the settings is said once
         raise ConfigError(
             "--workers: a memory broker is in one process only, so others would have none of its messages"
         )
