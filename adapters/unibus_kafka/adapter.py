@@ -35,11 +35,7 @@ log = logging.getLogger("unibus.kafka")
 _JOIN = 5.0  # seconds; a group that is busy rebalancing may need longer, and then this member stands by meanwhile
 _LOOK = 1.0  # seconds without a confirmation after which the topics are looked at
 _REPLIES = {"retention.ms": "3600000", "cleanup.policy": "delete"}
-<<<<<<< HEAD
 _HIDDEN = "; what this user may not Describe looks missing to it"
-_RECORD_OVERHEAD = 100  # bytes of a record beside key, value and headers, and of its batch
-=======
->>>>>>> profiles
 
 
 class KafkaAdapter:

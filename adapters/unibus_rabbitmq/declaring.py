@@ -11,7 +11,7 @@ from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelNotFoundEntity
 
 from unibus.adapter import Inspected
-from unibus.driver import missing as not_there
+from unibus.driver import all_there
 from unibus.waiting import side_by_side
 from unibus_rabbitmq import errors
 from unibus_rabbitmq.link import Link
@@ -31,8 +31,7 @@ async def declare(link: Link, made: Plan, timeout: float) -> None:
 async def verify(link: Link, made: Plan, timeout: float) -> None:
     """One NotFound that lists all exchanges and queues that are missing. AMQP has no way to look at bindings."""
     found = await inspect(link, made, timeout)
-    if missing := sorted(f"{item.kind} {item.name!r}" for item in found if item.exists is False):
-        raise not_there("RabbitMQ", missing)
+    all_there("RabbitMQ", sorted(f"{item.kind} {item.name!r}" for item in found if item.exists is False))
 
 
 async def inspect(link: Link, made: Plan, timeout: float) -> list[Inspected]:

@@ -11,13 +11,8 @@ from typing import Any
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
-<<<<<<< HEAD
 from unibus.driver import as_result, by, linked, no_history, nobody, place_of
-from unibus.errors import MessageTooLarge, PermissionDenied, Timeout, TransportError, UnibusError
-=======
-from unibus.driver import as_result, by, linked, no_history, place_of
-from unibus.errors import PermissionDenied, Timeout, TransportError, UnibusError, Unroutable
->>>>>>> profiles
+from unibus.errors import PermissionDenied, Timeout, TransportError, UnibusError
 from unibus_sqs import config, topology, wire
 from unibus_sqs.capabilities import LIMIT, TOPIC_LIMIT, known
 from unibus_sqs.link import BATCH, Link

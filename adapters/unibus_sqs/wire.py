@@ -19,12 +19,8 @@ from typing import Any
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox, Topic
 from unibus.envelope import read, time_text, write
-<<<<<<< HEAD
-from unibus.inboxes import inbox, plain
-=======
 from unibus.errors import MessageTooLarge
-from unibus.inboxes import check_inbox, plain
->>>>>>> profiles
+from unibus.inboxes import inbox, plain
 from unibus.message import CRASH_COUNT, NOT_BEFORE, REDRIVE_COUNT, RETRY_COUNT, Message
 from unibus_sqs.capabilities import LIMIT, RESERVE, TOPIC_LIMIT
 
