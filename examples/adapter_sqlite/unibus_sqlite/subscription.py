@@ -70,6 +70,8 @@ class SqliteSubscription:
             except Exception:
                 self._taking = None
                 raise
+            if self._taking is None:  # stop was faster, and has given them back
+                return ()
             self._taking = None
             left = deadline - clock.monotonic()
             if taken or left <= 0:
@@ -240,7 +242,7 @@ class SqliteSubscription:
                 await self._adapter.link.run(
                     lambda connection: connection.execute(delete, (self._place.name,)), f"close {self.address}"
                 )
-        except ConnectionLost:
+        except TransportError:
             self._held.clear()  # they come again when their leases end
 
 
