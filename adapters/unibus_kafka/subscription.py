@@ -240,7 +240,13 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 self._parts |= {tp: part for tp, (_, part) in old.items()}
 
     def _arrived(self, part: Partition, records: Sequence[Any]) -> None:
-        ready, later = part.read(records, self.source, self._kit.clock.time(), self._token)
+        now = self._kit.clock.time()
+        ready, later = part.read(records, self.source, now, self._token)
+        if self.source.early:
+            for due, delivery in later:
+                delivery.message.delay = due - now
+                ready.append(delivery)
+            later = []
         self._buffer.extend(ready)
         for due, delivery in later:
             on_rung = part.seconds and self._place.rungs
@@ -362,6 +368,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         now, back = self._kit.clock.time(), list[Delivery[Any]]()
         for i, old in enumerate(deliveries):
             delivery = old.token.again(old)
+            delivery.message.delay = old.message.delay  # of an early source
             if delays and delays[i] > 0:
                 self._hold(now + delays[i], now, delivery)
             else:

@@ -136,7 +136,10 @@ class SqsSubscription(NoMove):
             # SQS itself has moved it, by the redrive policy: the headers that the core would have given it.
             moved = {DLQ_REASON: BROKER_LIMIT, MOVED_TO_DLQ_AT: deadletter.stamp(self._clock.time())}
             message.headers = {**message.headers, **moved, **deadletter.origin(origin.address)}
-        if due is not None and due > self._clock.time() and not self.source.browse:
+        left = 0.0 if due is None else due - self._clock.time()
+        if left > 0 and self.source.early:  # what SQS itself still hides is out of reach
+            message.delay = left
+        if due is not None and left > 0 and not (self.source.browse or self.source.early):
             self._hops.start(self._hop(delivery, due))
         else:
             self._arrived.append(delivery)

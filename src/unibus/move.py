@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unibus.adapter import Backlog, Outcome, Outgoing, Source, Subscription
+from unibus.adapter import Backlog, Inspected, Outcome, Outgoing, Source, Subscription
 from unibus.bus import Bus
 from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue, stem
@@ -21,7 +21,7 @@ from unibus.lease import Heartbeat
 from unibus.message import BROKER_HEADERS, RETRY_COUNT, Message
 from unibus.registry import broker_name
 from unibus.session import Session
-from unibus.tooling import topology_of
+from unibus.tooling import inspect, topology_of
 from unibus.waiting import side_by_side
 
 PAGE = 500  # messages on their way at a time
@@ -68,8 +68,10 @@ class Place:
         """How many are at the source afterwards, as far as it can say."""
         if self.after is None:
             return 0
-        counted = self.after.ready + (self.after.in_flight or 0) if self.after.exact else 0
-        return max(len(self.stayed) + self.twice, counted + (self.after.delayed or 0))
+        delayed = self.after.delayed or 0
+        if self.after.exact:
+            return max(len(self.stayed), self.after.ready + (self.after.in_flight or 0) + delayed)
+        return max(len(self.stayed) + self.twice, delayed)
 
 
 def refuse_the_same(source: Bus, target: Bus) -> None:
@@ -117,6 +119,11 @@ async def look(source: Bus, names: Sequence[str] = ()) -> list[Place]:
         if names and places[addresses[n]].before is None:
             raise NotFound(f"{addresses[n]} does not exist at the source")
     return [places[address] for address in addresses]
+
+
+async def held(bus: Bus) -> list[Inspected]:
+    """Places that channels share, and that are not empty: nobody can say here whose messages these are."""
+    return [one for one in await inspect(bus) if one.address is None and one.messages]
 
 
 async def _backlog(bus: Bus, address: Address) -> Backlog | None:
@@ -220,7 +227,9 @@ class _Mover:
                 continue
             idle += quiet
             now = await self._bus.adapter.backlog(self._place.address)
-            if now.delayed and self._clock.monotonic() < self._until:
+            if self._clock.monotonic() < self._until and (
+                now.delayed or (now.delayed is None and await held(self._bus))
+            ):
                 continue
             if idle >= QUIET or (now.exact and not now.ready):
                 return

@@ -13,7 +13,7 @@ from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Resul
 from unibus.channel import Address, Group, Inbox, Queue
 from unibus.driver import as_result, linked, no_history, place_of
 from unibus.driver import missing as not_there
-from unibus.errors import ConnectionLost, NotFound, Timeout, TransportError, Unroutable
+from unibus.errors import ConnectionLost, NotFound, Timeout, TransportError, Unroutable, Unsupported
 from unibus.inboxes import inbox, inbox_name
 from unibus.waiting import Waiter
 from unibus_sqlite import config, topology, wire
@@ -125,6 +125,8 @@ class SqliteAdapter:
     async def subscribe(self, source: Source) -> Subscription:
         address = source.address
         no_history("SQLite", address, source.start)
+        if source.early:
+            raise Unsupported(f"{address}: while somebody has a row, its delay is not to be seen")
         token = secrets.token_hex(8)
         if isinstance(address, Inbox):
             place = topology.inbox(Inbox(inbox_name(self._endpoint.prefix, self._endpoint.service, token)))

@@ -64,13 +64,13 @@ class SqliteSubscription:
             # A receive that is cancelled while the thread takes rows would lose them for the length of a lease: the next
             # call, or stop, gets them from the task.
             room = min(limit, self._source.prefetch - len(self._held))
-            self._taking = self._taking or asyncio.ensure_future(self._take(room))
+            taking = self._taking = self._taking or asyncio.ensure_future(self._take(room))
             try:
-                taken = await asyncio.shield(self._taking)
+                taken = await asyncio.shield(taking)
             except Exception:
                 self._taking = None
                 raise
-            if self._taking is None:  # stop was faster, and has given them back
+            if self._taking is not taking:  # stop was faster, and has given them back
                 return ()
             self._taking = None
             left = deadline - clock.monotonic()

@@ -15,9 +15,9 @@ from unibus.cli import output
 from unibus.cli.run import FAILED, command
 from unibus.cli.target import AppOption, ConfigOption, JsonOption, Target
 from unibus.deadletter import describe
-from unibus.move import Place, check, look, refuse_the_same
+from unibus.move import Place, check, held, look, refuse_the_same
 from unibus.move import move as bring_over
-from unibus.tooling import attached, inspect
+from unibus.tooling import attached
 
 SHOWN = 20  # messages that stay, in a table; all of them with --json
 
@@ -50,13 +50,13 @@ async def move(
     async with _opened(app, from_, config, names) as source, _opened(app, to, config, names) as target:
         refuse_the_same(source, target)
         places = await look(source, [name.partition("/")[0] for name in names])
-        shared = [one for one in await inspect(source) if one.address is None and one.messages]
         if dry_run:
             await check(target, places)
         else:
             await _move(source, target, places, wait)
+        shared = await held(source)
     _print(places, shared, dry_run=dry_run, as_json=as_json)
-    if not dry_run and any(place.left for place in places):
+    if not dry_run and (shared or any(place.left for place in places)):
         raise typer.Exit(FAILED)
 
 
@@ -99,8 +99,7 @@ def _print(places: Sequence[Place], shared: Sequence[Inspected], *, dry_run: boo
         ]
         if rows:
             output.table(("place", ">ready", ">in flight", ">delayed"), rows)
-        if shared:
-            output.table(("shared", ">messages"), [(f"{one.kind} {one.name}", one.messages) for one in shared])
+        _print_shared(shared)
         if not rows and not shared:
             output.say("nothing is left")
         return
@@ -110,9 +109,15 @@ def _print(places: Sequence[Place], shared: Sequence[Inspected], *, dry_run: boo
     stayed = [(place.name, one.id, describe(one.error)) for place in there for one in place.stayed]
     if stayed:
         output.table(("stays", "id", "why"), stayed[:SHOWN])
+    _print_shared(shared)
     moved, left = sum(place.moved for place in there), sum(place.left for place in there)
     more = f", {left} still at the source; run it again" if left > len(stayed) else f", {left} stay" if left else ""
     output.say(f"{output.plural(moved, 'message')} moved{more}")
+
+
+def _print_shared(shared: Sequence[Inspected]) -> None:
+    if shared:
+        output.table(("shared by channels", ">messages"), [(f"{one.kind} {one.name}", one.messages) for one in shared])
 
 
 def _number(n: int | None) -> str:
