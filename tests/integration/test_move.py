@@ -190,8 +190,10 @@ async def test_killed_in_the_middle_and_run_again(source: str, target: str, tmp_
         assert after.correlation_id in {before.correlation_id, before.id, None}
         assert after.timestamp == before.timestamp
         assert after.expires_at == pytest.approx(before.expires_at, abs=0.01)
-    # Nothing is lost, and twice is only what was on its way: of each place a page at most.
-    assert len(found) - len(wanted) <= 50 * len(PLACES)
+    # Nothing is lost, and twice is only what was on its way: of each place a page at most. Kafka hears of what is settled with
+    # the next commit, so there it may be all that the killed process had done.
+    pages = len(PLACES) + (5 if source == "kafka" else 0)
+    assert len(found) - len(wanted) <= 50 * pages
     assert moved >= len(sent) + len(late) - 50 * 5
 
 
