@@ -29,7 +29,7 @@ from unibus.delivery import Delivery
 from unibus.driver import NoLease, NoMove, held
 from unibus.errors import ConnectionLost, NotFound, TransportError, UnibusError
 from unibus.waiting import Tasks, Waiter, happens
-from unibus_kafka import config, errors, offsets
+from unibus_kafka import config, errors, offsets, wire
 from unibus_kafka.capabilities import HOLD_BELOW
 from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
 from unibus_kafka.offsets import Partition
@@ -240,12 +240,9 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 self._parts |= {tp: part for tp, (_, part) in old.items()}
 
     def _arrived(self, part: Partition, records: Sequence[Any]) -> None:
-        now = self._kit.clock.time()
-        ready, later = part.read(records, self.source, now, self._token)
+        ready, later = part.read(records, self.source, self._kit.clock.time(), self._token)
         if self.source.early:
-            for due, delivery in later:
-                delivery.message.delay = due - now
-                ready.append(delivery)
+            ready += [delivery for _, delivery in later]
             later = []
         self._buffer.extend(ready)
         for due, delivery in later:
@@ -326,6 +323,8 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         buffer, now = self._buffer, self._kit.clock.monotonic()
         taken = [buffer.popleft() for _ in range(min(limit, len(buffer)))]
         self._handed.update(taken)
+        if self.source.early:
+            self._tell_waits(taken)
         if len(buffer) < self.source.prefetch:
             self._room.set()
         for delivery in taken:
@@ -344,6 +343,12 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         if not said:
             await self._kit.clock.sleep(self._kit.settings.commit_interval)
         return [delivery for delivery in taken if said and not delivery.lost]
+
+    def _tell_waits(self, taken: Sequence[Delivery[Any]]) -> None:
+        now = self._kit.clock.time()
+        for delivery in taken:
+            _, due = wire.decode(delivery.native)
+            delivery.message.delay = due - now if due is not None and due > now else None
 
     async def settle(
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
@@ -368,7 +373,6 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         now, back = self._kit.clock.time(), list[Delivery[Any]]()
         for i, old in enumerate(deliveries):
             delivery = old.token.again(old)
-            delivery.message.delay = old.message.delay  # of an early source
             if delays and delays[i] > 0:
                 self._hold(now + delays[i], now, delivery)
             else:

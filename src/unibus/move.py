@@ -65,13 +65,11 @@ class Place:
 
     @property
     def left(self) -> int:
-        """How many are at the source afterwards, as far as it can say."""
+        """How many are at the source afterwards, in the hands of others too. Where the broker estimates, so is this."""
         if self.after is None:
             return 0
-        delayed = self.after.delayed or 0
-        if self.after.exact:
-            return max(len(self.stayed), self.after.ready + (self.after.in_flight or 0) + delayed)
-        return max(len(self.stayed) + self.twice, delayed)
+        counted = self.after.ready + (self.after.in_flight or 0) + (self.after.delayed or 0)
+        return max(len(self.stayed), counted)
 
 
 def refuse_the_same(source: Bus, target: Bus) -> None:

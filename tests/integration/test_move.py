@@ -19,8 +19,9 @@ from unibus import Bus, Message, Queue, Topic
 from unibus.adapter import Outcome, Outgoing, Source
 from unibus.channel import Group, dead_letter_queue
 from unibus.delivery import Delivery
-from unibus.move import held
-from unibus.tooling import attached
+from unibus.memory_broker import MemoryBroker
+from unibus.move import held, look, move
+from unibus.tooling import attached, declare
 
 FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
 SOON = 120.0 * FACTOR
@@ -161,13 +162,11 @@ async def test_killed_in_the_middle_and_run_again(source: str, target: str, tmp_
     code, out, err = await lab.unibus("-c", DYING, "move", *lab.ends)
     assert code == -signal.SIGKILL, (code, out, err)
 
-    moved, deadline = 0, time.monotonic() + SOON
-    while True:  # what the killed process held comes again when its lease, or its session, is over
+    moved, code, deadline = 0, 1, time.monotonic() + SOON
+    while code:  # what the killed process held comes again when its lease, or its session, is over
         code, out, err = await lab.unibus("-m", "unibus", "move", *lab.ends)
         assert code in {0, 1}, err
         moved += json.loads(out)["moved"]
-        if code == 0 and not json.loads(out)["moved"]:
-            break
         assert time.monotonic() < deadline, (out, err)
 
     here = sent if source in EARLY else [*sent, *late]
@@ -212,3 +211,34 @@ async def check_late(bus: Bus, count: int) -> None:
     waiting = backlog.delayed if backlog.delayed is not None else sum(one.messages or 0 for one in await held(bus))
     assert waiting >= count
     assert Counter((backlog.exact and [backlog.ready]) or [0]) == Counter([0])
+
+
+@pytest.mark.parametrize("source", sorted(EARLY))
+async def test_a_delay_goes_on_where_it_was(source: str, tmp_path: Path) -> None:
+    """To a broker in this process, which can be looked into. What could not be carried is where it was, and as late."""
+    lab = Lab(tmp_path, source, source)
+    await lab.declare()
+    lab.urls["to"] = f"memory://{secrets.token_hex(4)}?max_body=20"
+    due = {f"l-{n}": time.time() + 100 * n for n in range(1, 6)}
+    async with lab.bus("from") as old, lab.bus("to") as new:
+        await declare(new)
+        await fill(old, [Outgoing(PLAN, message(id), at) for id, at in due.items()])
+        await fill(old, [Outgoing(PLAN, Message(bytes(100), "large"), time.time() + HOUR)])
+        await move(old, new, places := await look(old, ["plan"]))
+        assert [(place.moved, [one.id for one in place.stayed]) for place in places if place.moved] == [(5, ["large"])]
+        broker = new.adapter.native
+        assert isinstance(broker, MemoryBroker)
+        offset = time.time() - time.monotonic()
+        there = {entry.fields[1]: at + offset for at, _, _, _, entry in broker._delayed}
+        assert set(there) == set(due)
+        assert all(
+            at - 0.1 <= there[id] < at + 50 for id, at in due.items()
+        )  # a floor, and as late as the machine is slow
+        early = await old.adapter.subscribe(Source(PLAN, early=True))
+        async with asyncio.timeout(SOON):
+            while not (found := await early.receive(10, 1.0)):
+                pass
+        assert [delivery.message.id for delivery in found] == ["large"]
+        assert found[0].message.delay == pytest.approx(HOUR, abs=SOON * 2)
+        await early.stop()
+        await early.close()
