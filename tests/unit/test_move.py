@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import pytest
 from tests.unit.cli_lab import Cli
 
-from unibus import Bus, ConfigError, Message, NotFound, Queue, Refused, RetryPolicy, Timeout, Topic
+from unibus import Bus, ConfigError, Message, NotFound, Queue, Refused, RetryPolicy, Timeout, Topic, Unsupported
 from unibus.adapter import Outcome, Outgoing, Source
 from unibus.channel import Group, dead_letter_queue
 from unibus.clock import VirtualClock
 from unibus.errors import ConnectionLost
+from unibus.memory import MemoryAdapter
 from unibus.memory_broker import MemoryBroker
 from unibus.move import look, move, refuse_the_same
 from unibus.tooling import attached
@@ -121,6 +122,7 @@ async def test_what_is_delayed_is_due_when_it_would_have_been(two: Two) -> None:
         for receiver, n in ((plan, 2), (charged, 1)):
             for _ in range(n):
                 delivery = await two.passing(receiver.receive(timeout=300))
+                assert delivery is not None
                 at[delivery.body] = two.clock.time() - begun
                 await delivery.ack()
     assert at[b"later"] >= 100
@@ -224,6 +226,55 @@ async def test_an_early_source_gives_nothing_back_too_early(two: Two) -> None:
         assert two.broker(two.old).delayed() == 1
     two.clock.move(70)
     assert len(two.broker(two.old).waiting(PLAN)) == 1
+
+
+async def test_cancelled_it_gives_everything_back(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    await two.old.send_many(PLAN, [b"%d" % n for n in range(20)])
+    await two.old.send(PLAN, b"late", delay=1000)
+    sending = asyncio.Event()
+
+    async def hang(*_: object) -> Any:
+        sending.set()
+        await asyncio.Event().wait()
+
+    async with attached(two.ends[0]) as source, attached(two.ends[1]) as target:
+        with monkeypatch.context() as patch:
+            patch.setattr(target.adapter, "send", hang)
+            moving = asyncio.create_task(move(source, target, await look(source)))
+            await sending.wait()
+            assert two.broker(two.old).in_flight() == 20
+            moving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await moving
+            assert two.broker(two.old).in_flight() == 0
+            assert len(two.broker(two.old).waiting(PLAN)) == 20
+            two.clock.move(31)  # the send gives up
+    assert moved(await two.move()) == {"plan": 21}
+
+
+async def test_where_nothing_can_be_taken_early(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    subscribe = MemoryAdapter.subscribe
+
+    async def not_early(self: MemoryAdapter, source: Source) -> Any:
+        if source.early:
+            raise Unsupported("not here")
+        return await subscribe(self, source)
+
+    monkeypatch.setattr(MemoryAdapter, "subscribe", not_early)
+    await two.old.send(PLAN, b"late", delay=30)
+    await two.old.send(PLAN, b"now")
+    (place,) = [place for place in await two.move("plan") if place.moved]
+    assert (place.moved, place.left) == (1, 1)
+
+    async def waiting() -> list[Any]:
+        async with attached(two.ends[0]) as source, attached(two.ends[1]) as target:
+            places = await look(source, ["plan"])
+            await move(source, target, places, wait=60)
+            return places
+
+    (place,) = [place for place in await two.passing(waiting()) if place.moved]
+    assert (place.moved, place.left) == (1, 0)
+    assert two.clock.time() < 1_700_000_000 + 60  # and no longer than that
 
 
 @pytest.mark.parametrize(
