@@ -24,13 +24,13 @@ from unibus.session import Session
 from unibus.tooling import inspect, topology_of
 from unibus.waiting import side_by_side
 
-PAGE = 500  # messages on their way at a time
-HELD = 2000  # received and not settled, those that can't be carried among them
-SHORT, QUIET = (
-    1.0,
-    5.0,
-)  # seconds without a message that mean that there are no more: where the broker counts, and elsewhere
+PAGE = 250  # messages on their way at a time
+HELD = 1000  # received and not settled at one place; where so many can't be carried, it goes no further there
+# Seconds without a message that mean that there are no more.
+SHORT = 1.0  # where the broker counts exactly, and counts none
+QUIET = 5.0
 RECEIVERS = 8
+AT_ONCE = 16  # places: an empty one costs the time in which nothing comes
 
 _STAYS = MessageTooLarge | Refused | CodecError | Unsupported  # of one message: the others go on
 
@@ -166,7 +166,7 @@ async def move(
             await _Mover(source, target, place, wait, moved).run()
             place.after = await _backlog(source, place.address)
 
-    await side_by_side(places, one)
+    await side_by_side(places, one, AT_ONCE)
 
 
 class _Mover:

@@ -371,6 +371,7 @@ def test_names_that_nobody_declares(cli: Cli) -> None:
         ((*FROM, "--to", FROM[1]), 2, "name the same broker"),
         ((*FROM, "--to", "nonsense"), 2, "there is no scheme"),
         ((*FROM, "--to", "memory://cli-elsewhere"), 1, "missing at the target"),
+        ((*FROM, "--to", "memory://cli-elsewhere", "--dry-run"), 1, "missing at the target"),
         (("nobody", *FROM, *TO), 1, "queue 'nobody' does not exist at the source"),
     ],
 )

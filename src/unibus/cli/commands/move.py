@@ -50,12 +50,12 @@ async def move(
     async with _opened(app, from_, config, names) as source, _opened(app, to, config, names) as target:
         refuse_the_same(source, target)
         places = await look(source, [name.partition("/")[0] for name in names])
-        if dry_run:
-            await check(target, places)
-        else:
+        if not dry_run:
             await _move(source, target, places, wait)
         shared = await held(source)
-    _print(places, shared, dry_run=dry_run, as_json=as_json)
+        _print(places, shared, dry_run=dry_run, as_json=as_json)
+        if dry_run:
+            await check(target, places)
     if not dry_run and (shared or any(place.left for place in places)):
         raise typer.Exit(FAILED)
 
