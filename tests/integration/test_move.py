@@ -24,7 +24,7 @@ from unibus.move import held, look, move
 from unibus.tooling import attached, declare
 
 FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
-SOON = 120.0 * FACTOR
+SOON = 240.0 * FACTOR
 PAIRS = [("rabbitmq", "kafka"), ("redis", "sqs"), ("kafka", "rabbitmq"), ("sqs", "redis")]
 # What can be taken before it is due; elsewhere it is waited for.
 EARLY = {"kafka", "redis"}
@@ -57,7 +57,7 @@ move._Mover._settle = dying
 main()
 """
 
-pytestmark = pytest.mark.timeout(300 * FACTOR)
+pytestmark = pytest.mark.timeout(600 * FACTOR)
 
 
 class Lab:
