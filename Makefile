@@ -44,14 +44,14 @@ test: $(STAMP) ## everything: lint, types, unit tests, saboteurs, then contracts
 
 checks: lint types unit saboteurs brokers-up contracts integration
 
-unit: $(STAMP) ## unit tests: core on the memory adapter, no broker
-	$(BIN)/pytest tests/unit -n 3 --dist worksteal
+unit: $(STAMP) ## unit tests: core on the memory adapter, no broker; and those of the example adapter
+	$(BIN)/pytest tests/unit examples/adapter_sqlite/tests -n 3 --dist worksteal
 
 saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by those that are meant to, none that never does
 	$(BIN)/python -m unibus_contracts.saboteurs
 
-contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6
+contracts: $(STAMP) ## the contract suite on the memory adapter, on the example adapter and on each broker of the supply
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// sqlite:///reports/contracts.db "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6
 
 # A file at a time, since the tests of one share brokers; in the order of their names, else those of few long tests come last.
 integration: $(STAMP) ## adapters on real brokers, faults included
@@ -85,11 +85,11 @@ lock: ## resolve the newest versions into constraints.txt
 clean: ## remove what make has built (brokers first: make brokers-down)
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis reports
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt examples/adapter_sqlite/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "unibus needs Python 3.11 or newer; $(PYTHON) is missing or older. Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable examples/adapter_sqlite
 	@touch $@

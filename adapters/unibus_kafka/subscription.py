@@ -30,7 +30,7 @@ from unibus.driver import NoLease, NoMove, held
 from unibus.errors import NotFound, TransportError, UnibusError
 from unibus.inflow import Inflow, closed
 from unibus.waiting import Tasks, happens
-from unibus_kafka import config, errors, offsets
+from unibus_kafka import config, errors, offsets, wire
 from unibus_kafka.capabilities import HOLD_BELOW
 from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
 from unibus_kafka.offsets import Partition
@@ -241,6 +241,9 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
 
     def _arrived(self, part: Partition, records: Sequence[Any]) -> None:
         ready, later = part.read(records, self.source, self._kit.clock.time(), self._token)
+        if self.source.early:
+            ready += [delivery for _, delivery in later]
+            later = []
         self._buffer.extend(ready)
         for due, delivery in later:
             on_rung = part.seconds and self._place.rungs
@@ -305,6 +308,8 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         room = self.source.prefetch - len(self._handed)
         taken = [buffer.popleft() for _ in range(min(limit, room, len(buffer)))]
         self._handed.update(taken)
+        if self.source.early:
+            self._tell_waits(taken)
         if len(buffer) < self.source.prefetch:
             self._room.set()
         for delivery in taken:
@@ -324,6 +329,12 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         if not said:
             await self._kit.clock.sleep(self._kit.settings.commit_interval)
         return [delivery for delivery in taken if said and not delivery.lost]
+
+    def _tell_waits(self, taken: Sequence[Delivery[Any]]) -> None:
+        now = self._kit.clock.time()
+        for delivery in taken:
+            _, due = wire.decode(delivery.native)
+            delivery.message.delay = due - now if due is not None and due > now else None
 
     async def settle(
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()

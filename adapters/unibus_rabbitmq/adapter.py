@@ -16,6 +16,7 @@ from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, stem
 from unibus.config_tables import check_table
 from unibus.driver import linked, no_history, place_of, send_all, topic_of
+from unibus.errors import Unsupported
 from unibus.inboxes import inbox_name
 from unibus.translation import first_that_answers
 from unibus_rabbitmq import config, declaring, errors, topology, wire
@@ -117,6 +118,8 @@ class RabbitMQAdapter:
     async def subscribe(self, source: Source) -> RabbitMQSubscription:
         link = self._link(self._consuming)
         no_history("RabbitMQ", source.address, source.start)
+        if source.early:
+            raise Unsupported(f"{source.address}: a hold queue does not tell when its messages are due")
         place = self._plan.places.get(source.address)
         try:
             async with asyncio.timeout(_TIMEOUT):

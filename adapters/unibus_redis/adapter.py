@@ -18,6 +18,7 @@ from unibus.errors import ConfigError, ConnectionLost, NotFound, TransportError,
 from unibus.inboxes import inbox_name
 from unibus_redis import config, errors, scripts, topology, wire
 from unibus_redis.capabilities import known
+from unibus_redis.early import Early
 from unibus_redis.link import Link, Links
 from unibus_redis.subscription import INBOX_LIFE, Browser, RedisSubscription
 from unibus_redis.topology import Place
@@ -234,9 +235,8 @@ class RedisAdapter:
         link = self._linked(place)
         if source.browse:
             return Browser(self, source, place, link)
-        subscription = RedisSubscription(
-            self, source, place, consumer, link, await Link.open(link.login, link.host, link.port)
-        )
+        made = Early if source.early else RedisSubscription
+        subscription = made(self, source, place, consumer, link, await Link.open(link.login, link.host, link.port))
         self.subscriptions.add(subscription)
         try:
             if isinstance(address, Inbox):

@@ -329,4 +329,22 @@ return {at, found}
 """
 )
 
-ALL = (PUT, SETTLE, HOLD, READ, CLAIM, TAKE, KEEP, TIDY, MAKE, BACKLOG, LOOK)
+# What waits for its time, by name. KEYS: delayed set, its messages. ARGV: '1' to hold them, '0' to take them away; lease ms; members.
+# Held, they do not fall due before the lease ends. -> of those that are still there: member, words of the message, member ...
+EARLY = Script(
+    _LIB
+    + """
+local found, floor = {}, string.format('%.0f', now() + ARGV[2])
+for i = 3, #ARGV do
+  local packed = redis.call('HGET', KEYS[2], ARGV[i])
+  if packed then
+    found[#found + 1] = ARGV[i]; found[#found + 1] = cmsgpack.unpack(packed)
+    if ARGV[1] == '1' then redis.call('ZADD', KEYS[1], 'XX', 'GT', floor, ARGV[i])
+    else redis.call('HDEL', KEYS[2], ARGV[i]); redis.call('ZREM', KEYS[1], ARGV[i]) end
+  end
+end
+return found
+"""
+)
+
+ALL = (PUT, SETTLE, HOLD, READ, CLAIM, TAKE, KEEP, TIDY, MAKE, BACKLOG, LOOK, EARLY)

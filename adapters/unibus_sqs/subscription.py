@@ -130,7 +130,10 @@ class SqsSubscription(NoMove):
         origin = self.place.dead
         if origin is not None and "DeadLetterQueueSourceArn" in system:  # moved by the redrive policy
             deadletter.explain(message, BROKER_LIMIT, self._clock.time(), origin.address)
-        if due is not None and due > self._clock.time() and not self.source.browse:
+        left = 0.0 if due is None else due - self._clock.time()
+        if left > 0 and self.source.early:  # what SQS itself still hides is out of reach
+            message.delay = left
+        if due is not None and left > 0 and not (self.source.browse or self.source.early):
             self._hops.start(self._hop(delivery, due))
         else:
             self._arrived.append(delivery)

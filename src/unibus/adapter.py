@@ -77,7 +77,12 @@ async def _nothing_to_lose(_deliveries: Sequence[Delivery[Any]], _grace: float) 
 
 @dataclass(slots=True, eq=False)
 class Source:
-    """What to receive. `prefetch`: the most deliveries held at once. `browse`: look without settling."""
+    """What to receive. `prefetch`: the most deliveries held at once. `browse`: look without settling.
+
+    `early`: also what is not due yet, as far as it can be taken; `Message.delay` of such a delivery is the rest of its
+    wait, in seconds. However it goes back, by a crash too, it is not delivered before it is due, but to another `early`
+    source. `subscribe` raises Unsupported where the driver can't do that.
+    """
 
     address: Queue[Any] | Group | Inbox
     prefetch: int = 20
@@ -85,6 +90,7 @@ class Source:
     start: Start = "new"
     browse: bool = False
     losing: Losing = _nothing_to_lose
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

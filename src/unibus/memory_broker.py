@@ -188,6 +188,15 @@ class MemoryBroker:
         heapq.heappush(self._delayed, (due, self._next(), again, place, entry))
         self._arm(due)
 
+    def take_early(self, place: Place, limit: int) -> list[tuple[float, bool, Entry]]:
+        """Up to `limit` of what waits for its time there: when that is, monotonic seconds, and whether it was given back."""
+        taken = heapq.nsmallest(limit, (waiting for waiting in self._delayed if waiting[3] is place))
+        if taken:
+            gone = {waiting[1] for waiting in taken}
+            self._delayed = [waiting for waiting in self._delayed if waiting[1] not in gone]
+            heapq.heapify(self._delayed)
+        return [(due, again, entry) for due, _, again, _, entry in taken]
+
     def attach(self, subscription: MemorySubscription, place: Place) -> None:
         self._holders.append(subscription)
         if not subscription.source.browse:

@@ -35,6 +35,7 @@ class MemorySubscription:
         self._gone: list[Delivery[Any]] = []  # lost, and `losing` not told yet
         self._seen = 0  # of a browser
         self._page: deque[Entry] = deque()
+        self._early: dict[Delivery[Any], tuple[float, bool]] = {}  # not due when taken: as of `take_early`
         self._broker.attach(self, place)
 
     @property
@@ -55,6 +56,8 @@ class MemorySubscription:
             if self.place.gone:
                 raise NotFound(f"{self._address} was deleted")
             taken = self._look(limit) if self.source.browse else self._take(limit)
+            if self.source.early and not taken:
+                taken = self._take_early(limit)
             if taken:
                 return taken
             remaining = deadline - clock.monotonic()
@@ -104,6 +107,23 @@ class MemorySubscription:
             if known.start_positions:
                 delivery.position = position(self.place, delivery.token)
 
+    def _take_early(self, limit: int) -> list[Delivery[Any]]:
+        now, lease = self._broker.clock.monotonic(), self._adapter.lease
+        until = inf if lease is None else now + lease
+        taken = []
+        for due, again, entry in self._broker.take_early(self.place, min(limit, self.source.prefetch - len(self.held))):
+            entry.deliveries += 1
+            delivery = _deliver(entry, self.source, until)
+            delivery.message.delay = due - now
+            self.held[delivery] = until
+            self._early[delivery] = due, again
+            taken.append(delivery)
+        if taken:
+            self._broker.leased(until)
+            if self._profiled:
+                self._disguise(taken)
+        return taken
+
     def _look(self, limit: int) -> list[Delivery[Any]]:
         if not self._page:
             self._page.extend(sorted((e for e in self.place if e.seq > self._seen), key=lambda e: e.seq))
@@ -126,8 +146,11 @@ class MemorySubscription:
             for i, delivery in enumerate(deliveries):
                 if held.pop(delivery, None) is None:
                     results[i] = self._lease_lost(delivery)
-                elif done is not None:
+                elif done is not None and (delivery not in self._early or self._early[delivery][1]):
                     done(delivery.token)
+            if self._early:
+                for delivery in deliveries:
+                    self._early.pop(delivery, None)
         else:
             now = self._broker.clock.monotonic()
             for i, delivery in enumerate(deliveries):
@@ -136,7 +159,9 @@ class MemorySubscription:
                     continue
                 entry = delivery.token
                 self._uncount(entry)  # a release does not count
-                if delays and delays[i] > 0:
+                if delivery in self._early:
+                    self._wait_on(delivery)
+                elif delays and delays[i] > 0:
                     self._broker.delay(now + delays[i], place, entry, again=True)
                 else:
                     place.give_back(entry)
@@ -178,7 +203,8 @@ class MemorySubscription:
             for place in places:
                 place.wake()
         del self.held[move.delivery]
-        if self.place.done is not None:
+        _, in_lane = self._early.pop(move.delivery, (0.0, True))
+        if self.place.done is not None and in_lane:
             self.place.done(move.delivery.token)
         return None
 
@@ -239,8 +265,15 @@ class MemorySubscription:
 
     def _return(self, deliveries: list[Delivery[Any]]) -> None:
         self._lose(deliveries)
+        for delivery in [d for d in deliveries if d in self._early]:
+            self._wait_on(delivery)
+            deliveries.remove(delivery)
         for entry in sorted((d.token for d in deliveries), key=lambda e: e.seq, reverse=True):
             self.place.give_back(entry)
+
+    def _wait_on(self, delivery: Delivery[Any]) -> None:
+        due, again = self._early.pop(delivery)
+        self._broker.delay(due, self.place, delivery.token, again=again)
 
     def _lose(self, deliveries: list[Delivery[Any]]) -> None:
         for delivery in deliveries:

@@ -27,10 +27,12 @@ Kind = Literal["queue", "topic"]
 def attached(bus: Bus, name: str | None = None, *, kind: Kind | None = None, group: str | None = None) -> Bus:
     """A copy of `bus`, closed, for tools. It knows channel `name` and `group` of it even where nobody declares them.
 
+    Of a copy, for more than one name, it knows what that one knows, too.
+
     `kind`: what `name` is, where nobody declares it. Raises ConfigError.
     """
     tool = copy.copy(bus)
-    tool._lifespan, tool._stack, tool._tool = None, AsyncExitStack(), ()
+    tool._lifespan, tool._stack, tool._tool = None, AsyncExitStack(), bus._tool or ()
     tool.registrations, tool.channels = list(bus.registrations), list(bus.channels)
     if name is None:
         return tool
@@ -43,7 +45,7 @@ def attached(bus: Bus, name: str | None = None, *, kind: Kind | None = None, gro
     if group is not None:
         if not isinstance(channel, Topic):
             raise ConfigError(f"{channel} has no groups; drop the group {group!r}")
-        tool._tool = (Group(channel, group),)
+        tool._tool = (*tool._tool, Group(channel, group))
     return tool
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.cli_lab import URL, Cli, Done
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
-COMMANDS = {"run", "declare", "send", "publish", "peek", "receive", "channels", "dlq", "doctor", "plan"}
+COMMANDS = {"run", "declare", "send", "publish", "peek", "receive", "channels", "dlq", "doctor", "plan", "move"}
 
 
 def blocks(language: str) -> list[str]:
@@ -65,6 +65,8 @@ def test_the_commands_of_the_documentation(cli: Cli, monkeypatch: pytest.MonkeyP
     for line, expected in steps():
         if line.startswith("unibus run") and "--workers" in line:
             monkeypatch.setenv("UNIBUS_URL", "redis://127.0.0.1:1")  # no workers in memory; nothing is connected to
+        for url, memory in (("redis://old-1:6379", URL), ("kafka://k1:9092", "memory://new")):
+            line = line.replace(url, memory)  # noqa: PLW2901  # the brokers of the page
         if line == "unibus dlq list":
             fail(cli)
         done = pipe(cli, line)

@@ -37,7 +37,7 @@ GroupOption = Annotated[str | None, typer.Option("--group", "-g", help="Of a top
 
 
 class Target:
-    """`bus` is the application's own, or one without handlers; `app` its name, if there is one."""
+    """`bus` is the application's own, or one without handlers; `app` its name, if there is one. `given`: its environment before."""
 
     def __init__(self, app: str | None = None, url: str | None = None, config: Path | None = None) -> None:
         if config is not None and not config.is_file():
@@ -46,6 +46,7 @@ class Target:
         self.config = config
         self.app = app or app_of(os.environ, config)
         self.bus = Bus() if self.app is None else load_app(self.app)
+        self.given = self.bus._environ
         bus, environ = self.bus, dict(os.environ if self.bus._environ is None else self.bus._environ)
         if app is not None:
             environ["UNIBUS_APP"] = app
