@@ -44,8 +44,8 @@ unit: $(STAMP) ## unit tests: core on the memory adapter, no broker
 saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by those that are meant to, none that never does
 	$(BIN)/python -m unibus_contracts.saboteurs
 
-contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 4
+contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply; the answers must be those pinned
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 4 --unibus-pin=contracts/unibus_contracts/answers
 
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration -n 3 --dist loadfile

@@ -181,3 +181,8 @@ class _Recorder:
         terminalreporter.write_line(line(report))
         for problem in problems(report):
             terminalreporter.write_line(f"  {problem}")
+        if folder := self._config.getoption("--unibus-pin"):
+            from .pins import unpinned
+
+            if note := unpinned(Path(folder), report):
+                terminalreporter.write_line(f"  {note}")
