@@ -18,7 +18,8 @@ from .kit import SOON, take
 
 
 async def main(url: str, prefix: str, name: str) -> None:
-    harness = UrlHarness(url, prefix)
+    harness = UrlHarness(url)
+    harness.prefix = prefix  # that of the parent, who cleans up
     queue: Queue[str] = Queue(name, str)
     bus = harness.bus()
     done: list[str] = []

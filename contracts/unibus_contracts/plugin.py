@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from .cleaner import Cleaner
     from .contract import Terms
     from .harness import Harness
     from .kit import Kit
@@ -26,6 +27,7 @@ class _Run:
         self.contracts: dict[str, dict[str, Any]] = {}
         self.outcomes: dict[str, tuple[str, float]] = {}
         self.capabilities: dict[str, Any] | None = None
+        self.cleaner: Cleaner | None = None  # where there is a broker to clean
 
 
 _RUN = pytest.StashKey[_Run]()
@@ -36,11 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--unibus-url", metavar="URL", help="the broker to run the contracts on, for example memory://")
     group.addoption("--unibus-report", metavar="FILE", help="write the outcome of every contract to this file, as JSON")
     group.addoption("--unibus-pin", metavar="FOLDER", help="fail where a run differs from the answers pinned in FOLDER")
-    group.addoption("--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; default: random")
+    group.addoption(
+        "--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; something random follows"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RUN] = _Run()
+    config.stash[_RUN] = run = _Run()
     report = config.getoption("--unibus-report")
     if report and not hasattr(config, "workerinput"):
         try:  # now, not after ten minutes of contracts
@@ -48,6 +52,11 @@ def pytest_configure(config: pytest.Config) -> None:
             Path(report).open("a").close()
         except OSError as error:
             raise pytest.UsageError(f"--unibus-report {report} can't be written: {error}") from error
+    if config.getoption("--unibus-url"):
+        from .cleaner import Cleaner
+
+        run.cleaner = Cleaner(config, config.getoption("--unibus-url"))
+        config.pluginmanager.register(run.cleaner, "unibus-contracts-cleaner")
     config.pluginmanager.register(_Recorder(config), "unibus-contracts-recorder")
 
 
@@ -77,20 +86,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def unibus_harness(request: pytest.FixtureRequest) -> Harness:
     """The broker to test. Override it for a harness that can do more."""
-    from .harness import UrlHarness
-
-    url = request.config.getoption("--unibus-url")
-    if not url:
+    cleaner = request.config.stash[_RUN].cleaner
+    if cleaner is None:
         raise pytest.UsageError("contracts need a broker: give --unibus-url, for example --unibus-url memory://")
-    return UrlHarness(url, request.config.getoption("--unibus-prefix"))
+    return cleaner.harness()
 
 
 @pytest.fixture(scope="session")
-def _unibus_shared(unibus_harness: Harness) -> Iterator[dict[str, Any]]:
+def _unibus_shared(request: pytest.FixtureRequest, unibus_harness: Harness) -> Iterator[dict[str, Any]]:
     import asyncio
 
     yield {}
     asyncio.run(unibus_harness.cleanup())
+    if (cleaner := request.config.stash[_RUN].cleaner) is not None:
+        cleaner.note(unibus_harness)
 
 
 @pytest.fixture
@@ -186,3 +195,5 @@ class _Recorder:
 
             if note := unpinned(Path(folder), report):
                 terminalreporter.write_line(f"  {note}")
+        for said in self._run.cleaner.lines() if self._run.cleaner else ():
+            terminalreporter.write_line(said)
