@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("unibus_contracts.kit", "unibus_contracts.refusals", "unibus_contracts.spi")
 
+MOST_SAID = 2000  # characters of an error in the report
 SECONDS = 60  # a test, setup and teardown included; the contracts' own limit is shorter and says more
 
 
@@ -26,6 +28,7 @@ class _Run:
     def __init__(self) -> None:
         self.contracts: dict[str, dict[str, Any]] = {}
         self.outcomes: dict[str, tuple[str, float]] = {}
+        self.errors: dict[str, str] = {}
         self.capabilities: dict[str, Any] | None = None
         self.cleaner: Cleaner | None = None  # where there is a broker to clean
 
@@ -37,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("unibus", "unibus contract suite")
     group.addoption("--unibus-url", metavar="URL", help="the broker to run the contracts on, for example memory://")
     group.addoption("--unibus-report", metavar="FILE", help="write the outcome of every contract to this file, as JSON")
+    group.addoption("--unibus-steps", metavar="FILE", help="append [id, outcome] to this file after each contract")
     group.addoption("--unibus-pin", metavar="FOLDER", help="fail where a run differs from the answers pinned in FOLDER")
     group.addoption(
         "--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; something random follows"
@@ -45,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RUN] = run = _Run()
+    config.option.unibus_url = config.getoption("--unibus-url") or os.environ.get("UNIBUS_CONTRACTS_URL")
     report = config.getoption("--unibus-report")
     if report and not hasattr(config, "workerinput"):
         try:  # now, not after ten minutes of contracts
@@ -112,18 +117,23 @@ def kit(request: pytest.FixtureRequest, unibus_harness: Harness, _unibus_shared:
     return Kit(unibus_harness, _unibus_shared, note)
 
 
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _said(report: pytest.TestReport) -> str:
+    """What went wrong, without the traceback: its frames hold URLs."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longreprtext)[:MOST_SAID]
+
+
 class _Recorder:
     """Hears every report, of this process or of xdist's workers, and writes the file at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._run = config.stash[_RUN]
-        self._unheard: set[str] = set()  # of xdist's workers
         self._finished = False
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self._unheard.update(id for id in ids if "unibus_contracts/suite/" in id)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -133,7 +143,6 @@ class _Recorder:
             return
         from .report import FAILED, NOT_RUN, NOT_TRIED, PASSED, REFUSED
 
-        self._unheard.discard(report.nodeid)
         id = terms["id"]
         self._run.contracts.setdefault(id, terms)
         if "unibus_capabilities" in properties:
@@ -141,11 +150,16 @@ class _Recorder:
         outcome, seconds = self._run.outcomes.get(id, (NOT_RUN, 0.0))
         if report.failed:
             outcome = FAILED
+            self._run.errors.setdefault(id, _said(report))
         elif report.skipped and "unibus_not_tried" in properties:
             outcome = NOT_TRIED
         elif report.when == "call" and report.passed and outcome != FAILED:
             outcome = REFUSED if "unibus_refused" in properties else PASSED
         self._run.outcomes[id] = (outcome, seconds + report.duration)
+        steps = self._config.getoption("--unibus-steps")
+        if steps and report.when == "teardown" and not hasattr(self._config, "workerinput"):
+            with Path(steps).open("a", encoding="utf-8") as file:
+                file.write(json.dumps([id, outcome]) + "\n")
 
     def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
         if report.when == "call" and report.passed and "unibus_refused" in dict(report.user_properties):
@@ -156,13 +170,17 @@ class _Recorder:
         url = self._config.getoption("--unibus-url")
         if not self._run.contracts or hasattr(self._config, "workerinput"):
             return None
+        from .catalogue import catalogue
         from .harness import shown
         from .report import build
 
-        unheard = {id: {"id": id, "promise": "", "chapter": "", "capability": None} for id in sorted(self._unheard)}
-        contracts = {**self._run.contracts, **unheard}
-        outcomes, capabilities = self._run.outcomes, self._run.capabilities
-        report = build(shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished)
+        contracts, suite = self._run.contracts, catalogue()
+        if any(id in suite for id in contracts):  # of which the controller of xdist knows only what it has heard of
+            contracts = {id: terms.as_dict() for id, (terms, _) in suite.items()} | contracts
+        outcomes, capabilities, errors = self._run.outcomes, self._run.capabilities, self._run.errors
+        report = build(
+            shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished, errors=errors
+        )
         if folder := self._config.getoption("--unibus-pin"):
             from .pins import differences
 
@@ -177,8 +195,8 @@ class _Recorder:
         wrong = report is not None and (report["unexercised"] or report["differs"])
         if wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if report is not None and path:
-            Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if report is not None and path:  # before anything is cleaned up, which may take its time, or be broken off
+            _write(Path(path), report)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         report = self._report()
@@ -195,5 +213,8 @@ class _Recorder:
 
             if note := unpinned(Path(folder), report):
                 terminalreporter.write_line(f"  {note}")
-        for said in self._run.cleaner.lines() if self._run.cleaner else ():
+        report["cleanup"] = self._run.cleaner.lines() if self._run.cleaner else []
+        for said in report["cleanup"]:
             terminalreporter.write_line(said)
+        if path := self._config.getoption("--unibus-report"):
+            _write(Path(path), report)

@@ -22,12 +22,17 @@ def build(
     capabilities: Mapping[str, Any] | None,
     *,
     finished: bool = True,
+    errors: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off."""
+    """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off.
+
+    `errors`: id -> what a failed one said.
+    """
     entries = []
     for id, terms in contracts.items():
         outcome, seconds = outcomes.get(id, (NOT_RUN, 0.0))
-        entries.append({**terms, "outcome": outcome, "duration": round(seconds, 3)})
+        said = {"error": text} if (text := (errors or {}).get(id)) and outcome == FAILED else {}
+        entries.append({**terms, "outcome": outcome, "duration": round(seconds, 3), **said})
     told = capabilities or {}
     report = {
         "suite": 1,

@@ -36,6 +36,7 @@ class TestContract:
             "promise": "It works.",
             "chapter": "contracts_kit",
             "capability": "delay",
+            "assumes": None,
         }
 
     @pytest.mark.parametrize(
