@@ -118,6 +118,27 @@ async def letters(bus: Bus, place: Place, count: int = 1, *, invalid: bool = Fal
     return found
 
 
+async def handed_over(kit: Kit) -> int:
+    """The attempt number of a message that failed once in a process, which was then cut off in the middle of the next run."""
+    queue, seen = kit.queue(), Seen[int]()
+    first = kit.bus(shutdown_timeout=0.2)
+
+    @first.consumer(queue, retry=AT_ONCE)
+    async def fail(body: bytes, delivery: Delivery[bytes]) -> None:
+        seen(delivery.attempt)
+        if delivery.attempt == 1:
+            raise OSError("once")
+        await asyncio.Event().wait()
+
+    async with first.running():
+        await first.send(queue, b"x")
+        assert await seen.reach(2) == [1, 2]
+    async with kit.bus(queue) as heir, heir.receiver(queue) as receiver:
+        (delivery,) = await take(receiver)
+        await delivery.ack()
+        return delivery.attempt
+
+
 def bodies(deliveries: Iterable[Delivery[Any]]) -> list[Any]:
     return [delivery.body for delivery in deliveries]
 

@@ -55,9 +55,8 @@ class TestContract:
             contract(id, promise, needs=needs)
 
     def test_a_refusal_for_every_feature(self) -> None:
-        """`attempt` shows over a crash alone: the fault contracts."""
         features = {name for name, field in Capabilities.__dataclass_fields__.items() if field.type == "Support"}
-        assert features - set(REFUSALS) == report.NEEDS_FAULTS
+        assert features == set(REFUSALS)
 
 
 class TestWaiting:
@@ -165,7 +164,7 @@ class TestReport:
         assert report.problems(result) == ["the run was broken off"]
 
     def test_a_declared_feature_must_be_used(self) -> None:
-        levels = {"delay": "native", "order": "refused", "attempt": "emulated"}
+        levels = {"delay": "native", "order": "refused"}
         assert built({"a.a": report.PASSED}, None, levels)["unexercised"] == ["delay"]
         assert built({"a.a": report.PASSED}, "delay", levels)["unexercised"] == []
         assert built({"a.a": report.FAILED}, "delay", levels)["unexercised"] == ["delay"]
