@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ DEFAULT = "ctr-"
 class Cleaner:
     """`deleted`, `left`: what came of it, once the session has finished."""
 
-    def __init__(self, config: pytest.Config, url: str) -> None:
-        self._url = url
+    def __init__(self, config: pytest.Config, url: str, more: Mapping[str, Any]) -> None:
+        self.url, self._more = url, more
         given: dict[str, Any] | None = getattr(config, "workerinput", None)  # of xdist, in a worker
         self._main = given is None
         if given is None:
@@ -50,7 +50,7 @@ class Cleaner:
 
     def harness(self) -> UrlHarness:
         """For this process."""
-        return UrlHarness(self._url, self.beginning, journal=self._folder / f"{os.getpid()}{JOURNAL}")
+        return UrlHarness(self.url, self.beginning, more=self._more, journal=self._folder / f"{os.getpid()}{JOURNAL}")
 
     def note(self, harness: Harness) -> None:
         """A harness has cleaned up."""

@@ -12,15 +12,20 @@ deleted, where the adapter says how (`cleanup`).
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import secrets
 import socket
+import tomllib
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs, quote, urlencode
 
-from unibus import Bus
+from unibus import Bus, ConfigError
+from unibus.config import load
+from unibus.url import parse
 
 from .cleanup import Made, Removal, remove
 
@@ -66,14 +71,39 @@ class _Bus(Bus):
         return session
 
 
+def of_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """The URL in a unibus.toml, and what else of it is about the broker: user, password, the driver's own settings.
+
+    All else in it, channels and policies, is an application's. The password may come from UNIBUS_PASSWORD, as ever.
+    Raises ConfigError, OSError.
+    """
+    try:
+        url = tomllib.loads(path.read_text(encoding="utf-8")).get("url")
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(url, str):
+        raise ConfigError(f"{path}: there is no url")
+    names = ("UNIBUS_PASSWORD", "UNIBUS_PASSWORD_FILE", "UNIBUS_USERNAME")
+    environ = {name: os.environ[name] for name in names if name in os.environ}
+    found = load({}, file=path, environ=environ)
+    more: dict[str, Any] = {"settings": dict(found.driver)} if found.driver else {}
+    if parse(url).username is None and found.url.username is not None:
+        more["username"] = found.url.username
+        more["password"] = None if found.url.password is None else found.url.password.value
+    return url, more
+
+
 class UrlHarness:
     """Any broker that answers at `url`. No faults.
 
     `prefix` begins every name; what follows is random, so that what is deleted at the end can only be this harness' own.
-    `journal`: a file that notes what will be made, for who deletes it when this process is killed.
+    `more`: further settings of every bus, such as user and password. `journal`: a file that notes what will be made, for who deletes it when this process is killed.
     """
 
-    def __init__(self, url: str, prefix: str = "ctr-", *, journal: Path | None = None) -> None:
+    def __init__(
+        self, url: str, prefix: str = "ctr-", *, more: Mapping[str, Any] | None = None, journal: Path | None = None
+    ) -> None:
+        self.more = dict(more or {})
         # A URL without a host is a broker inside this process; named, it is one that the buses of a contract share.
         self.url = f"{url}ctr-{secrets.token_hex(3)}" if url.endswith("://") else url
         self.prefix = f"{prefix}{secrets.token_hex(3)}."
@@ -85,6 +115,10 @@ class UrlHarness:
     def bus(self, **settings: Any) -> Bus:
         """A bus that reads no file and no environment: what is tested is what is written here."""
         given: dict[str, Any] = {"service": "svc", "prefix": self.prefix, "config": False, "environ": {}}
+        if "url" in settings:  # another place, another user
+            given |= {name: value for name, value in self.more.items() if name == "settings"}
+        else:
+            given |= self.more
         bus = _Bus(settings.pop("url", self.url), **(given | settings))
         bus.made = self.made
         return bus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -233,9 +234,15 @@ class Kit:
         return nowhere(self.harness.url, password)
 
     def password(self) -> str | None:
-        """The password in the tested URL, if there is one that could be recognised."""
-        password = urlsplit(self.harness.url).password
-        return unquote(password) if password and len(password) > 5 else None
+        """The password of the tested broker, if there is one that could be recognised."""
+        password = unquote(urlsplit(self.harness.url).password or "") or getattr(self.harness, "more", {}).get(
+            "password"
+        )
+        return password if password and len(password) > 5 else None
+
+    def where(self) -> str:
+        """The tested broker in one line, for a child process."""
+        return json.dumps([self.harness.url, getattr(self.harness, "more", {})])
 
     async def alone(self, queue: Queue[Any]) -> str:
         """Make a queue without the channels that belong to it, as far as the adapter does; the text that tells what is missing."""

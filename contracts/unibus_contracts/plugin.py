@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--unibus-url", metavar="URL", help="the broker to run the contracts on, for example memory://")
     group.addoption("--unibus-report", metavar="FILE", help="write the outcome of every contract to this file, as JSON")
     group.addoption("--unibus-steps", metavar="FILE", help="append [id, outcome] to this file after each contract")
+    group.addoption("--unibus-config", metavar="FILE", help="a unibus.toml with url, user and settings of the broker")
     group.addoption("--unibus-pin", metavar="FOLDER", help="fail where a run differs from the answers pinned in FOLDER")
     group.addoption(
         "--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; something random follows"
@@ -57,12 +58,30 @@ def pytest_configure(config: pytest.Config) -> None:
             Path(report).open("a").close()
         except OSError as error:
             raise pytest.UsageError(f"--unibus-report {report} can't be written: {error}") from error
-    if config.getoption("--unibus-url"):
+    url, file = config.getoption("--unibus-url"), config.getoption("--unibus-config")
+    if url or file:
         from .cleaner import Cleaner
 
-        run.cleaner = Cleaner(config, config.getoption("--unibus-url"))
+        more: dict[str, Any] = {}
+        if file:
+            if url and not hasattr(config, "workerinput"):  # a worker of xdist is given what came of it, too
+                raise pytest.UsageError("give --unibus-url or --unibus-config, not both")
+            url, more = _of_file(Path(file))
+        config.option.unibus_url = url
+        run.cleaner = Cleaner(config, url, more)
         config.pluginmanager.register(run.cleaner, "unibus-contracts-cleaner")
     config.pluginmanager.register(_Recorder(config), "unibus-contracts-recorder")
+
+
+def _of_file(path: Path) -> tuple[str, dict[str, Any]]:
+    from unibus import ConfigError
+
+    from .harness import of_file
+
+    try:
+        return of_file(path)
+    except (OSError, ValueError, ConfigError) as error:
+        raise pytest.UsageError(f"--unibus-config {path}: {error}") from None
 
 
 def _terms(item: pytest.Item) -> Terms | None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .__main__ import of_file
+
 POLL = 0.1  # seconds between two looks at what has happened
 PATIENCE = 150.0  # after Ctrl-C, for what the run has made to be deleted
 URL = "UNIBUS_CONTRACTS_URL"  # not an argument: everybody on a machine can read those
@@ -31,7 +33,7 @@ def run(
     tests: Sequence[str] = ("unibus_contracts",),
     report: Path | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """The report of a run on this broker, and whether it was interrupted; `report`: a file that has it too.
+    """The report of a run on this broker (a URL, or a unibus.toml), and whether it was interrupted; `report`: a file that has it too.
 
     `arguments`: more for pytest; `tests`: what to run. `step` hears the id and the outcome of each contract. No configuration of pytest in the working directory has a say.
     Raises Broken.
@@ -42,6 +44,8 @@ def run(
         steps.touch()
         command = [sys.executable, "-m", "pytest", *NO_FILE, "--rootdir", text, *CACHE, "--pyargs", *tests]
         command += [f"--unibus-steps={steps}", f"--unibus-report={report or own}", *arguments]
+        if of_file(url):
+            command.append(f"--unibus-config={url}")
         with said.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603  # our own interpreter, no shell
                 command, stdout=output, stderr=output, env=_environment(url), start_new_session=True
@@ -56,7 +60,8 @@ def run(
 
 
 def _environment(url: str) -> Mapping[str, str]:
-    return {**{name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}, URL: url}
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    return environ if of_file(url) else {**environ, URL: url}
 
 
 def _follow(process: subprocess.Popen[bytes], steps: Path, step: Callable[[str, str], None]) -> bool:

@@ -36,7 +36,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    urls: Annotated[list[str], typer.Argument(metavar="URL...", help="The brokers, one run each.")],
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="The brokers, or unibus.toml files; one run each.")
+    ],
     like: Like = None,
     workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="Processes that share the work.")] = 1,
     report: Annotated[
@@ -121,7 +123,11 @@ def _check(url: str) -> None:
     """Raises what the broker says, before the same is said of each contract."""
 
     async def connect() -> None:
-        async with _suite("harness").UrlHarness(url).bus():
+        harness, more = _suite("harness"), {}
+        where = url
+        if _suite("__main__").of_file(url):
+            where, more = harness.of_file(Path(url))
+        async with harness.UrlHarness(where, more=more).bus():
             pass
 
     asyncio.run(connect())
