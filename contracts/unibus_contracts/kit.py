@@ -162,6 +162,15 @@ def supported(capabilities: Capabilities, feature: str) -> Support:
     return declared
 
 
+def checked(capabilities: Capabilities) -> Capabilities:
+    """The same; fails, naming the feature, where one is declared with a wrong type or level."""
+    assert isinstance(capabilities, Capabilities), f"capabilities are {type(capabilities).__name__}, no Capabilities"
+    for name in FEATURES:
+        level = supported(capabilities, name).level
+        assert level in ("native", "emulated", "refused"), f"{capabilities.adapter} declares {name} as {level!r}"
+    return capabilities
+
+
 class Kit:
     """One contract's hand luggage. `note` tells the plugin what the outcome stands for."""
 
@@ -220,12 +229,14 @@ class Kit:
         if "capabilities" not in self._shared and "error" not in self._shared:
             try:
                 async with self.harness.bus() as bus:
-                    self._shared["capabilities"] = bus.capabilities
+                    self._shared["capabilities"] = checked(bus.capabilities)
+            except AssertionError as error:
+                self._shared["error"] = str(error)
             except Exception as error:
-                self._shared["error"] = f"{type(error).__name__}: {error}"
+                self._shared["error"] = f"the broker can't be reached: {type(error).__name__}: {error}"
         if "error" in self._shared:
             # Not with its traceback: pytest prints the arguments of each frame, and one is the URL with its password.
-            raise AssertionError(f"the broker can't be reached: {self._shared['error']}")
+            raise AssertionError(self._shared["error"])
         found: Capabilities = self._shared["capabilities"]
         return found
 

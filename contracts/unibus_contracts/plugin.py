@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RUN] = run = _Run()
     config.option.unibus_url = config.getoption("--unibus-url") or os.environ.get("UNIBUS_CONTRACTS_URL")
@@ -60,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--unibus-report {report} can't be written: {error}") from error
     url, file = config.getoption("--unibus-url"), config.getoption("--unibus-config")
     if url or file:
+        # It warns who has no configuration of its own, and whoever runs this suite alone has none.
+        warnings.filterwarnings("ignore", 'The configuration option "asyncio_default_fixture_loop_scope"')
         from .cleaner import Cleaner
 
         more: dict[str, Any] = {}
