@@ -50,8 +50,8 @@ unit: $(STAMP) ## unit tests: core on the memory adapter, no broker; and those o
 saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by those that are meant to, none that never does
 	$(BIN)/python -m unibus_contracts.saboteurs
 
-contracts: $(STAMP) ## the contract suite on the memory adapter, on the example adapter and on each broker of the supply
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// sqlite:///reports/contracts.db "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6
+contracts: $(STAMP) ## the contract suite on the memory adapter, the example adapter and each broker of the supply; the answers must be those pinned
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// sqlite:///reports/contracts.db "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6 --unibus-pin=contracts/unibus_contracts/answers
 
 # A file at a time, since the tests of one share brokers; in the order of their names, else those of few long tests come last.
 integration: $(STAMP) ## adapters on real brokers, faults included

@@ -53,7 +53,10 @@ def known(version: str | None = None) -> Capabilities:
         delivery_count=native(
             "x-delivery-count on quorum queues; on classic ones only whether it was handed out before"
         ),
-        attempt=native("a retry is a confirmed copy with its count"),
+        attempt=emulated(
+            "a retry after a wait is a confirmed copy with its count; immediate ones and those of ordered channels run in "
+            "place, and a crash forgets them"
+        ),
         settle_confirmed=refused("AMQP 0-9-1 has no answer to an ack: one lost on the way is a redelivery"),
         dedup=refused("RabbitMQ stores what it is sent, twice if sent twice"),
         max_body=(16 if server >= (4, 0) else 128) * 1024 * 1024,

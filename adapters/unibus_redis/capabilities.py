@@ -28,7 +28,10 @@ def known(version: str | None = None, *, lease: float = LEASE, retention: float 
         lease=native("pending entries that are idle for longer are claimed by others (XAUTOCLAIM)", limit=lease),
         atomic_move=native("one script"),
         delivery_count=native("of the pending entry; a copy that was released begins anew"),
-        attempt=native("a retry is a copy with its count, in one step with the settling"),
+        attempt=emulated(
+            "a retry after a wait is a copy with its count, in one step with the settling; immediate ones and those of ordered "
+            "channels run in place, and a crash forgets them"
+        ),
         settle_confirmed=native(),
         dedup=refused("Redis stores what it is sent, twice if sent twice"),
         max_body=64 * 1024 * 1024,

@@ -1,6 +1,6 @@
 """A service in a process of its own, for the contract on SIGTERM: `python -m unibus_contracts.child PREFIX QUEUE`.
 
-The URL comes on standard input. It prints a line of JSON when its first handler has begun, then waits for the signal and
+The URL and the settings beside it come on standard input, as JSON. It prints a line of JSON when its first handler has begun, then waits for the signal and
 for a line that says that it was sent. It prints a second line when it has stopped, with what it did and what it had left for others. It looks itself, since a broker inside a
 process can't be looked at from outside.
 """
@@ -17,8 +17,10 @@ from .harness import UrlHarness
 from .kit import SOON, take, until
 
 
-async def main(url: str, prefix: str, name: str) -> None:
-    harness = UrlHarness(url, prefix)
+async def main(where: str, prefix: str, name: str) -> None:
+    url, more = json.loads(where)
+    harness = UrlHarness(url, more=more)
+    harness.prefix = prefix  # that of the parent, who cleans up
     queue: Queue[str] = Queue(name, str)
     bus = harness.bus()
     done: list[str] = []

@@ -23,29 +23,34 @@ _ID = re.compile(r"[a-z]+\.[a-z0-9_]+")
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What is promised. `capability`: the feature it needs, None for what every adapter must do."""
+    """What is promised. `capability`: the feature it needs, None for what every adapter must do. `assumes`: settings of
+    the broker without which it can't be kept, beside those that the whole suite assumes (`catalogue.ALWAYS`).
+    """
 
     id: str
     promise: str
     chapter: str
     capability: str | None = None
+    assumes: str | None = None
 
     def as_dict(self) -> dict[str, str | None]:
         return asdict(self)
 
 
-def contract(id: str, promise: str, *, needs: str | None = None) -> Callable[[Body], Body]:
+def contract(id: str, promise: str, *, needs: str | None = None, assumes: str | None = None) -> Callable[[Body], Body]:
     """Mark a test of the suite as a contract."""
     if not _ID.fullmatch(id):
         raise ValueError(f"contract id {id!r}: use <group>.<words_with_underscores>")
     if not promise.endswith(".") or "\n" in promise:
         raise ValueError(f"contract {id}: the promise is one sentence on one line")
+    if assumes is not None and (not assumes.endswith(".") or "\n" in assumes):
+        raise ValueError(f"contract {id}: what it assumes is one line of sentences")
     if needs is not None and needs not in REFUSALS:
         raise ValueError(f"contract {id}: needs={needs!r} is no feature with a refusal; known: {', '.join(REFUSALS)}")
 
     def decorate(function: Body) -> Body:
         chapter = function.__module__.rpartition(".")[2].removeprefix("test_")
-        terms = Terms(id, promise, chapter, needs)
+        terms = Terms(id, promise, chapter, needs, assumes)
 
         @functools.wraps(function)
         async def run(kit: Kit) -> None:

@@ -4,22 +4,33 @@
 link that it can cut, an admin client that deletes what was made) overrides the fixture `unibus_harness` in its conftest.py
 with an object of the same five methods.
 
-What the contracts make on a broker: every name begins with one random prefix per run, and every contract has channels of
-its own, so that runs and contracts don't meet. `UrlHarness` deletes nothing: the SPI has no delete, on purpose. It is meant
-for brokers that are thrown away after the run; on any other, override `cleanup` and delete what begins with the prefix.
+What the contracts make on a broker: every name begins with a prefix that ends in something random, one for each process
+of a run, and every contract has channels of its own, so that runs and contracts don't meet. At the end what was made is
+deleted, where the adapter says how (`cleanup`).
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import secrets
 import socket
+import tomllib
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs, quote, urlencode
 
-from unibus import Bus
+from unibus import Bus, ConfigError
+from unibus.config import load
+from unibus.url import parse
+
+from .cleanup import Made, Removal, remove
+
+if TYPE_CHECKING:
+    from unibus.session import Session
 
 _USERINFO = re.compile(r"://.*@")
 
@@ -48,24 +59,74 @@ class Harness(Protocol):
     async def cleanup(self) -> None: ...
 
 
-class UrlHarness:
-    """Any broker that answers at `url`. No faults, no cleanup."""
+class _Bus(Bus):
+    """A bus that says what it will make, before it does."""
 
-    def __init__(self, url: str, prefix: str | None = None) -> None:
+    made: Made | None = None
+
+    def _prepare(self) -> Session:
+        session = super()._prepare()
+        if self.made is not None:
+            self.made.topology(session.topology)
+        return session
+
+
+def of_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """The URL in a unibus.toml, and what else of it is about the broker: user, password, the driver's own settings.
+
+    All else in it, channels and policies, is an application's. The password may come from UNIBUS_PASSWORD, as ever.
+    Raises ConfigError, OSError.
+    """
+    try:
+        url = tomllib.loads(path.read_text(encoding="utf-8")).get("url")
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(url, str):
+        raise ConfigError(f"{path}: there is no url")
+    names = ("UNIBUS_PASSWORD", "UNIBUS_PASSWORD_FILE", "UNIBUS_USERNAME")
+    environ = {name: os.environ[name] for name in names if name in os.environ}
+    found = load({}, file=path, environ=environ)
+    more: dict[str, Any] = {"settings": dict(found.driver)} if found.driver else {}
+    if parse(url).username is None and found.url.username is not None:
+        more["username"] = found.url.username
+        more["password"] = None if found.url.password is None else found.url.password.value
+    return url, more
+
+
+class UrlHarness:
+    """Any broker that answers at `url`. No faults.
+
+    `prefix` begins every name; what follows is random, so that what is deleted at the end can only be this harness' own.
+    `more`: further settings of every bus, such as user and password. `journal`: a file that notes what will be made, for who deletes it when this process is killed.
+    """
+
+    def __init__(
+        self, url: str, prefix: str = "ctr-", *, more: Mapping[str, Any] | None = None, journal: Path | None = None
+    ) -> None:
+        self.more = dict(more or {})
         # A URL without a host is a broker inside this process; named, it is one that the buses of a contract share.
         self.url = re.sub(r"://(?=\?|$)", f"://ctr-{secrets.token_hex(3)}", url, count=1)
-        self.prefix = prefix if prefix is not None else f"ctr-{secrets.token_hex(3)}."
-        # With a given prefix, parallel workers share it: the token keeps their channels apart.
+        self.prefix = f"{prefix}{secrets.token_hex(3)}."
+        self.made = Made(self.prefix, journal=journal)
+        self.removal: Removal | None = None  # what came of the cleanup
         self._token = secrets.token_hex(2)
         self._count = itertools.count(1)
 
     def bus(self, **settings: Any) -> Bus:
         """A bus that reads no file and no environment: what is tested is what is written here."""
         given: dict[str, Any] = {"service": "svc", "prefix": self.prefix, "config": False, "environ": {}}
-        return Bus(settings.pop("url", self.url), **(given | settings))
+        if "url" in settings:  # another place, another user
+            given |= {name: value for name, value in self.more.items() if name == "settings"}
+        else:
+            given |= self.more
+        bus = _Bus(settings.pop("url", self.url), **(given | settings))
+        bus.made = self.made
+        return bus
 
     def channel(self, label: str) -> str:
-        return f"{label}-{self._token}{next(self._count)}"
+        name = f"{label}-{self._token}{next(self._count)}"
+        self.made.name(self.prefix + name)  # a child process may be the one who makes it
+        return name
 
     async def restart_broker(self) -> None:
         raise FaultUnavailable("a URL alone gives no way to restart the broker")
@@ -74,7 +135,10 @@ class UrlHarness:
         raise FaultUnavailable("a URL alone gives no way to cut the link")
 
     async def cleanup(self) -> None:
-        return None
+        """Delete what was made. `removal` says what came of it; nothing is raised."""
+        self.removal = await remove(UrlHarness.bus(self), self.made)
+        if self.removal.left is None:
+            self.made.removed()
 
     def __repr__(self) -> str:
         return f"UrlHarness({shown(self.url)!r})"

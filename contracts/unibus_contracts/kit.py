@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -118,6 +119,27 @@ async def letters(bus: Bus, place: Place, count: int = 1, *, invalid: bool = Fal
     return found
 
 
+async def handed_over(kit: Kit) -> int:
+    """The attempt number of a message that failed once in a process, which was then cut off in the middle of the next run."""
+    queue, seen = kit.queue(), Seen[int]()
+    first = kit.bus(shutdown_timeout=0.2)
+
+    @first.consumer(queue, retry=AT_ONCE)
+    async def fail(body: bytes, delivery: Delivery[bytes]) -> None:
+        seen(delivery.attempt)
+        if delivery.attempt == 1:
+            raise OSError("once")
+        await asyncio.Event().wait()
+
+    async with first.running():
+        await first.send(queue, b"x")
+        assert await seen.reach(2) == [1, 2]
+    async with kit.bus(queue) as heir, heir.receiver(queue) as receiver:
+        (delivery,) = await take(receiver)
+        await delivery.ack()
+        return delivery.attempt
+
+
 def bodies(deliveries: Iterable[Delivery[Any]]) -> list[Any]:
     return [delivery.body for delivery in deliveries]
 
@@ -138,6 +160,15 @@ def supported(capabilities: Capabilities, feature: str) -> Support:
         "of unibus.capabilities"
     )
     return declared
+
+
+def checked(capabilities: Capabilities) -> Capabilities:
+    """The same; fails, naming the feature, where one is declared with a wrong type or level."""
+    assert isinstance(capabilities, Capabilities), f"capabilities are {type(capabilities).__name__}, no Capabilities"
+    for name in FEATURES:
+        level = supported(capabilities, name).level
+        assert level in ("native", "emulated", "refused"), f"{capabilities.adapter} declares {name} as {level!r}"
+    return capabilities
 
 
 class Kit:
@@ -198,12 +229,14 @@ class Kit:
         if "capabilities" not in self._shared and "error" not in self._shared:
             try:
                 async with self.harness.bus() as bus:
-                    self._shared["capabilities"] = bus.capabilities
+                    self._shared["capabilities"] = checked(bus.capabilities)
+            except AssertionError as error:
+                self._shared["error"] = str(error)
             except Exception as error:
-                self._shared["error"] = f"{type(error).__name__}: {error}"
+                self._shared["error"] = f"the broker can't be reached: {type(error).__name__}: {error}"
         if "error" in self._shared:
             # Not with its traceback: pytest prints the arguments of each frame, and one is the URL with its password.
-            raise AssertionError(f"the broker can't be reached: {self._shared['error']}")
+            raise AssertionError(self._shared["error"])
         found: Capabilities = self._shared["capabilities"]
         return found
 
@@ -212,9 +245,15 @@ class Kit:
         return nowhere(self.harness.url, password)
 
     def password(self) -> str | None:
-        """The password in the tested URL, if there is one that could be recognised."""
-        password = urlsplit(self.harness.url).password
-        return unquote(password) if password and len(password) > 5 else None
+        """The password of the tested broker, if there is one that could be recognised."""
+        password = unquote(urlsplit(self.harness.url).password or "") or getattr(self.harness, "more", {}).get(
+            "password"
+        )
+        return password if password and len(password) > 5 else None
+
+    def where(self) -> str:
+        """The tested broker in one line, for a child process."""
+        return json.dumps([self.harness.url, getattr(self.harness, "more", {})])
 
     async def alone(self, queue: Queue[Any]) -> str:
         """Make a queue without the channels that belong to it, as far as the adapter does; the text that tells what is missing."""

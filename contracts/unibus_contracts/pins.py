@@ -3,7 +3,8 @@
     pytest --pyargs unibus_contracts --unibus-url URL --unibus-pin FOLDER    a run that differs fails, and says in what
     python -m unibus_contracts.pins --folder FOLDER reports/*.json           pins the answers of these runs
 
-A folder has one file an adapter, `redis.json`; answers of a certain version of the server go before it: `redis-8.2.json`.
+A folder has one file an adapter, `redis.json`. Where flags follow the version of the server it has one a version,
+`rabbitmq-3.10.json` (`--by-version`), and these go first; a version of which nothing is pinned is not compared.
 """
 
 from __future__ import annotations
@@ -33,17 +34,39 @@ def answers(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pin_of(folder: Path, report: Mapping[str, Any]) -> Path:
-    """The file with the answers of this adapter: of its server's version, `8.2`, or else of any."""
-    version = ".".join(str(report["version"] or "").split(".")[:2])
+def _version(report: Mapping[str, Any]) -> str:
+    """`8.2` of 8.2.1; empty where the server has no versions."""
+    return ".".join(str(report["version"] or "").split(".")[:2])
+
+
+def pin_of(folder: Path, report: Mapping[str, Any], *, by_version: bool = False) -> Path:
+    """The file with the answers of this adapter: of its server's version, or else of any."""
+    version = _version(report)
     exact = folder / f"{report['adapter']}-{version}.json"
-    return exact if version and exact.exists() else folder / f"{report['adapter']}.json"
+    return exact if version and (by_version or exact.exists()) else folder / f"{report['adapter']}.json"
+
+
+def other_versions(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    """The versions that are pinned where that of this report is not, so that nothing can be compared; else empty."""
+    if report["adapter"] is None or not _version(report) or pin_of(folder, report).exists():
+        return []
+    return sorted(path.stem.partition("-")[2] for path in folder.glob(f"{report['adapter']}-*.json"))
+
+
+def unpinned(folder: Path, report: Mapping[str, Any]) -> str | None:
+    """A line where the run could not be compared, because only other versions of the server are pinned."""
+    if not (others := other_versions(folder, report)):
+        return None
+    name = f"{report['adapter']} {_version(report)}"
+    return f"nothing is pinned of {name}, so nothing was compared; pinned: {', '.join(others)}"
 
 
 def differences(folder: Path, report: Mapping[str, Any]) -> list[str]:
     """In what a run differs from what is pinned, a line each. Contracts that failed are told elsewhere."""
     if report["adapter"] is None:
         return []  # never reached: every contract says so
+    if other_versions(folder, report):
+        return []  # answers of another version are no measure; the summary says that nothing was compared
     path = pin_of(folder, report)
     how = f"python -m unibus_contracts.pins --folder {folder} REPORT"
     try:
@@ -83,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m unibus_contracts.pins", description=main.__doc__)
     parser.add_argument("reports", metavar="REPORT", nargs="+", type=Path)
     parser.add_argument("--folder", type=Path, default=ANSWERS, help=f"default: {ANSWERS}")
+    parser.add_argument("--by-version", action="store_true", help="a file of its own for this version of the server")
     options = parser.parse_args(arguments)
     status = 0
     for path in options.reports:
@@ -98,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join([f"{path}: not pinned", *(f"  {problem}" for problem in wrong)]), file=sys.stderr)
             status = 1
             continue
-        pin = pin_of(options.folder, report)
+        pin = pin_of(options.folder, report, by_version=options.by_version)
         options.folder.mkdir(parents=True, exist_ok=True)
         pin.write_text(json.dumps(answers(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{path}: pinned in {pin}")

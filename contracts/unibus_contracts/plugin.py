@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from .cleaner import Cleaner
     from .contract import Terms
     from .harness import Harness
     from .kit import Kit
 
 pytest.register_assert_rewrite("unibus_contracts.kit", "unibus_contracts.refusals", "unibus_contracts.spi")
 
+MOST_SAID = 2000  # characters of an error in the report
 SECONDS = 60  # a test, setup and teardown included; the contracts' own limit is shorter and says more
 
 
@@ -25,7 +29,9 @@ class _Run:
     def __init__(self) -> None:
         self.contracts: dict[str, dict[str, Any]] = {}
         self.outcomes: dict[str, tuple[str, float]] = {}
+        self.errors: dict[str, str] = {}
         self.capabilities: dict[str, Any] | None = None
+        self.cleaner: Cleaner | None = None  # where there is a broker to clean
 
 
 _RUN = pytest.StashKey[_Run]()
@@ -35,12 +41,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("unibus", "unibus contract suite")
     group.addoption("--unibus-url", metavar="URL", help="the broker to run the contracts on, for example memory://")
     group.addoption("--unibus-report", metavar="FILE", help="write the outcome of every contract to this file, as JSON")
+    group.addoption("--unibus-steps", metavar="FILE", help="append [id, outcome] to this file after each contract")
+    group.addoption("--unibus-config", metavar="FILE", help="a unibus.toml with url, user and settings of the broker")
     group.addoption("--unibus-pin", metavar="FOLDER", help="fail where a run differs from the answers pinned in FOLDER")
-    group.addoption("--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; default: random")
+    group.addoption(
+        "--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; something random follows"
+    )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RUN] = _Run()
+    config.stash[_RUN] = run = _Run()
+    config.option.unibus_url = config.getoption("--unibus-url") or os.environ.get("UNIBUS_CONTRACTS_URL")
     report = config.getoption("--unibus-report")
     if report and not hasattr(config, "workerinput"):
         try:  # now, not after ten minutes of contracts
@@ -48,7 +60,32 @@ def pytest_configure(config: pytest.Config) -> None:
             Path(report).open("a").close()
         except OSError as error:
             raise pytest.UsageError(f"--unibus-report {report} can't be written: {error}") from error
+    url, file = config.getoption("--unibus-url"), config.getoption("--unibus-config")
+    if url or file:
+        # It warns who has no configuration of its own, and whoever runs this suite alone has none.
+        warnings.filterwarnings("ignore", 'The configuration option "asyncio_default_fixture_loop_scope"')
+        from .cleaner import Cleaner
+
+        more: dict[str, Any] = {}
+        if file:
+            if url and not hasattr(config, "workerinput"):  # a worker of xdist is given what came of it, too
+                raise pytest.UsageError("give --unibus-url or --unibus-config, not both")
+            url, more = _of_file(Path(file))
+        config.option.unibus_url = url
+        run.cleaner = Cleaner(config, url, more)
+        config.pluginmanager.register(run.cleaner, "unibus-contracts-cleaner")
     config.pluginmanager.register(_Recorder(config), "unibus-contracts-recorder")
+
+
+def _of_file(path: Path) -> tuple[str, dict[str, Any]]:
+    from unibus import ConfigError
+
+    from .harness import of_file
+
+    try:
+        return of_file(path)
+    except (OSError, ValueError, ConfigError) as error:
+        raise pytest.UsageError(f"--unibus-config {path}: {error}") from None
 
 
 def _terms(item: pytest.Item) -> Terms | None:
@@ -77,20 +114,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def unibus_harness(request: pytest.FixtureRequest) -> Harness:
     """The broker to test. Override it for a harness that can do more."""
-    from .harness import UrlHarness
-
-    url = request.config.getoption("--unibus-url")
-    if not url:
+    cleaner = request.config.stash[_RUN].cleaner
+    if cleaner is None:
         raise pytest.UsageError("contracts need a broker: give --unibus-url, for example --unibus-url memory://")
-    return UrlHarness(url, request.config.getoption("--unibus-prefix"))
+    return cleaner.harness()
 
 
 @pytest.fixture(scope="session")
-def _unibus_shared(unibus_harness: Harness) -> Iterator[dict[str, Any]]:
+def _unibus_shared(request: pytest.FixtureRequest, unibus_harness: Harness) -> Iterator[dict[str, Any]]:
     import asyncio
 
     yield {}
     asyncio.run(unibus_harness.cleanup())
+    if (cleaner := request.config.stash[_RUN].cleaner) is not None:
+        cleaner.note(unibus_harness)
 
 
 @pytest.fixture
@@ -103,18 +140,23 @@ def kit(request: pytest.FixtureRequest, unibus_harness: Harness, _unibus_shared:
     return Kit(unibus_harness, _unibus_shared, note)
 
 
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _said(report: pytest.TestReport) -> str:
+    """What went wrong, without the traceback: its frames hold URLs."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longreprtext)[:MOST_SAID]
+
+
 class _Recorder:
     """Hears every report, of this process or of xdist's workers, and writes the file at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._run = config.stash[_RUN]
-        self._unheard: set[str] = set()  # of xdist's workers
         self._finished = False
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self._unheard.update(id for id in ids if "unibus_contracts/suite/" in id)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -124,7 +166,6 @@ class _Recorder:
             return
         from .report import FAILED, NOT_RUN, NOT_TRIED, PASSED, REFUSED
 
-        self._unheard.discard(report.nodeid)
         id = terms["id"]
         self._run.contracts.setdefault(id, terms)
         if "unibus_capabilities" in properties:
@@ -132,11 +173,16 @@ class _Recorder:
         outcome, seconds = self._run.outcomes.get(id, (NOT_RUN, 0.0))
         if report.failed:
             outcome = FAILED
+            self._run.errors.setdefault(id, _said(report))
         elif report.skipped and "unibus_not_tried" in properties:
             outcome = NOT_TRIED
         elif report.when == "call" and report.passed and outcome != FAILED:
             outcome = REFUSED if "unibus_refused" in properties else PASSED
         self._run.outcomes[id] = (outcome, seconds + report.duration)
+        steps = self._config.getoption("--unibus-steps")
+        if steps and report.when == "teardown" and not hasattr(self._config, "workerinput"):
+            with Path(steps).open("a", encoding="utf-8") as file:
+                file.write(json.dumps([id, outcome]) + "\n")
 
     def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
         if report.when == "call" and report.passed and "unibus_refused" in dict(report.user_properties):
@@ -147,13 +193,17 @@ class _Recorder:
         url = self._config.getoption("--unibus-url")
         if not self._run.contracts or hasattr(self._config, "workerinput"):
             return None
+        from .catalogue import catalogue
         from .harness import shown
         from .report import build
 
-        unheard = {id: {"id": id, "promise": "", "chapter": "", "capability": None} for id in sorted(self._unheard)}
-        contracts = {**self._run.contracts, **unheard}
-        outcomes, capabilities = self._run.outcomes, self._run.capabilities
-        report = build(shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished)
+        contracts, suite = self._run.contracts, catalogue()
+        if any(id in suite for id in contracts):  # of which the controller of xdist knows only what it has heard of
+            contracts = {id: terms.as_dict() for id, (terms, _) in suite.items()} | contracts
+        outcomes, capabilities, errors = self._run.outcomes, self._run.capabilities, self._run.errors
+        report = build(
+            shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished, errors=errors
+        )
         if folder := self._config.getoption("--unibus-pin"):
             from .pins import differences
 
@@ -168,8 +218,8 @@ class _Recorder:
         wrong = report is not None and (report["unexercised"] or report["differs"])
         if wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if report is not None and path:
-            Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if report is not None and path:  # before anything is cleaned up, which may take its time, or be broken off
+            _write(Path(path), report)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         report = self._report()
@@ -181,3 +231,13 @@ class _Recorder:
         terminalreporter.write_line(line(report))
         for problem in problems(report):
             terminalreporter.write_line(f"  {problem}")
+        if folder := self._config.getoption("--unibus-pin"):
+            from .pins import unpinned
+
+            if note := unpinned(Path(folder), report):
+                terminalreporter.write_line(f"  {note}")
+        report["cleanup"] = self._run.cleaner.lines() if self._run.cleaner else []
+        for said in report["cleanup"]:
+            terminalreporter.write_line(said)
+        if path := self._config.getoption("--unibus-report"):
+            _write(Path(path), report)

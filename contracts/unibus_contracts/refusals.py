@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from unibus import Bus, ConfigError, Message, RetryPolicy, Unsupported, deadletter
+from unibus import Bus, ConfigError, Message, Queue, RetryPolicy, Unsupported, deadletter
 from unibus.adapter import Move, Outcome, Outgoing, Source
 from unibus.channel import Group
 
-from .kit import Kit, bodies, eventually, leftover, take
+from .kit import Kit, bodies, eventually, handed_over, leftover, take
 from .spi import receive, starting_at, subscribed
 
 
@@ -28,16 +28,28 @@ async def refused_at_start(bus: Bus) -> None:
             pass
 
 
-async def _channel(kit: Kit, **feature: Any) -> None:
-    for channel in (kit.queue(**feature), kit.topic(**feature)):
-        await refused_at_start(kit.bus(channel))
-    queue = kit.queue(**feature)
-    bus = kit.bus(queue)
+async def _channel(
+    kit: Kit, use: Callable[[Bus, Queue[bytes]], Awaitable[object]] | None = None, **feature: Any
+) -> None:
+    """Refused at start, alone and of a queue where messages wait; `use`: refused too, where it was not declared. They stay."""
+    await refused_at_start(kit.bus(kit.queue(**feature)))
+    if "reply" not in feature:  # which topics don't have
+        await refused_at_start(kit.bus(kit.topic(**feature)))
+    queue = kit.queue()
+    async with kit.bus(queue) as sender:
+        await sender.send_many(queue, [b"1", b"2"])
+    wanted = Queue(queue.name, bytes, **feature)
+    bus = kit.bus(wanted)
 
-    @bus.consumer(queue)
+    @bus.consumer(wanted)
     async def never(body: bytes) -> None: ...
 
     await refused_at_start(bus)
+    async with kit.bus(queue) as user:
+        if use is not None:
+            with pytest.raises(Unsupported):
+                await use(user, queue)
+        assert sorted(bodies(await leftover(user, queue))) == [b"1", b"2"], "the refusal has touched what waited"
 
 
 async def order(kit: Kit) -> None:
@@ -45,7 +57,7 @@ async def order(kit: Kit) -> None:
 
 
 async def delay(kit: Kit) -> None:
-    await _channel(kit, delayed=True)
+    await _channel(kit, lambda bus, queue: bus.send(queue, b"x", delay=1), delayed=True)
     queue = kit.queue()
     bus = kit.bus(queue)
     wait = (await kit.capabilities()).park_below + 10
@@ -57,12 +69,16 @@ async def delay(kit: Kit) -> None:
 
 
 async def priority(kit: Kit) -> None:
-    await _channel(kit, priorities=2)
+    await _channel(kit, lambda bus, queue: bus.send(queue, b"x", priority=1), priorities=2)
 
 
 async def reply(kit: Kit) -> None:
-    queue = kit.queue(reply=bytes)
-    await refused_at_start(kit.bus(queue))
+    await _channel(kit, lambda bus, queue: bus.request(queue, b"x", timeout=1), reply=bytes)
+
+
+async def attempt(kit: Kit) -> None:
+    """The number may be forgotten with the process that counted; it is never too high."""
+    assert await handed_over(kit) in (1, 2)
 
 
 async def replay(kit: Kit) -> None:
@@ -217,6 +233,7 @@ REFUSALS: dict[str, Callable[[Kit], Awaitable[None]]] = {
         lease,
         atomic_move,
         delivery_count,
+        attempt,
         settle_confirmed,
         dedup,
         share,

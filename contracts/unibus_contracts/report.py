@@ -11,9 +11,6 @@ FAILED = "failed"
 NOT_TRIED = "not-tried"  # it needs a fault that the harness can't inject
 NOT_RUN = "not-run"  # left out, or the run was broken off
 
-# Declared by adapters, and proven only by a crash or an outage: the fault contracts will exercise these.
-NEEDS_FAULTS = frozenset({"attempt"})
-
 
 def build(
     url: str,
@@ -22,12 +19,17 @@ def build(
     capabilities: Mapping[str, Any] | None,
     *,
     finished: bool = True,
+    errors: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off."""
+    """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off.
+
+    `errors`: id -> what a failed one said.
+    """
     entries = []
     for id, terms in contracts.items():
         outcome, seconds = outcomes.get(id, (NOT_RUN, 0.0))
-        entries.append({**terms, "outcome": outcome, "duration": round(seconds, 3)})
+        said = {"error": text} if (text := (errors or {}).get(id)) and outcome == FAILED else {}
+        entries.append({**terms, "outcome": outcome, "duration": round(seconds, 3), **said})
     told = capabilities or {}
     report = {
         "suite": 1,
@@ -50,7 +52,7 @@ def unexercised(features: Mapping[str, Mapping[str, Any]], entries: Sequence[Map
         return []
     proven = {entry["capability"] for entry in entries if entry["outcome"] == PASSED}
     declared = (name for name, support in features.items() if support["level"] != "refused")
-    return [name for name in declared if name not in proven and name not in NEEDS_FAULTS]
+    return [name for name in declared if name not in proven]
 
 
 def problems(report: Mapping[str, Any]) -> list[str]:

@@ -93,11 +93,27 @@ class TestDifferences:
         lines = pins.differences(pinned, run(a_one="passed", a_two="refused-as-declared"))
         assert lines[0] == "max_body: pinned 512, now 1024"
 
+    def test_a_version_that_is_not_pinned_beside_one_that_is(self, pinned: Path) -> None:
+        """Answers of another version are no measure: nothing is compared, and the summary says so."""
+        (pinned / "mine.json").rename(pinned / "mine-7.0.json")
+        other = run(a_one="refused-as-declared")
+        assert pins.differences(pinned, other) == []
+        assert pins.unpinned(pinned, other) == "nothing is pinned of mine 8.2, so nothing was compared; pinned: 7.0"
+        (pinned / "mine-7.0.json").rename(pinned / "mine-8.2.json")
+        assert pins.unpinned(pinned, other) is None
+        assert pins.differences(pinned, other)
+
     def test_an_adapter_that_was_never_reached(self, pinned: Path) -> None:
         assert pins.differences(pinned, report.build("x://", {}, {}, None)) == []
 
 
 class TestPinning:
+    def test_by_version(self, tmp_path: Path) -> None:
+        path = tmp_path / "report.json"
+        path.write_text(json.dumps(run(a_one="passed")))
+        assert pins.main([str(path), "--by-version", "--folder", str(tmp_path)]) == 0
+        assert (tmp_path / "mine-8.2.json").exists()
+
     def test_only_whole_passes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         paths = []
         for n, outcomes in enumerate(({"a_one": "failed"}, {"a_one": "passed", "a_two": "not-run"})):

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
+from unibus import ConfigError
 from unibus.adapter import Endpoint, Url
 from unibus.capabilities import Capabilities
 from unibus.clock import SystemClock
 from unibus.memory import MemoryAdapter
+from unibus.tooling import settings_of
 from unibus_contracts import __main__ as command
 from unibus_contracts import report, summary
 from unibus_contracts.contract import contract
-from unibus_contracts.harness import FaultUnavailable, UrlHarness, nowhere, shown
+from unibus_contracts.harness import FaultUnavailable, UrlHarness, nowhere, of_file, shown
 from unibus_contracts.kit import Kit, Seen, eventually, supported, until
 from unibus_contracts.refusals import REFUSALS
 
@@ -36,6 +38,7 @@ class TestContract:
             "promise": "It works.",
             "chapter": "contracts_kit",
             "capability": "delay",
+            "assumes": None,
         }
 
     @pytest.mark.parametrize(
@@ -54,9 +57,8 @@ class TestContract:
             contract(id, promise, needs=needs)
 
     def test_a_refusal_for_every_feature(self) -> None:
-        """`attempt` shows over a crash alone: the fault contracts."""
         features = {name for name, field in Capabilities.__dataclass_fields__.items() if field.type == "Support"}
-        assert features - set(REFUSALS) == report.NEEDS_FAULTS
+        assert features == set(REFUSALS)
 
 
 class TestWaiting:
@@ -111,7 +113,7 @@ class TestUrls:
         assert one.url.startswith("memory://ctr-")  # shared by the buses of this harness, and by no other
         assert one.url != two.url
         assert one.prefix != UrlHarness("memory://").prefix
-        assert two.prefix == "p."
+        assert two.prefix.startswith("p.")  # and something random, so that what is deleted is its own
         assert len({one.channel("q") for _ in range(100)} | {two.channel("q") for _ in range(100)}) == 200
         with pytest.raises(FaultUnavailable):
             one.cut_link()
@@ -164,12 +166,38 @@ class TestReport:
         assert report.problems(result) == ["the run was broken off"]
 
     def test_a_declared_feature_must_be_used(self) -> None:
-        levels = {"delay": "native", "order": "refused", "attempt": "emulated"}
+        levels = {"delay": "native", "order": "refused"}
         assert built({"a.a": report.PASSED}, None, levels)["unexercised"] == ["delay"]
         assert built({"a.a": report.PASSED}, "delay", levels)["unexercised"] == []
         assert built({"a.a": report.FAILED}, "delay", levels)["unexercised"] == ["delay"]
         # Of a part of the suite nothing follows.
         assert built({"a.a": report.PASSED, "b.b": report.NOT_RUN}, None, levels)["unexercised"] == []
+
+
+class TestFile:
+    def write(self, folder: Path, text: str) -> Path:
+        path = folder / "broker.toml"
+        path.write_text(text)
+        return path
+
+    def test_url_user_and_settings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing else of it: channels and policies are an application's."""
+        monkeypatch.setenv("UNIBUS_PASSWORD", "hunter2")
+        text = 'url = "redis://host:1/0"\nusername = "me"\nprefix = "x."\n[redis]\nlease = 60\n[queues.orders]\n'
+        url, more = of_file(self.write(tmp_path, text))
+        assert url == "redis://host:1/0"
+        assert more == {"username": "me", "password": "hunter2", "settings": {"lease": 60}}
+        harness = UrlHarness(url, more=more)
+        assert settings_of(harness.bus()).url.username == "me"
+        assert settings_of(harness.bus(url="redis://u:p@nowhere")).url.username == "u"
+        assert "hunter2" not in repr(harness)
+
+    @pytest.mark.parametrize(
+        ("text", "said"), [("", "there is no url"), ("url =", "broker.toml"), ("url = 'x'", "url")]
+    )
+    def test_refused(self, text: str, said: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=said):
+            of_file(self.write(tmp_path, text))
 
 
 class TestCommands:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
-from unibus.adapter import Backlog, Outcome, Source
+from unibus.adapter import Backlog, Endpoint, Outcome, Outgoing, Source
+from unibus.capabilities import native
 from unibus.channel import Group, Queue
 from unibus.delivery import Delivery
 from unibus.errors import Refused, Timeout
 from unibus.memory_subscription import MemorySubscription
+from unibus.message import RETRY_COUNT
 
 from .base import Adapter, Subscription, saboteur
 
@@ -335,3 +338,27 @@ class TakesWhatItLooksAt(Subscription):
         found = self.inner._take(limit)
         await self.inner.settle(Outcome.ACCEPTED, found)
         return found
+
+
+@saboteur(
+    "Attempts are said to be exact, and what failed in another process is not counted.",
+    "retry.count_outlives_its_process",
+)
+class ForgetsOthersFailures(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"attempt": native()}
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self.own: set[str] = set()
+
+    def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
+        if outgoing.origin is not None:
+            self.own.add(outgoing.message.id)
+        return (outgoing,)
+
+    def receiving(self, delivery: Delivery[Any]) -> Delivery[Any]:
+        message = delivery.message
+        if message.id not in self.own:
+            rest = {name: value for name, value in message.headers.items() if name != RETRY_COUNT}
+            message.headers = MappingProxyType(rest)
+        return delivery

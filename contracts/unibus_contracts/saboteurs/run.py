@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from unibus_contracts.report import FAILED, PASSED, REFUSED
+from unibus_contracts.report import FAILED, NOT_RUN, PASSED, REFUSED
 
 from .base import HOST, SCHEME
 
@@ -100,7 +100,8 @@ def trial(folder: Path, name: str, nodes: Sequence[str], *, part: int = 0, url: 
     if not report.exists():
         return Trial({}, said, time.monotonic() - begun)
     told = json.loads(report.read_text(encoding="utf-8"))
-    return Trial({entry["id"]: entry["outcome"] for entry in told["contracts"]}, said, time.monotonic() - begun)
+    outcomes = {entry["id"]: entry["outcome"] for entry in told["contracts"] if entry["outcome"] != NOT_RUN}
+    return Trial(outcomes, said, time.monotonic() - begun)
 
 
 def _pytest(folder: Path, output: Path, arguments: list[str]) -> None:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from unibus.adapter import Health, Inspected, Move, Outcome, Outgoing, Results, Source, Topology
-from unibus.capabilities import Support, emulated, native, refused
-from unibus.channel import Inbox
+from unibus.capabilities import Capabilities, Support, emulated, native, refused
+from unibus.channel import Inbox, Queue
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, Unsupported
 
@@ -89,6 +89,34 @@ class Acting(Subscription):
         if outcome is Outcome.RELEASED:
             raise Unsupported("this broker can't")
         return results
+
+
+@saboteur(
+    "A server that turns out to be too old for priorities is refused, once the queue with its messages was made anew.",
+    "cap.undeclared_is_refused",
+    "priority.higher_first",
+    "priority.levels_are_true",
+)
+class RemakesWhatItRefuses(Adapter):
+    connected = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        known = super().capabilities
+        return replace(known, priority=refused("this server can't")) if self.connected else known
+
+    async def connect(self) -> None:
+        await super().connect()
+        self.connected = True
+
+    async def declare(self, topology: Topology) -> None:
+        for declared in topology.channels:
+            if getattr(declared.address, "priorities", None):
+                known = [place.address for place in self.inner.broker._places.values()]
+                for address in known:
+                    if isinstance(address, Queue) and address.name == declared.address.name:
+                        self.inner.broker.delete(address)
+        await super().declare(topology)
 
 
 @saboteur(

@@ -89,7 +89,11 @@ async def test_unicode(kit: Kit) -> None:
         await delivery.ack()
 
 
-@contract("size.at_max", "A body of exactly the declared maximum arrives whole; without a maximum, one of 8 MiB.")
+@contract(
+    "size.at_max",
+    "A body of exactly the declared maximum arrives whole; without a maximum, one of 8 MiB.",
+    assumes="The broker itself takes messages as large as the adapter declares.",
+)
 async def test_at_max(kit: Kit) -> None:
     queue = kit.queue()
     size = (await kit.capabilities()).max_body or 8 << 20
@@ -102,7 +106,11 @@ async def test_at_max(kit: Kit) -> None:
         await delivery.ack()
 
 
-@contract("size.over_max", "One byte more than declared raises MessageTooLarge; nothing arrives, and the bus goes on.")
+@contract(
+    "size.over_max",
+    "One byte more than declared raises MessageTooLarge; nothing arrives, and the bus goes on.",
+    assumes="The broker itself takes messages as large as the adapter declares.",
+)
 async def test_over_max(kit: Kit) -> None:
     queue = kit.queue()
     capabilities = await kit.capabilities()
@@ -124,7 +132,9 @@ async def test_over_max(kit: Kit) -> None:
 
 
 @contract(
-    "size.one_of_many", "Of many bodies with one too large, that one is named by its index; the others arrive once."
+    "size.one_of_many",
+    "Of many bodies with one too large, that one is named by its index; the others arrive once.",
+    assumes="The broker itself takes messages as large as the adapter declares.",
 )
 async def test_one_of_many(kit: Kit) -> None:
     queue = kit.queue()

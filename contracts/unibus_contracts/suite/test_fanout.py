@@ -140,7 +140,12 @@ def starting(kit: Kit, topic: Topic[bytes], start: Any, seen: Seen[bytes]) -> Bu
     return bus
 
 
-@contract("fanout.new_group_may_start_at_all", "A group that starts at all gets the history first.", needs="replay")
+@contract(
+    "fanout.new_group_may_start_at_all",
+    "A group that starts at all gets the history first.",
+    needs="replay",
+    assumes="Topics keep what was published for a minute at least, read or not.",
+)
 async def test_start_all(kit: Kit) -> None:
     topic, seen = kit.topic(), Seen[bytes]()
     async with kit.bus((topic, "old")) as bus:
@@ -151,7 +156,12 @@ async def test_start_all(kit: Kit) -> None:
     assert seen.all == [b"history", b"present"]
 
 
-@contract("fanout.new_group_may_start_at_a_time", "A group that starts at a time gets what came since.", needs="replay")
+@contract(
+    "fanout.new_group_may_start_at_a_time",
+    "A group that starts at a time gets what came since.",
+    needs="replay",
+    assumes="Topics keep what was published for a minute at least, read or not. The clocks of this machine and of the broker agree to a tenth of a second.",
+)
 async def test_start_time(kit: Kit) -> None:
     topic, seen = kit.topic(), Seen[bytes]()
     async with kit.bus((topic, "old")) as bus:
@@ -166,7 +176,10 @@ async def test_start_time(kit: Kit) -> None:
 
 
 @contract(
-    "fanout.start_is_for_new_groups", "A group that is there goes on where it was, whatever its start.", needs="replay"
+    "fanout.start_is_for_new_groups",
+    "A group that is there goes on where it was, whatever its start.",
+    needs="replay",
+    assumes="Topics keep what was published for a minute at least, read or not.",
 )
 async def test_start_known(kit: Kit) -> None:
     topic, seen = kit.topic(), Seen[bytes]()
@@ -183,7 +196,12 @@ async def test_start_known(kit: Kit) -> None:
     assert seen.all == [b"0", b"1"]
 
 
-@contract("fanout.new_group_may_start_at_a_position", "A group begins at a position, or is refused.", needs="replay")
+@contract(
+    "fanout.new_group_may_start_at_a_position",
+    "A group begins at a position, or is refused.",
+    needs="replay",
+    assumes="Topics keep what was published for a minute at least, read or not.",
+)
 async def test_start_position(kit: Kit) -> None:
     topic, seen, positions = kit.topic(), Seen[bytes](), Seen[str]()
     old = kit.bus()

@@ -8,7 +8,7 @@ from typing import Any
 
 from unibus import Delivery, Message, Retry, RetryPolicy
 from unibus_contracts.contract import contract
-from unibus_contracts.kit import AT_ONCE, LATER, NEVER, SOON, Kit, Seen, bodies, leftover, letters, until
+from unibus_contracts.kit import AT_ONCE, LATER, NEVER, SOON, Kit, Seen, bodies, handed_over, leftover, letters, until
 
 SLACK = 4.0  # seconds that a delay may be longer than asked, for polling and steps
 
@@ -287,6 +287,17 @@ async def test_elsewhere(kit: Kit) -> None:
     async with second.running():
         await until(lambda: second.counts.get("handled") == 1, "handled elsewhere")
     assert seen.all == [("first", 1), ("second", 2)]
+
+
+@contract(
+    "retry.count_outlives_its_process",
+    "What failed in one process is counted in the next: exactly, or told as emulated and never too high.",
+    needs="attempt",
+)
+async def test_outlives(kit: Kit) -> None:
+    exact = (await kit.capabilities()).attempt.level == "native"
+    found = await handed_over(kit)
+    assert found == 2 if exact else found in (1, 2), f"attempt {found} after one failure in the process before"
 
 
 @contract("retry.attempt_by_hand", "By hand, retry counts one, and beyond the policy's number the message is dead.")

@@ -306,7 +306,7 @@ async def test_sigterm(kit: Kit) -> None:
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        child.stdin.write(kit.harness.url.encode() + b"\n")  # not as an argument: everybody can read those
+        child.stdin.write(kit.where().encode() + b"\n")  # not as an argument: everybody can read those
         await child.stdin.drain()
         async with asyncio.timeout(2 * SOON):
             begun = json.loads(await child.stdout.readline())

@@ -1,0 +1,184 @@
+"""`unibus contracts`: run the contract suite, and look at what it promises."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unibus.cli import output
+from unibus.cli.run import FAILED, USAGE, Failure, command
+from unibus.cli.target import JsonOption
+from unibus.errors import ConfigError
+
+Like = Annotated[str | None, typer.Option("--like", "-k", metavar="TEXT", help="Only those whose id contains this.")]
+
+_OUTCOMES = {
+    "passed": "kept",
+    "refused-as-declared": "refused as declared",
+    "failed": "broken",
+    "not-tried": "not tried",
+    "not-run": "not run",
+}
+_MOST = 6  # lines of an error
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="The contract suite: run, list, show.", no_args_is_help=True)
+    for function, name in ((run, "run"), (list_, "list"), (show, "show")):
+        group.command(name=name)(command(function))
+    app.add_typer(group, name="contracts")
+
+
+def run(
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="The brokers, or unibus.toml files; one run each.")
+    ],
+    like: Like = None,
+    workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="Processes that share the work.")] = 1,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the outcomes, as JSON; of several brokers, into a folder."),
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="The same as JUnit XML; of one broker.")] = None,
+    pin: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Fail where answers differ from those.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Begins every name on the broker; something random follows.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every contract on each of these brokers: kept, refused as declared, broken.
+
+    All that is made is deleted at the end, after Ctrl-C too.
+    """
+    known = _suite("catalogue").catalogue()
+    chosen = [place for id, (_, place) in known.items() if like is None or like in id]
+    if not chosen:
+        raise ConfigError(f"--like: no contract has {like!r} in its id; see `unibus contracts list`")
+    if junit is not None and len(urls) > 1:
+        raise ConfigError("--junit: name one broker, or take --report")
+    arguments = [] if workers == 1 else ["-n", str(workers)]
+    arguments += [] if junit is None else [f"--junitxml={junit}"]
+    arguments += [] if pin is None else [f"--unibus-pin={pin}"]
+    arguments += [] if prefix is None else [f"--unibus-prefix={prefix}"]
+    for url in urls:
+        _check(url)
+    files = _files(urls, report)
+    wrong = False
+    for url, file in zip(urls, files, strict=True):
+        wrong |= _one(url, arguments, chosen, file, as_json=as_json)
+    if wrong:
+        raise typer.Exit(FAILED)
+
+
+def list_(like: Like = None, as_json: JsonOption = False) -> None:
+    """All contracts: id, chapter, the feature that it needs, and what it promises."""
+    found = [terms for id, (terms, _) in _suite("catalogue").catalogue().items() if like is None or like in id]
+    if as_json or output.piped():
+        for terms in found:
+            output.write_json(terms.as_dict())
+        return
+    output.table(("id", "needs", "promise"), [(terms.id, terms.capability or "", terms.promise) for terms in found])
+
+
+def show(
+    id: Annotated[str, typer.Argument(metavar="ID", help="As `list` has it.")], as_json: JsonOption = False
+) -> None:
+    """One contract: its promise, the feature that it needs, and what it assumes of the broker."""
+    catalogue = _suite("catalogue")
+    known = catalogue.catalogue()
+    if id not in known:
+        from difflib import get_close_matches
+
+        near = get_close_matches(id, known, n=1)
+        raise Failure(f"there is no contract {id!r}; {f'did you mean {near[0]}?' if near else 'see the list'}")
+    terms, place = known[id]
+    needs = terms.capability or "nothing: every adapter keeps it"
+    assumes = " ".join(filter(None, (catalogue.ALWAYS, terms.assumes)))
+    if as_json:
+        output.write_json({**terms.as_dict(), "assumes": assumes, "test": place})
+        return
+    rows = {"promise": terms.promise, "chapter": terms.chapter, "needs": needs, "assumes": assumes, "test": place}
+    print("\n".join([terms.id, *(f"  {name + ':':9} {text}" for name, text in rows.items())]))
+
+
+def _suite(module: str) -> Any:
+    """A module of the suite. Raises ConfigError where the extra is missing."""
+    try:
+        for needed in ("pytest_asyncio", "pytest_timeout", "xdist"):
+            importlib.import_module(needed)
+        return importlib.import_module(f"unibus_contracts.{module}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the contract suite needs {error.name!r}, which is not installed; pip install 'unibus[contracts]'"
+        ) from error
+
+
+def _check(url: str) -> None:
+    """Raises what the broker says, before the same is said of each contract."""
+
+    async def connect() -> None:
+        harness, more = _suite("harness"), {}
+        where = url
+        if _suite("__main__").of_file(url):
+            where, more = harness.of_file(Path(url))
+        async with harness.UrlHarness(where, more=more).bus():
+            pass
+
+    asyncio.run(connect())
+
+
+def _files(urls: Sequence[str], report: Path | None) -> list[Path | None]:
+    if report is None:
+        return [None] * len(urls)
+    if len(urls) == 1:
+        return [report]
+    return list(_suite("__main__").report_paths(urls, report))
+
+
+def _one(url: str, arguments: Sequence[str], tests: Sequence[str], file: Path | None, *, as_json: bool) -> bool:
+    """One broker; is anything wrong?"""
+    runner, reports = _suite("runner"), _suite("report")
+    shown = _suite("harness").shown(url)
+    with output.progress(f"contracts on {shown}", len(tests)) as advance:
+        try:
+            found, interrupted = runner.run(url, lambda _id, _outcome: advance(1), *arguments, tests=tests, report=file)
+        except runner.Broken as error:
+            raise Failure(f"the run on {shown} has broken off:\n{error}", USAGE) from None
+    if as_json:
+        output.write_json(found)
+    else:
+        _print(found, reports)
+    if interrupted:
+        raise KeyboardInterrupt
+    return bool(reports.problems(found))
+
+
+def _print(found: dict[str, Any], reports: Any) -> None:
+    counts: dict[str, Counter[str]] = {}
+    entries = [entry for entry in found["contracts"] if entry["outcome"] != "not-run" or not found["finished"]]
+    for entry in entries:
+        counts.setdefault(entry["chapter"], Counter())[entry["outcome"]] += 1
+    total = sum(counts.values(), Counter())
+    columns = [
+        outcome for outcome in _OUTCOMES if outcome in ("passed", "refused-as-declared", "failed") or total[outcome]
+    ]
+    rows = [(chapter, *(counts[chapter][one] or "" for one in columns)) for chapter in sorted(counts)]
+    rows.append(("in all", *(total[one] for one in columns)))
+    output.table(("chapter", *(f">{_OUTCOMES[one]}" for one in columns)), rows)
+    for entry in found["contracts"]:
+        if entry["outcome"] == "failed":
+            said = entry.get("error", "").splitlines()[:_MOST]
+            print("\n  ".join([f"broken: {entry['id']}: {entry['promise']}", *said]))
+    broken = {f"{entry['id']}: {entry['promise']}" for entry in found["contracts"]}
+    for problem in reports.problems(found):
+        if problem not in broken:
+            print(problem)
+    for text in found.get("cleanup", ()):
+        print(text)
+    print(reports.line(found))

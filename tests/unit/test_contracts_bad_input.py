@@ -1,0 +1,93 @@
+"""The contract suite on adapters that can't even be begun with: one clear line for each contract, and a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unibus import registry
+
+pytest_plugins = ["pytester"]
+
+ADAPTER = """
+    from dataclasses import replace
+    from unibus.adapter import Url
+    from unibus.memory import MemoryAdapter
+
+    class RaisesInConnect(MemoryAdapter):
+        async def connect(self):
+            raise RuntimeError("the plug is pulled")
+
+    class WrongType(MemoryAdapter):
+        @property
+        def capabilities(self):
+            return replace(super().capabilities, adapter="wrong", priority=True)
+
+    class WrongLevel(WrongType):
+        @property
+        def capabilities(self):
+            known = super().capabilities
+            return replace(known, priority=replace(known.order, level="sometimes"))
+"""
+ENTRY_POINTS = "[unibus.adapters]\n{}"
+SCHEMES = {"raises": "RaisesInConnect", "type": "WrongType", "level": "WrongLevel", "empty": "Nothing"}
+CONTRACTS = """
+    from unibus_contracts.contract import contract
+
+    @contract("a.one", "It needs nothing.")
+    async def test_one(kit):
+        pass
+
+    @contract("a.two", "It asks.", needs="priority")
+    async def test_two(kit):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("raises", "the broker can't be reached: RuntimeError: the plug is pulled"),
+        ("type", "wrong declares priority=True: use native(), emulated(how) or refused(why)"),
+        ("level", "wrong declares priority as 'sometimes'"),
+        ("empty", "does not exist"),
+        ("unknown", "no adapter for unknown://"),
+    ],
+)
+def test_an_adapter_that_is_none(
+    scheme: str, said: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(pytester)
+    monkeypatch.syspath_prepend(str(pytester.path))
+    result = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", f"--unibus-url={scheme}://somewhere", "--unibus-report=report.json"
+    )
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    written: dict[str, Any] = json.loads(Path("report.json").read_text())
+    assert [entry["outcome"] for entry in written["contracts"]] == ["failed", "failed"]
+    assert all(said in entry["error"] for entry in written["contracts"]), written["contracts"]
+    result.stdout.fnmatch_lines(["*0 passed, 0 refused as declared, 2 failed, 0 not run"])
+
+
+@pytest.fixture(autouse=True)
+def _looked_up_anew() -> Iterator[None]:
+    for cache in (registry._entries, registry.adapter_factory):
+        cache.cache_clear()
+    yield
+    for cache in (registry._entries, registry.adapter_factory):
+        cache.cache_clear()
+
+
+def installed(pytester: pytest.Pytester) -> None:
+    """A distribution with these adapters, in the folder of the test."""
+    pytester.makepyfile(bad_adapters=ADAPTER, test_them=CONTRACTS)
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    folder = pytester.path / "bad-0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 0\n")
+    lines = "".join(f"{scheme} = bad_adapters:{name}\n" for scheme, name in SCHEMES.items())
+    (folder / "entry_points.txt").write_text(ENTRY_POINTS.format(lines))
