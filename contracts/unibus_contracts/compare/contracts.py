@@ -63,10 +63,14 @@ async def run(target: Target, *, quick: bool) -> Outcome:
                 except TimeoutError:
                     child.kill()
                     await child.wait()
-        if not path.exists() or not path.stat().st_size:
-            last = printed.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
-            return Outcome(error=f"no report (exit status {child.returncode}): {last[0]}")
-        return Outcome(json.loads(path.read_text(encoding="utf-8")))
+        return _read(path, printed.decode(errors="replace"), child.returncode)
+
+
+def _read(path: Path, printed: str, status: int | None) -> Outcome:
+    if not path.exists() or not path.stat().st_size:
+        last = printed.strip().splitlines()[-1:] or ["nothing was said"]
+        return Outcome(error=f"no report (exit status {status}): {last[0]}")
+    return Outcome(json.loads(path.read_text(encoding="utf-8")))
 
 
 def rows(outcomes: Sequence[Outcome], *, quick: bool) -> Iterator[tuple[Row, list[tuple[State, Found]]]]:

@@ -95,6 +95,7 @@ class Run:
         begun = perf_counter()
         try:
             await asyncio.gather(*(self._connect(column) for column in range(len(self._labs))))
+            self._baptise()
             if self._contracts:
                 await self._run_contracts()
             for column in range(len(self._labs)):
@@ -120,7 +121,14 @@ class Run:
             self._progress(told["name"], f"can't be reached: {told['error']}", 0.0)
             return
         told |= {"adapter": known.adapter, "version": known.version}
-        told["name"] = _name(lab, [other["name"] for other in self.document["targets"] if other is not told])
+
+    def _baptise(self) -> None:
+        """Once it is known who answers; in order, so that the same targets have the same names in each run."""
+        taken: list[str] = []
+        for lab, told in zip(self._labs, self.document["targets"], strict=True):
+            if lab.capabilities is not None:
+                told["name"] = _name(lab, taken)
+            taken.append(told["name"])
 
     async def _run_contracts(self) -> None:
         async def one(column: int) -> contracts.Outcome:
@@ -191,7 +199,15 @@ class Run:
 
 def cell(state: State, level: str, text: str) -> dict[str, Any]:
     """`level`: native, emulated or refused as declared; plain: sending, receiving and settling, which all have to do."""
-    return {"state": state, "level": level or "plain", "text": text, "value": None, "note": "", "declared": "", "points": {}}
+    return {
+        "state": state,
+        "level": level or "plain",
+        "text": text,
+        "value": None,
+        "note": "",
+        "declared": "",
+        "points": {},
+    }
 
 
 def failures(document: Document) -> list[str]:
@@ -203,6 +219,11 @@ def failures(document: Document) -> list[str]:
         for column, found in enumerate(row["cells"])
         if found["state"] == "failed"
     ]
+
+
+def yours_first(row: Mapping[str, Any]) -> bool:
+    """The key to sort rows by; the order of the others is kept."""
+    return row["yours"] is False
 
 
 def _names(probe: Probe | Declared) -> set[str]:
@@ -238,9 +259,7 @@ def _name(lab: Lab, others: Collection[str]) -> str:
     """Of a column: the emulator's name where there is one; the file's or the URL's where two would be the same."""
     known = lab.known
     name = lab.target.emulator or " ".join(filter(None, (known.adapter, known.version)))
-    if lab.target.given.endswith(".toml"):
-        name += f" ({lab.target.given})"
-    elif name in others:
+    if lab.target.given.endswith(".toml") or name in others:
         name += f" ({lab.target.given})"
     number, unique = 2, name
     while unique in others:

@@ -53,7 +53,8 @@ class _Counted:
 
 
 async def measure(lab: Lab) -> Mapping[str, Found]:
-    queue, asks, seen = lab.queue("idle"), [], asyncio.Event()
+    queue, seen = lab.queue("idle"), asyncio.Event()
+    asks: list[float] = []
     bus = lab.bus()
 
     @bus.consumer(queue, concurrency=10)

@@ -66,7 +66,9 @@ async def _inversions(lab: Lab, queue: Queue[bytes]) -> int:
 
     async with lab.bus(queue) as sender, AsyncExitStack() as stack:
         numbers = iter(range(total))
-        await sender.send_many(queue, [b"%d" % (n // KEYS) for n in range(total)], key=lambda _: f"k{next(numbers) % KEYS}")
+        await sender.send_many(
+            queue, [b"%d" % (n // KEYS) for n in range(total)], key=lambda _: f"k{next(numbers) % KEYS}"
+        )
         await asyncio.gather(*(stack.enter_async_context(bus.running()) for bus in (member(), member())))
         await until(lambda: seen.count >= total, lambda: f"{seen.count} of {total} handled", 40)
     return seen.wrong
@@ -77,7 +79,9 @@ async def competing(lab: Lab) -> Mapping[str, Found]:
     wrong = await _inversions(lab, lab.queue("ordered", ordered=True))
     loose = await _inversions(lab, lab.queue("loose"))
     text = f"{wrong} of {total} out of order"
-    return {COMPETING.id: Found(text=text, value=float(wrong), note=f"on a queue that is not ordered: {loose} of {total}")}
+    return {
+        COMPETING.id: Found(text=text, value=float(wrong), note=f"on a queue that is not ordered: {loose} of {total}")
+    }
 
 
 async def retrying(lab: Lab) -> Mapping[str, Found]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from time import perf_counter, time
 
@@ -20,8 +20,7 @@ UNIT = Row(
     chapter=CHAPTER,
     title="what an ack covers",
     how="Of three messages of one key, taken together, only the second is acked; the receiver is closed, and another one sees what comes "
-    "again. A broker that counts positions has this from the adapter.",
-    feature="settle_confirmed",
+    "again. On a broker that counts positions, the adapter does this.",
     touches=("queue", "topic"),
 )
 STOP = Row(
@@ -144,7 +143,7 @@ async def share(lab: Lab) -> Mapping[str, Found]:
     return {SHARE.id: Found(text=f"{busy} of {members}", value=float(busy), note=note)}
 
 
-def _keys(count: int) -> object:
+def _keys(count: int) -> Callable[[bytes], str]:
     numbers = iter(range(count))
     return lambda _: f"k{next(numbers)}"
 

@@ -34,7 +34,8 @@ LATE = Row(
 
 async def measure(lab: Lab) -> Mapping[str, Found]:
     queue: Queue[bytes] = Queue(lab.name("ask"), bytes, reply=bytes)
-    bus, times = lab.bus(), []
+    bus = lab.bus()
+    times: list[float] = []
 
     @bus.responder(queue)
     async def answer(body: bytes) -> bytes:

@@ -104,7 +104,8 @@ def _some(count: int) -> list[Message]:
 
 async def letter(lab: Lab) -> Mapping[str, Found]:
     queue = lab.queue("letter")
-    bus, found = lab.bus(), []
+    bus = lab.bus()
+    found: list[Delivery[Any]] = []
 
     @bus.consumer(queue, retry=RetryPolicy(max_retries=0))
     async def handle(body: bytes) -> None:

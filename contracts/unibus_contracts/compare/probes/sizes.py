@@ -47,7 +47,9 @@ async def body(lab: Lab) -> Mapping[str, Found]:
             try:
                 await bus.send(queue, bytes(declared + 1))
             except UnibusError as error:
-                return {BODY.id: Found(text=f"{_size(declared)}; one more is {type(error).__name__}", value=float(declared))}
+                return {
+                    BODY.id: Found(text=f"{_size(declared)}; one more is {type(error).__name__}", value=float(declared))
+                }
             return {BODY.id: Found(text=f"{_size(declared)} declared, and more is taken", value=float(declared))}
         await _whole(bus, queue, most)
     says = "declares no limit" if declared is None else f"declares {_size(declared)}"
@@ -76,7 +78,9 @@ async def headers(lab: Lab) -> Mapping[str, Found]:
                 lost = [name for name, value in sent.items() if delivery.message.headers.get(name) != value]
                 assert not lost, f"{len(lost)} of {len(sent)} headers did not arrive as they were sent"
                 await delivery.ack()
-    limit = "no limit is declared" if known.max_header_bytes is None else f"{_size(known.max_header_bytes)} are declared"
+    limit = (
+        "no limit is declared" if known.max_header_bytes is None else f"{_size(known.max_header_bytes)} are declared"
+    )
     return {HEADERS.id: Found(text=f"{count} of them, and one of {_size(total)}; {limit}", value=float(total))}
 
 
@@ -91,7 +95,9 @@ async def key(lab: Lab) -> Mapping[str, Found]:
                 break
             [delivery] = await take(receiver, 1)
             await delivery.ack()
-            assert delivery.message.key == "k" * length, f"a key of {length} characters arrived with {len(delivery.message.key or '')}"
+            assert delivery.message.key == "k" * length, (
+                f"a key of {length} characters arrived with {len(delivery.message.key or '')}"
+            )
             longest = length
     return {KEY.id: Found(text=f"{longest:,} characters{refused}", value=float(longest))}
 
