@@ -1,0 +1,526 @@
+"""The history and its checker: a clean run is kept, and each kind of broken one is found by the check that is meant to."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unibus.errors import ConnectionLost, NotFound
+from unibus_contracts.history import Expected, Operation, Recorder, Verdict, check, read
+from unibus_contracts.history.__main__ import main
+from unibus_contracts.history.record import Kind, What
+
+SECOND = 1_000_000_000
+
+
+@dataclass
+class Story:
+    """Writes a history by hand: `story.send("a")`; each step is a second after the last."""
+
+    told: list[Operation] = field(default_factory=list)
+    now: int = 0
+    calls: int = 0
+
+    def step(self, what: What, kind: Kind | None = "ok", process: str = "p", lasts: int = 1, **about: object) -> int:
+        """`kind=None`: it never ended."""
+        self.calls += 1
+        self.now += SECOND
+        detail = about.pop("detail", "")
+        self.told.append(Operation(process, self.calls, self.now, what, "invoke", **about))  # type: ignore[arg-type]  # by name
+        if kind is not None:
+            end = self.now + lasts * SECOND
+            self.told.append(Operation(process, self.calls, end, what, kind, detail=detail, **about))  # type: ignore[arg-type]
+            self.now = end
+        return self.calls
+
+    def send(self, value: str, kind: Kind | None = "ok", **about: object) -> None:
+        self.step("send", kind, value=value, place="q", **about)  # type: ignore[arg-type]
+
+    def handle(self, value: str, kind: Kind | None = "ok", process: str = "c", **about: object) -> None:
+        self.step("handle", kind, process, value=value, **({"place": "q"} | about))  # type: ignore[arg-type]
+
+    def settle(self, value: str, kind: Kind | None = "ok", process: str = "c") -> None:
+        self.step("settle", kind, process, value=value, place="q")
+
+    def look(self, value: str, where: str, group: str = "") -> None:
+        self.calls += 1
+        self.told.append(Operation("n", self.calls, self.now, "look", "ok", value, "q", group, detail=where))
+
+    def fault(self, kind: Kind | None = "ok", name: str = "cut", **about: object) -> None:
+        self.step("fault", kind, "f", value=name, **about)  # type: ignore[arg-type]
+
+    def end(self, expected: Expected | None = None) -> Verdict:
+        self.step("drain")
+        return check(sorted(self.told, key=lambda operation: operation.at), expected)
+
+
+CALM = Expected(echo=0.0)
+ORDERED = Expected(ordered=frozenset({"q"}), echo=0.0)
+
+
+def found(verdict: Verdict) -> list[tuple[str, str]]:
+    return [(finding.check, finding.value) for finding in verdict.findings]
+
+
+def test_a_clean_run_is_kept() -> None:
+    story = Story()
+    for value in "abc":
+        story.send(value)
+    for value in "abc":
+        story.handle(value, attempt=1)
+        story.settle(value)
+    verdict = story.end()
+    assert verdict.status == "kept"
+    assert verdict.findings == ()
+    assert (verdict.counts["sent"], verdict.counts["confirmed"], verdict.counts["handled"]) == (3, 3, 3)
+
+
+def never_delivered(story: Story) -> Expected:
+    story.send("a")
+    return CALM
+
+
+def handled_in_vain(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    return CALM
+
+
+def not_in_each_group(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", group="g")
+    return Expected({"q": ("g", "h")})
+
+
+def dead_in_another_group(story: Story) -> Expected:
+    story.send("a")
+    story.look("a", "dead", "g")
+    return Expected({"q": ("g", "h")})
+
+
+def killed_while_handled(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", None)
+    return CALM
+
+
+def still_there(story: Story) -> Expected:
+    story.send("a")
+    story.look("a", "stored")
+    return CALM
+
+
+def sent_by_nobody(story: Story) -> Expected:
+    story.handle("a")
+    story.send("b")
+    story.handle("b")
+    return CALM
+
+
+def from_another_channel(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a")
+    story.handle("a", place="other")
+    return CALM
+
+
+def refused_and_yet_there(story: Story) -> Expected:
+    story.send("a", "fail", detail="NotFound")
+    story.handle("a")
+    story.send("b")
+    story.handle("b")
+    return CALM
+
+
+def handled_twice(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", process="c")
+    story.handle("a", process="d")
+    return CALM
+
+
+def a_later_one_first(story: Story) -> Expected:
+    story.send("a", key="k")
+    story.send("b", key="k")
+    story.handle("b", key="k")
+    story.handle("a", key="k")
+    return ORDERED
+
+
+def both_at_once(story: Story) -> Expected:
+    story.send("a", key="k")
+    story.send("b", key="k")
+    story.handle("a", key="k", lasts=5)
+    story.now -= 4 * SECOND
+    story.handle("b", key="k", process="d")
+    return ORDERED
+
+
+def attempts_go_back(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", "fail", attempt=2)
+    story.handle("a", attempt=1)
+    return CALM
+
+
+def attempts_without_failures(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", attempt=3)
+    return CALM
+
+
+def anothers_reply(story: Story) -> Expected:
+    story.step("request", "ok", "r1", value="a", place="q", detail="b")
+    story.handle("a")
+    return CALM
+
+
+def back_after_its_end(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "unknown")
+    story.settle("a")
+    story.handle("a", "unknown")
+    story.look("a", "dead")
+    return CALM
+
+
+def back_after_a_restart(story: Story) -> Expected:
+    """The settlement was confirmed in calm; that the broker was killed later excuses nothing."""
+    story.send("a")
+    story.handle("a")
+    story.settle("a")
+    story.fault()
+    story.handle("a")
+    return CALM
+
+
+def without_effect(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a")
+    story.fault("fail", detail="no connection was cut")
+    return CALM
+
+
+@pytest.mark.parametrize(
+    ("tell", "findings"),
+    [
+        (never_delivered, [("lost", "a")]),
+        (handled_in_vain, [("lost", "a")]),
+        (not_in_each_group, [("lost", "a")]),
+        (dead_in_another_group, [("lost", "a")]),
+        (killed_while_handled, [("lost", "a")]),
+        (still_there, [("left", "a")]),
+        (sent_by_nobody, [("unexpected", "a")]),
+        (from_another_channel, [("unexpected", "a")]),
+        (refused_and_yet_there, [("resurrected", "a")]),
+        (handled_twice, [("duplicate", "a")]),
+        (a_later_one_first, [("order", "a")]),
+        (both_at_once, [("overlap", "b")]),
+        (attempts_go_back, [("attempt_back", "a")]),
+        (attempts_without_failures, [("attempt_high", "a")]),
+        (anothers_reply, [("reply", "a")]),
+        (back_after_its_end, [("came_back", "a")]),
+        (back_after_a_restart, [("came_back", "a")]),
+        (without_effect, [("no_bite", "cut")]),
+    ],
+)
+def test_a_broken_run_is_found(tell: Callable[[Story], Expected], findings: list[tuple[str, str]]) -> None:
+    story = Story()
+    expected = tell(story)
+    verdict = story.end(expected)
+    assert verdict.status == "broken"
+    assert found(verdict) == findings
+
+
+def a_retry(story: Story) -> None:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", attempt=2)
+
+
+def dead_lettered(story: Story) -> None:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.look("a", "dead")
+
+
+def never_told_and_gone(story: Story) -> None:
+    story.send("a", "unknown")
+    story.send("b")
+    story.handle("b")
+
+
+def never_told_and_there(story: Story) -> None:
+    story.send("a", None)
+    story.handle("a")
+    story.send("b")
+    story.handle("b")
+
+
+def twice_around_a_fault(story: Story) -> None:
+    story.send("a", key="k")
+    story.handle("a", key="k")
+    story.fault()
+    story.handle("a", key="k", process="d")
+
+
+def two_copies_of_an_unsure_send(story: Story) -> None:
+    story.step("send", "ok", value="a", place="q", lasts=9)
+    story.now -= 8 * SECOND
+    story.fault()
+    story.now += 20 * SECOND
+    story.handle("a")
+    story.settle("a")
+    story.handle("a")
+
+
+def unconfirmed_ones_in_any_order(story: Story) -> None:
+    """Neither was confirmed before the other was sent."""
+    story.step("send", "ok", "p", 9, value="a", place="q", key="k")
+    story.now -= 9 * SECOND
+    story.step("send", "ok", "p", 9, value="b", place="q", key="k")
+    story.handle("b", key="k")
+    story.handle("a", key="k")
+
+
+def senders_know_nothing_of_each_other(story: Story) -> None:
+    story.step("send", "ok", "p1", value="a", place="q", key="k")
+    story.step("send", "ok", "p2", value="b", place="q", key="k")
+    story.handle("b", key="k")
+    story.handle("a", key="k")
+
+
+def attempts_forgotten_in_a_fault(story: Story) -> None:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", "fail", attempt=2)
+    story.fault()
+    story.handle("a", attempt=2)
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        a_retry,
+        dead_lettered,
+        never_told_and_gone,
+        never_told_and_there,
+        twice_around_a_fault,
+        two_copies_of_an_unsure_send,
+        unconfirmed_ones_in_any_order,
+        senders_know_nothing_of_each_other,
+        attempts_forgotten_in_a_fault,
+    ],
+)
+def test_what_is_allowed_is_no_finding(tell: Callable[[Story], None]) -> None:
+    story = Story()
+    tell(story)
+    verdict = story.end(ORDERED)
+    assert verdict.findings == ()
+    assert verdict.status == "kept"
+
+
+def test_what_is_counted() -> None:
+    story = Story()
+    twice_around_a_fault(story)
+    story.send("b", "unknown")
+    story.handle("b")
+    story.send("c", "fail")
+    story.send("d", "unknown")
+    story.send("e")
+    story.look("e", "dead")
+    assert story.end(CALM).counts == {
+        "sent": 5,
+        "confirmed": 2,
+        "failed": 1,
+        "unknown": 2,
+        "recovered": 1,
+        "handled": 2,
+        "duplicates": 1,
+        "unexplained_duplicates": 0,
+        "dead_letters": 1,
+        "faults": 1,
+        "findings": 0,
+    }
+
+
+def test_the_echo_of_a_fault_excuses_only_as_long_as_it_lasts() -> None:
+    story = Story()
+    story.send("a")
+    story.fault()
+    story.now += 30 * SECOND
+    story.handle("a")
+    story.handle("a")
+    assert check(story.told, Expected(echo=100.0)).counts["unexplained_duplicates"] == 0
+    assert check(story.told, Expected(echo=10.0)).counts["unexplained_duplicates"] == 1
+
+
+def test_a_broker_that_confirms_no_settlement_may_deliver_again() -> None:
+    story = Story()
+    back_after_its_end(story)
+    assert story.end(Expected(settle_confirmed=False, echo=0.0)).status == "kept"
+
+
+def test_a_run_of_which_nothing_is_known_is_no_pass() -> None:
+    story = Story()
+    story.send("a", "unknown")
+    story.handle("a")
+    verdict = story.end(Expected(least=1))
+    assert verdict.status == "inconclusive"
+    assert verdict.why == "0 of 1 sends are known to have happened; 1 are needed"
+
+
+@pytest.mark.parametrize("kind", ["fail", "unknown", None])
+def test_a_drain_that_did_not_end_makes_the_run_invalid(kind: Kind | None) -> None:
+    story = Story()
+    a_retry(story)
+    story.step("drain", kind)
+    verdict = check(story.told)
+    assert (verdict.status, verdict.why) == (
+        "invalid",
+        "the drain did not come to its end: what is missing may only be late",
+    )
+
+
+def test_without_a_drain_nothing_is_proven() -> None:
+    story = Story()
+    a_retry(story)
+    assert check(story.told).status == "invalid"
+
+
+def test_files_that_do_not_fit_together_are_invalid() -> None:
+    story = Story()
+    a_retry(story)
+    assert check([*story.told, story.told[0]]).why == "process p has invoked call 1 twice"
+    assert check(story.told[1:]).why == "process p has ended call 1 without having invoked it"
+
+
+@given(st.permutations([("a", 1), ("b", 2), ("c", 3), ("d", 4)]), st.data())
+def test_any_one_message_taken_out_of_a_clean_run_is_found(order: list[tuple[str, int]], data: st.DataObject) -> None:
+    gone = data.draw(st.sampled_from("abcd"))
+    story = Story()
+    for value, seq in order:
+        story.send(value, key="k", seq=seq)
+    for value, _ in order:
+        if value != gone:
+            story.handle(value, key="k")
+    assert found(story.end(ORDERED)) == [("lost", gone)]
+
+
+# The recorder
+
+
+def test_what_is_recorded_is_read(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "p") as recorder:
+        with recorder.during("send", value="a", place="q", key="k", seq=1):
+            pass
+        with pytest.raises(NotFound), recorder.during("send", value="b", place="q"):
+            raise NotFound("queue 'q' is not there")
+        with pytest.raises(ConnectionLost), recorder.during("send", value="c", place="q"):
+            raise ConnectionLost("gone")
+        with pytest.raises(RuntimeError), recorder.during("send", value="d", place="q"):
+            raise RuntimeError("nobody has classified this")
+        with pytest.raises(RuntimeError), recorder.during("handle", value="a", place="q", attempt=1):
+            raise RuntimeError("a handler")
+        with pytest.raises(asyncio.CancelledError), recorder.during("handle", value="a", place="q", attempt=2):
+            raise asyncio.CancelledError
+        with recorder.during("fault", value="cut") as ending:
+            ending.kind, ending.detail = "fail", "nothing was cut"
+        recorder.note("look", value="a", detail="dead")
+    told = read(tmp_path)
+    ends = [(o.what, o.value, o.kind, o.detail) for o in told if o.kind != "invoke"]
+    assert ends == [
+        ("send", "a", "ok", ""),
+        ("send", "b", "fail", "NotFound"),
+        ("send", "c", "unknown", "ConnectionLost"),
+        ("send", "d", "unknown", "RuntimeError"),
+        ("handle", "a", "fail", "RuntimeError"),
+        ("handle", "a", "unknown", "CancelledError"),
+        ("fault", "cut", "fail", "nothing was cut"),
+        ("look", "a", "ok", "dead"),
+    ]
+    assert sum(o.kind == "invoke" for o in told) == 7
+    assert (told[0].key, told[0].seq, told[0].process) == ("k", 1, "p")
+    assert [o.at for o in told] == sorted(o.at for o in told)
+
+
+def test_a_process_has_one_file(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "p"), pytest.raises(FileExistsError):
+        Recorder(tmp_path, "p")
+
+
+def _die(folder: Path) -> None:
+    with Recorder(folder, "child").during("handle", value="a", place="q"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_had_begun_is_there_without_an_end(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_die, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert [(o.what, o.kind, o.value) for o in read(tmp_path)] == [("handle", "invoke", "a")]
+
+
+def test_half_a_line_at_the_end_is_what_a_kill_leaves(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "p") as recorder:
+        recorder.note("look", value="a", detail="dead")
+    with (tmp_path / "p.jsonl").open("ab") as file:
+        file.write(b'{"process":"p","ca')
+    assert [o.value for o in read(tmp_path)] == ["a"]
+
+
+def test_half_a_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"process":"p","ca\n{}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1 is no operation"):
+        read(tmp_path)
+
+
+# The command
+
+
+def write(folder: Path, story: Story) -> None:
+    recorders = {process: Recorder(folder, process) for process in {o.process for o in story.told}}
+    for operation in story.told:
+        recorders[operation.process].write(operation)
+    for recorder in recorders.values():
+        recorder.close()
+
+
+def test_the_command_says_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    story = Story()
+    a_later_one_first(story)
+    story.send("t")
+    story.end()
+    write(tmp_path, story)
+    assert main([str(tmp_path), "--ordered", "q"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "broken"
+    assert "  sent: 3" in said
+    assert said[-2:] == [
+        "lost: t: q: never delivered and not on the broker: lost by the sender or the broker",
+        "order: a: q, key 'k': a later message was handled first",
+    ]
+
+
+def test_the_command_tells_proof_from_its_absence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    story = Story()
+    a_retry(story)
+    write(tmp_path, story)
+    assert main([str(tmp_path)]) == 3
+    assert capsys.readouterr().out.startswith("invalid: nothing was drained")
+
+
+def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "absent")])
+    assert "is no folder" in capsys.readouterr().err
