@@ -85,6 +85,7 @@ class Sizes:
     bodies: tuple[int, ...]
     flow_seconds: float
     groups: tuple[int, ...]
+    publishes: int  # of a round of the fan-out
     delays: tuple[float, ...]
     repeats: int
     members: int
@@ -98,7 +99,8 @@ QUICK = Sizes(
     batches=(1, 10, 100, 1000),
     bodies=(100, 1000, 10_000, 100_000),
     flow_seconds=0.8,
-    groups=(1, 2, 4, 8),
+    groups=(1, 3, 8),
+    publishes=50,
     delays=(0.5, 1, 3),
     repeats=5,
     members=5,
@@ -112,6 +114,7 @@ FULL = Sizes(
     bodies=(100, 1000, 10_000, 100_000, 500_000),
     flow_seconds=5.0,
     groups=(1, 2, 4, 8, 16),
+    publishes=200,
     delays=(0.5, 1, 2, 5, 12, 30),
     repeats=20,
     members=8,
