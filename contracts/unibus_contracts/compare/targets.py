@@ -128,7 +128,8 @@ def _target(given: str, code: Mapping[str, object], emulator: str | None, file: 
     driver = dict(settings.driver)
     server = driver.get("endpoint_url")
     if emulator is None and isinstance(server, str):
-        emulator = f"{settings.broker} at {urlsplit(server).netloc}, not the service itself"
+        host = urlsplit(server).netloc.rpartition("@")[2]
+        emulator = f"{settings.broker} at {host}, not the service itself"
     return Target(given or str(settings.url), settings.url, driver, emulator)
 
 

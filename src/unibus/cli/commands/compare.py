@@ -81,11 +81,13 @@ async def compare(
     for file in (html, json_file):
         if file is not None:
             _writable(file)
-    logging.getLogger("unibus").setLevel(logging.CRITICAL)  # handlers fail on purpose, by the hundred
     try:
         places, started = resolve(targets)
     except SupplyError as error:
         raise Failure(str(error)) from None
+    log = logging.getLogger("unibus")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # handlers fail on purpose, by the hundred
     try:
         run = Run(
             places,
@@ -102,6 +104,7 @@ async def compare(
             _tell(run.document, old, html, json_file)
             raise
     finally:
+        log.setLevel(level)
         stop(started)
     _tell(run.document, old, html, json_file)
     if all("error" in target for target in run.document["targets"]):
