@@ -47,7 +47,7 @@ class Page:
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of an expression of JavaScript."""
-        return self.driver.execute_script(f"return {script}", *arguments)  # type: ignore[no-untyped-call]  # selenium's
+        return self.driver.execute_script(f"return {script}", *arguments)
 
     def console(self) -> list[str]:
         """What it has complained of since the last call."""

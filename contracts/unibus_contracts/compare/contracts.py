@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..report import FAILED, NOT_RUN, NOT_TRIED, PASSED, REFUSED
 from .model import Found, Row, State
@@ -34,30 +34,29 @@ class Outcome:
 
 async def run(target: Target, *, quick: bool) -> Outcome:
     """Run it. The URL is in the environment, not among the arguments, which everybody on the machine could read."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, printed = Path(folder, "report.json"), Path(folder, "printed")
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+        path = Path(folder, "report.json")
         options = [f"--unibus-url={target.text()}", f"--unibus-report={path}", "-p", "no:cacheprovider", "-q"]
         environ = {n: v for n, v in os.environ.items() if not n.startswith("UNIBUS_") or n.startswith("UNIBUS_TEST_")}
         environ["PYTEST_ADDOPTS"] = shlex.join(options)
         packages = [f"unibus_contracts.suite.test_{name}" for name in QUICK] if quick else ["unibus_contracts"]
-        with printed.open("wb") as output:
-            child = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "pytest", "--pyargs", *packages),
-                cwd=folder,  # no pytest settings of whoever compares
-                env=environ,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is ours to pass on, once
-            )
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "pytest", "--pyargs", *packages),
+            cwd=folder,  # no pytest settings of whoever compares
+            env=environ,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to pass on, once
+        )
         try:
             await asyncio.wait_for(child.wait(), QUICK_LIMIT if quick else LIMIT)
         except TimeoutError:
             pass  # what it has done by then is in its report
         finally:
             await _end(child)
-        return _read(path, printed.read_text(errors="replace"), child.returncode)
+        return _read(path, output, child.returncode)
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
@@ -71,9 +70,10 @@ async def _end(child: asyncio.subprocess.Process) -> None:
             await child.wait()
 
 
-def _read(path: Path, printed: str, status: int | None) -> Outcome:
+def _read(path: Path, printed: IO[bytes], status: int | None) -> Outcome:
     if not path.exists() or not path.stat().st_size:
-        last = printed.strip().splitlines()[-1:] or ["nothing was said"]
+        printed.seek(0)
+        last = printed.read().decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
         return Outcome(error=f"no report (exit status {status}): {last[0]}")
     return Outcome(json.loads(path.read_text(encoding="utf-8")))
 
