@@ -61,8 +61,8 @@ async def by_batch(lab: Lab) -> Mapping[str, Found]:
                 await bus.send_many(queue, bodies)
                 sent += batch
             points.append((batch, sent / (perf_counter() - begun)))
-    text = ", ".join(f"{short(rate)} by {batch:,}" for batch, rate in (points[0], points[-1]))
-    return {BATCHES.id: Found(text=f"{text} /s", value=points[-1][1], points={"sent": points})}
+    text = ", ".join(f"{short(rate)}/s by {batch:,}" for batch, rate in (points[0], points[-1]))
+    return {BATCHES.id: Found(text=text, value=points[-1][1], points={"sent": points})}
 
 
 async def by_size(lab: Lab) -> Mapping[str, Found]:
@@ -85,10 +85,10 @@ async def by_size(lab: Lab) -> Mapping[str, Found]:
     first = sending[0][0]
     return {
         SEND.id: Found(
-            text=f"{short(sending[0][1])} /s of {first} bytes", value=sending[0][1], note=note, points={"sent": sending}
+            text=f"{short(sending[0][1])}/s of {first} bytes", value=sending[0][1], note=note, points={"sent": sending}
         ),
         CONSUME.id: Found(
-            text=f"{short(receiving[0][1])} /s of {first} bytes",
+            text=f"{short(receiving[0][1])}/s of {first} bytes",
             value=receiving[0][1],
             note=also,
             points={"received": receiving},
