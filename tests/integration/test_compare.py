@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from unibus_contracts.compare.contracts import QUICK
+
 FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
 UNIBUS = str(Path(sys.executable).with_name("unibus"))
 LEASE = 3
@@ -98,3 +100,22 @@ def test_ctrl_c_keeps_what_there_is(urls: tuple[str, str], tmp_path: Path) -> No
     assert cells(document, "throughput.batch")[0]["state"] == "measured"
     assert cells(document, "failure.redelivery")[0]["state"] == "not run"
     assert "<strong>Partial:</strong>" in html.read_text(encoding="utf-8")
+
+
+def test_the_contracts_are_rows(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    done = subprocess.run(
+        [UNIBUS, "compare", "memory://", "--quick", "--only", "contracts", "--json", str(data)],
+        cwd=tmp_path,
+        env=environ(),
+        capture_output=True,
+        text=True,
+        timeout=280 * FACTOR,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(data.read_text(encoding="utf-8"))["rows"]
+    assert [row["id"].removeprefix("contracts.") for row in rows] == list(QUICK)
+    assert "kept" in rows[0]["cells"][0]["text"]
+    [settle] = cells({"rows": rows}, "contracts.settle")
+    assert settle["value"] == 0  # broken
