@@ -31,6 +31,7 @@ TINY = Sizes(
     groups=(1, 2),
     publishes=5,
     delays=(0.02, 0.05),
+    backoff=0.5,
     repeats=2,
     members=2,
     idle_seconds=0.05,

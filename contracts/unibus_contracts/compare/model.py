@@ -57,7 +57,7 @@ Measure = Callable[["Lab"], Awaitable[Mapping[str, Found]]]
 class Probe:
     """Fills rows, on one broker at a time. `needs`: the feature without which there is nothing to measure.
 
-    `waits`: it measures seconds, and mostly waits for them, so probes of this kind run side by side; all others run alone.
+    `waits`: it measures seconds, and mostly waits for them, so it runs beside those of other brokers; all others run alone.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Sizes:
     groups: tuple[int, ...]
     publishes: int  # of a round of the fan-out
     delays: tuple[float, ...]
+    backoff: float  # of the retry that an ordered queue waits for
     repeats: int
     members: int
     idle_seconds: float
@@ -100,8 +101,9 @@ QUICK = Sizes(
     bodies=(100, 1000, 10_000, 100_000),
     flow_seconds=0.8,
     groups=(1, 3, 8),
-    publishes=50,
+    publishes=80,
     delays=(0.5, 1, 3),
+    backoff=3.0,
     repeats=5,
     members=5,
     idle_seconds=4.0,
@@ -116,6 +118,7 @@ FULL = Sizes(
     groups=(1, 2, 4, 8, 16),
     publishes=200,
     delays=(0.5, 1, 2, 5, 12, 30),
+    backoff=3.0,
     repeats=20,
     members=8,
     idle_seconds=20.0,

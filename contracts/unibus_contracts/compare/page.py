@@ -149,7 +149,7 @@ def _cell(cell: Mapping[str, Any], name: str, column: int, top: float, feature: 
     tags += [(cell["state"], cell["state"])] if cell["state"] in {"declared", "failed", "not run"} else []
     bar = ""
     if top > 0 and cell["value"] is not None and cell["value"] >= 0:
-        width = max(1.0, cell["value"] / top * 100)
+        width = max(1.0, cell["value"] / top * 100) if cell["value"] else 0.0
         bar = (
             '<svg class="bar" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
             f'<rect class="f{column % 8}" width="{width:.1f}" height="4"/></svg>'

@@ -104,8 +104,7 @@ class Run:
                         self._declare(probe.row, column)
                     elif not probe.waits:
                         await self._measure(probe, column)
-            waiting = [p for p in self._probes if isinstance(p, Probe) and p.waits]
-            await asyncio.gather(*(self._measure(p, column) for column in range(len(self._labs)) for p in waiting))
+            await asyncio.gather(*(self._wait(column) for column in range(len(self._labs))))
             self.document["finished"] = True
         finally:
             self.document["seconds"] = round(perf_counter() - begun, 1)
@@ -144,6 +143,11 @@ class Run:
             self._add(row)
             for column, (state, found) in enumerate(cells):
                 self._put(row.id, column, state, found)
+
+    async def _wait(self, column: int) -> None:
+        for probe in self._probes:
+            if isinstance(probe, Probe) and probe.waits:
+                await self._measure(probe, column)
 
     def _declare(self, row: Row, column: int) -> None:
         if error := self.document["targets"][column].get("error"):

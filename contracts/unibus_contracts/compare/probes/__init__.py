@@ -7,6 +7,6 @@ from . import cost, crash, delays, fanout, flow, load, order, receiving, reply, 
 
 ALL: tuple[Probe | Declared, ...] = tuple(
     probe
-    for module in (load, flow, sending, receiving, order, retries, delays, crash, fanout, reply, sizes, cost)
+    for module in (load, flow, sending, receiving, order, retries, crash, delays, fanout, reply, sizes, cost)
     for probe in module.PROBES
 )

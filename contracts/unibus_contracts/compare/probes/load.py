@@ -15,11 +15,13 @@ from ..model import Found, Points, Probe, Row
 CHAPTER = "latency"
 SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 PADDED = 256  # bytes of a body
+TOO_MUCH = 0.5  # seconds, p50: it does not keep up
 _AXES = ("messages a second", "milliseconds")
 _HOW = (
     "Messages of 256 bytes are due at a constant rate, one rate after the other, with one producer and one consumer (20 at "
     "a time) in the same process. Counted from when a message was due, not from when its turn came, so a stall is seen by all that "
-    "wait for it. p99.9 only where there were 1,000 messages. The value compared is p50 at the lightest load."
+    "wait for it. p99.9 only where there were 1,000 messages. It ends with a rate whose p50 is above half a "
+    "second. The value compared is p50 at the lightest load."
 )
 
 CONFIRM = Row(
@@ -64,6 +66,8 @@ async def measure(lab: Lab) -> Mapping[str, Found]:
                 arrived[rate] = []
                 confirmed[rate] = await _offer(sender, queue, rate, lab.sizes.load_seconds)
                 await _all(arrived[rate], len(confirmed[rate]))
+                if percentile(arrived[rate], 0.5) > TOO_MUCH:
+                    break  # more would only tell how long its backlog is
     return {CONFIRM.id: _found(confirmed), ARRIVE.id: _found({r: v for r, v in arrived.items() if r})}
 
 
@@ -90,7 +94,7 @@ async def _offer(sender: Bus, queue: Queue[bytes], rate: int, seconds: float) ->
 
 
 async def _all(arrived: list[float], count: int) -> None:
-    await until(lambda: len(arrived) >= count, lambda: f"{len(arrived)} of {count} arrived", 20)
+    await until(lambda: len(arrived) >= count, lambda: f"{len(arrived)} of {count} arrived", 60)
 
 
 def _found(samples: Mapping[int, list[float]]) -> Found:
@@ -110,4 +114,4 @@ def _found(samples: Mapping[int, list[float]]) -> Found:
     return Found(text=f"{told[0]}", value=lightest, note="; ".join(told[1:]), points=curves)
 
 
-PROBES = (Probe(name="load", rows=(CONFIRM, ARRIVE), measure=measure, limit=120.0),)
+PROBES = (Probe(name="load", rows=(CONFIRM, ARRIVE), measure=measure, limit=240.0),)

@@ -77,7 +77,7 @@ BROWSE = Row(
 LEASE = Row(
     id="receiving.lease",
     chapter=CHAPTER,
-    title="a slow consumer loses its message",
+    title="a lease, which a slow consumer can lose",
     how="Declared by the adapter, not measured. The limit is the length of a lease in seconds; unibus extends it while a handler runs.",
     feature="lease",
 )
