@@ -62,6 +62,8 @@ async def compare(
     reached. Ctrl-C keeps what was found, marked as partial.
     """
     try:
+        import pytest_asyncio  # noqa: F401  # the contracts need it, in a process of their own
+
         from unibus_contracts.compare import against as changes
         from unibus_contracts.compare.model import FULL, QUICK
         from unibus_contracts.compare.run import Run, failures, known_names
