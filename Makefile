@@ -5,6 +5,10 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 URL ?= memory://
+BROKER ?= rabbitmq
+SEED ?= $(shell date +%s)
+MESSAGES ?= 50000
+FAULTS ?= 10
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -15,7 +19,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo demo-all test unit saboteurs contracts integration brokers-up brokers-down lint types bench checks lock clean
+.PHONY: help demo demo-all test unit saboteurs contracts integration chaos brokers-up brokers-down lint types bench checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -49,6 +53,9 @@ contracts: $(STAMP) ## the contract suite on the memory adapter and on each brok
 
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration -n 3 --dist loadfile
+
+chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10, and its history judged
+	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS)
 
 brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_URL; prints NAME=value lines
 	@$(SUPPLY) up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -86,8 +87,13 @@ class Link:
         await put_away(self.producer.stop, self.producer._sender.close, self._client.close)
 
     async def up(self) -> bool:
-        node = self._client.get_random_node()
-        return node is not None and await self._client.ready(node)
+        """One server that answers is enough: the others' partitions will have found new leaders, or will."""
+        nodes = [broker.nodeId for broker in self._client.cluster.brokers()]
+        random.shuffle(nodes)
+        for node in nodes:
+            if await self._client.ready(node):
+                return True
+        return False
 
     # Topics
 

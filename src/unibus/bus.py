@@ -20,7 +20,7 @@ from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue
 from unibus.clock import Clock, SystemClock
 from unibus.deadletter import describe
-from unibus.errors import Closed, ConfigError, SendFailed, UnibusError
+from unibus.errors import Closed, ConfigError, ConnectionLost, SendFailed, UnibusError
 from unibus.layers import Layer
 from unibus.message import Message
 from unibus.receiver import Receiver
@@ -487,7 +487,8 @@ class Bus(Handlers):
         address = session.address(channel, group)
         if of != "channel":
             address = dead_letter_queue(address) if of == "dead letters" else invalid_queue(address)
-        return await session.kit.link.adapter.backlog(address)
+        link = session.kit.link
+        return await link.ask(lambda: link.adapter.backlog(address))
 
     async def health(self) -> BusHealth:
         """Is it at work? Never raises."""
@@ -497,6 +498,7 @@ class Bus(Handlers):
         link = session.kit.link
         if not link.is_up or link.failure is not None:
             return BusHealth("down", (str(link.failure or link.trouble),))
+        epoch = link.epoch
         reasons = [complaint for intake in session.intakes if (complaint := intake.complaint())]
         try:
             state = await link.adapter.check()
@@ -505,6 +507,8 @@ class Bus(Handlers):
         if state.blocked:
             reasons.append(f"the broker takes no messages: {state.blocked}")
         if not state.up:
+            # In a process that only sends, nobody else may look; and one that is never ready is never asked to send again.
+            link.lost(epoch, ConnectionLost("a health check found the link to the broker broken"))
             return BusHealth("down", tuple(reasons) or ("the link to the broker is down",))
         return BusHealth("degraded" if reasons else "ok", tuple(reasons))
 

@@ -243,12 +243,12 @@ async def look(
     session: Session, address: Queue[Any] | Group, codec: BodyCodec, page: int = PAGE
 ) -> AsyncGenerator[Delivery[Any], None]:
     """What waits at an address, as `browse` shows it. `page`: how many are looked at in one go."""
-    adapter = session.kit.link.adapter
-    waiting = await adapter.backlog(address)
+    link = session.kit.link
+    waiting = await link.ask(lambda: link.adapter.backlog(address))
     left = waiting.ready if waiting.exact else float("inf")
     if not left:
         return
-    subscription = await adapter.subscribe(Source(address, page, browse=True))
+    subscription = await link.ask(lambda: link.adapter.subscribe(Source(address, page, browse=True)))
     try:
         while left > 0 and (deliveries := await subscription.receive(page, QUIET)):
             for delivery in deliveries:
@@ -322,7 +322,8 @@ async def _empty(
     session = bus._opened()
     address = session.address(channel, group)
     queue = invalid_queue(address) if invalid else dead_letter_queue(address)
-    waiting = await session.kit.link.adapter.backlog(queue)
+    link = session.kit.link
+    waiting = await link.ask(lambda: link.adapter.backlog(queue))
     left = waiting.ready if waiting.exact else MOST_HELD
     if limit is not None and where is None:
         left = min(left, limit)

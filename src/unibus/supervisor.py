@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from unibus import telemetry
 from unibus.adapter import Adapter, Topology
@@ -21,6 +22,7 @@ from unibus.errors import (
 from unibus.telemetry import Counts
 
 log = logging.getLogger("unibus")
+T = TypeVar("T")
 
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 10.0
@@ -79,6 +81,24 @@ class Link:
         if self._closed:
             raise Closed("the bus is closed")
         return self.epoch
+
+    async def ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a question that changes nothing on the broker; asked once more when the link breaks under it.
+
+        Nothing else may be going on that would notice the break. Raises what the broker says; ConnectionLost when there is
+        no link for 10 s.
+        """
+        epoch = await self.up(LONGEST_WAIT)
+        try:
+            return await question()
+        except ConnectionLost as error:
+            self.lost(epoch, error)
+        epoch = await self.up(LONGEST_WAIT)
+        try:
+            return await question()
+        except ConnectionLost as error:
+            self.lost(epoch, error)
+            raise
 
     def lost(self, epoch: int, error: BaseException) -> None:
         """Say that the connection of `epoch` broke. Starts to reconnect, once."""

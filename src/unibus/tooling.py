@@ -80,7 +80,8 @@ def address_of(bus: Bus, name: str, group: str | None) -> Queue[Any] | Group:
 
 async def inspect(bus: Bus) -> Sequence[Inspected]:
     """All objects that an open bus needs on the broker, and whether they are there. Changes nothing."""
-    return await bus.adapter.inspect(topology_of(bus))
+    link = bus._opened().kit.link
+    return await link.ask(lambda: link.adapter.inspect(topology_of(bus)))
 
 
 async def declare(bus: Bus) -> None:

@@ -18,6 +18,7 @@ from unibus import (
     Unsupported,
 )
 from unibus.channel import dead_letter_queue
+from unibus.deadletter import browse
 
 
 async def test_a_cut_is_mended_and_nothing_is_lost() -> None:
@@ -97,8 +98,7 @@ async def test_the_waits_between_tries_grow_up_to_ten_seconds() -> None:
         spy = spy_of(bus)
         it.broker.cut(down=True)
         began, tries = it.clock.monotonic(), []
-        with pytest.raises(ConnectionLost):
-            await bus.backlog(ORDERS)
+        assert (await bus.health()).status == "down"
         send = asyncio.ensure_future(bus.send(ORDERS, "x", timeout=500))
         for _ in range(100):
             before = spy.calls["connect"]
@@ -111,6 +111,45 @@ async def test_the_waits_between_tries_grow_up_to_ten_seconds() -> None:
         await later(it, 26)
         await send
         assert it.clock.monotonic() - began > 100
+
+
+async def test_a_bus_that_only_looks_is_connected_again() -> None:
+    """Nothing sends and nothing receives: the question itself has to notice that the link is broken."""
+    bus = make_bus()
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        it.broker.cut()
+        assert (await bus.backlog(ORDERS)).ready == 1
+        assert bus.counts["reconnected"] == 1
+        await later(it, 60)  # else the second try would be made to wait
+        it.broker.cut()
+        assert [letter async for letter in browse(bus, ORDERS)] == []
+        assert bus.counts["reconnected"] == 2
+
+
+async def test_a_question_waits_ten_seconds_for_a_link_and_no_longer() -> None:
+    bus = make_bus()
+    async with lab(bus) as it:
+        it.broker.cut(down=True)
+        asked = asyncio.ensure_future(bus.backlog(ORDERS))
+        await later(it, 9)
+        assert not asked.done()
+        await later(it, 2)
+        with pytest.raises(ConnectionLost, match="no link to the broker: the memory broker"):
+            await asked
+        it.broker.down = False
+        await later(it, 13)
+        assert (await bus.backlog(ORDERS)).ready == 0
+
+
+async def test_a_health_check_that_finds_the_link_broken_has_it_mended() -> None:
+    """A process that is never ready is never asked to do what would notice it."""
+    bus = make_bus()
+    async with lab(bus) as it:
+        it.broker.cut()
+        assert (await bus.health()).status == "down"
+        await turns()
+        assert (await bus.health()).status == "ok"
 
 
 async def test_a_link_that_breaks_as_soon_as_it_is_up_is_not_tried_without_end() -> None:

@@ -308,7 +308,9 @@ def test_rabbitmq_listens_on_loopback_only_and_knows_no_guest() -> None:
 
 def test_kafka_listens_on_loopback_only_and_refuses_by_default() -> None:
     kind = Kafka()
-    site = Site("kafka", "unibus1", "127.0.0.1", "/f", {"sasl": 1, "tls": 2, "controller": 3}, "u", "p")
+    site = Site(
+        "kafka", "unibus1", "127.0.0.1", "/f", {"sasl": 1, "tls": 2, "controller": 3, "behind": 4, "front": 5}, "u", "p"
+    )
     config = dict(line.split("=", 1) for line in kind.files(site)["server.properties"].decode().splitlines())
     assert all("://127.0.0.1:" in listener for listener in config["listeners"].split(","))
     assert "PLAINTEXT:PLAINTEXT" not in config["listener.security.protocol.map"].replace("CONTROLLER:PLAINTEXT", "")

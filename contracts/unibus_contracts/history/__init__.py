@@ -5,6 +5,6 @@ prints the verdict.
 """
 
 from .check import Expected, Finding, Verdict, check
-from .record import Operation, Recorder, read
+from .record import Operation, Recorder, Tail, read
 
-__all__ = ["Expected", "Finding", "Operation", "Recorder", "Verdict", "check", "read"]
+__all__ = ["Expected", "Finding", "Operation", "Recorder", "Tail", "Verdict", "check", "read"]

@@ -130,13 +130,26 @@ def read(folder: Path) -> list[Operation]:
 
     Raises ValueError for any other line that is no operation: a history with holes proves nothing.
     """
-    found = []
-    for path in sorted(folder.glob("*.jsonl")):
-        *lines, rest = path.read_bytes().split(b"\n")
-        del rest  # empty, or what a killed process had begun to write
-        for number, line in enumerate(lines, 1):
-            try:
-                found.append(Operation(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path.name}, line {number} is no operation: {error}") from error
-    return sorted(found, key=lambda operation: operation.at)
+    return sorted(Tail(folder).new(), key=lambda operation: operation.at)
+
+
+class Tail:
+    """Follows a run that goes on: `new()` gives what was written since the last call, process by process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, tuple[int, int]] = {}  # how far, and how many lines that were
+
+    def new(self) -> Iterator[Operation]:
+        """Raises ValueError, as `read` does."""
+        for path in sorted(self._folder.glob("*.jsonl")):
+            offset, number = self._read.get(path, (0, 0))
+            with path.open("rb") as file:
+                file.seek(offset)
+                *lines, _ = file.read().split(b"\n")  # the rest is empty, or what is being written, or was cut off
+            self._read[path] = offset + sum(len(line) + 1 for line in lines), number + len(lines)
+            for at, line in enumerate(lines, number + 1):
+                try:
+                    yield Operation(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{path.name}, line {at} is no operation: {error}") from error

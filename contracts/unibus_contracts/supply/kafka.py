@@ -17,15 +17,16 @@ _NAME = f"kafka-{VERSION}"
 _CLUSTER = "dW5pYnVzLXRlc3RzLTAwMQ"  # base64 of 16 bytes; the same for all, since they never meet
 _TIMEOUT = 5.0
 
+# BEHIND is for a proxy: clients are told to come back to the proxy's port, at which the broker doesn't listen itself.
 # Automatic creation of topics stays on, as it is by default: a client that looks a name up must not make a topic by it.
 CONFIG = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
 controller.listener.names=CONTROLLER
-listeners=SASL_PLAINTEXT://{address}:{sasl},SASL_SSL://{address}:{tls},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+listeners=SASL_PLAINTEXT://{address}:{sasl},SASL_SSL://{address}:{tls},BEHIND://{address}:{behind},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls},BEHIND://127.0.0.1:{front}
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL,BEHIND:SASL_PLAINTEXT
 inter.broker.listener.name=SASL_PLAINTEXT
 sasl.mechanism.inter.broker.protocol=PLAIN
 sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
@@ -35,6 +36,9 @@ listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config={scram}
 listener.name.sasl_plaintext.scram-sha-512.sasl.jaas.config={scram}
 listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config={scram}
 listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config={scram}
+listener.name.behind.scram-sha-256.sasl.jaas.config={scram}
+listener.name.behind.scram-sha-512.sasl.jaas.config={scram}
+listener.name.behind.plain.sasl.jaas.config={plain}
 ssl.keystore.type=PEM
 ssl.keystore.location={folder}/server.pem
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
@@ -56,8 +60,8 @@ class Kafka:
     name = "kafka"
     process = "java"
     image = f"apache/kafka:{VERSION}"
-    ports: Sequence[str] = ("sasl", "tls")
-    private_ports: Sequence[str] = ("controller",)
+    ports: Sequence[str] = ("sasl", "tls", "behind")
+    private_ports: Sequence[str] = ("controller", "front")
 
     def install(self) -> None:
         maven.install(_NAME, f"org.apache.kafka:kafka_2.13:{VERSION}", f"org.apache.kafka:kafka-tools:{VERSION}")
@@ -78,7 +82,7 @@ class Kafka:
             f'password="{site.password}" user_{site.user}="{site.password}" user_{_limited(site)}="{site.password}";'
         )
         config = CONFIG.format(
-            **{"controller": 9093, **site.ports},
+            **{"controller": 9093, "front": 9094, **site.ports},
             address=site.address,
             folder=site.folder,
             data=f"{site.folder}/data" if site.address == LOOPBACK else "/tmp/data",  # noqa: S108  # in a container
@@ -111,6 +115,7 @@ class Kafka:
             "TLS_URL": f"kafkas://{account}:{site.ports['tls']}",
             "LIMITED_URL": f"kafka://{limited}:{site.ports['sasl']}",
             "CA": str(files / "ca.pem"),
+            "PROXY": f"{site.ports.get('front', 0)}:{site.ports['behind']}",
         }
 
     def settled(self, home: Path) -> bool:

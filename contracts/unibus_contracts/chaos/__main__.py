@@ -1,0 +1,68 @@
+"""`python -m unibus_contracts.chaos BROKER [--seed N] [--messages N] [--faults N | --only FAULT…] [--folder DIR]`.
+
+Exit status: 0 all promises kept, 1 one was broken, 2 wrong usage, 3 the run proves nothing (inconclusive, invalid, broken off).
+The same seed draws the same faults; what happens between them is the machine's doing, so the history of a failed run is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from unibus_contracts.chaos.faults import FAULTS, NOT_ON, schedule
+from unibus_contracts.chaos.run import Plan, Result, Run
+from unibus_contracts.history.__main__ import lines
+from unibus_contracts.supply import KINDS, SupplyError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m unibus_contracts.chaos", description=__doc__.partition("\n")[0])
+    parser.add_argument("broker", choices=sorted(KINDS), help="one of its own is started, broken, and thrown away")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()) % 10_000, help="draws the faults; default: the time"
+    )
+    parser.add_argument("--messages", type=int, default=10_000, help="default 10000")
+    parser.add_argument("--faults", type=int, default=3, help="how many; default 3")
+    parser.add_argument("--only", action="append", choices=sorted(FAULTS), help="these, in this order; may be repeated")
+    parser.add_argument("--hold", type=float, default=3.0, help="seconds that a fault lasts; default 3")
+    parser.add_argument("--folder", type=Path, help="for the history; default: a new one, kept if the run is no pass")
+    given = parser.parse_args(arguments)
+    faults = given.only or schedule(given.broker, given.seed, given.faults)
+    for name in faults:
+        if why := NOT_ON.get(given.broker, {}).get(name):
+            parser.error(f"{name} can't be made on {given.broker}: {why}")
+    folder = given.folder or Path(tempfile.mkdtemp(prefix=f"chaos-{given.broker}-"))
+    plan = Plan(given.broker, given.seed, given.messages, faults, given.hold)
+    print(f"{given.broker}, seed {given.seed}: {given.messages} messages, {', '.join(faults)}", flush=True)
+    began = time.monotonic()
+    try:
+        result = asyncio.run(
+            Run(plan, folder, lambda line: print(f"{time.monotonic() - began:6.1f}  {line}", flush=True)).run()
+        )
+    except FileExistsError as error:
+        parser.error(str(error))
+    except (SupplyError, TimeoutError, RuntimeError) as error:
+        print(f"broken off: {error}", file=sys.stderr)
+        print(f"history: {folder}", file=sys.stderr)
+        return 3
+    print("\n".join(summary(result)))
+    if not result.passed:
+        print(f"history: {folder}")
+    return 0 if result.passed else {"kept": 1, "broken": 1}.get(result.verdict.status, 3)
+
+
+def summary(result: Result) -> list[str]:
+    """What the run has shown, for people."""
+    told = [f"{result.adapter} {result.version or ''}".strip() + f", {result.seconds} s"]
+    told += [f"  {fault.name}: {fault.proof}; {fault.recovery} s until work went on" for fault in result.faults]
+    told += [f"  not tried: {name}: {why}" for name, why in result.not_tried.items()]
+    told += [f"  {complaint}" for complaint in result.unclean]
+    return [*told, *lines(result.verdict)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""A run: warm up, then fault after fault under work, each healed and followed by progress; a drain; the verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
+
+from unibus import Bus, Delivery, deadletter, tooling
+from unibus_contracts import supply
+from unibus_contracts.chaos import service
+from unibus_contracts.chaos.faults import FAULTS, NOT_ON, NoBite, Stage
+from unibus_contracts.chaos.proxy import Proxy
+from unibus_contracts.chaos.workers import Worker
+from unibus_contracts.history import Recorder, Tail, Verdict, check, read
+from unibus_contracts.history.check import DEAD, INVALID, STORED
+
+_WARM = 60.0  # seconds until the first message must have been handled
+_CONSUMERS = 2
+_LOOKED_AT = 1000  # messages still in their channel that are written down; there should be none
+_PROBE = 200  # messages sent after each fault: something has to be there that flows again
+
+# What may still show after a fault has ended: leases of this many seconds, a rebalance, and as long again for a busy machine.
+ECHO = 90.0
+
+
+@dataclass
+class Plan:
+    """What to do. `progress`: seconds in which messages must flow again; `drain`: until nothing is left."""
+
+    kind: str
+    seed: int
+    messages: int
+    faults: Sequence[str]
+    hold: float = 3.0
+    progress: float = 60.0
+    drain: float = 180.0
+
+
+@dataclass
+class Fault:
+    """What one fault did: `recovery` is from its end (the broker answers again) until a message was handled, seconds."""
+
+    name: str
+    proof: str = ""
+    recovery: float | None = None
+
+
+@dataclass
+class Result:
+    plan: Plan
+    verdict: Verdict
+    faults: list[Fault] = field(default_factory=list)
+    adapter: str = ""
+    version: str | None = None
+    seconds: float = 0.0
+    not_tried: dict[str, str] = field(default_factory=dict)
+    unclean: list[str] = field(default_factory=list)  # consumers that did not end as they should
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict.status == "kept" and not self.unclean
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self) | {"passed": self.passed}, indent=2)
+
+
+@asynccontextmanager
+async def proxied(broker: supply.Broker) -> AsyncIterator[tuple[Proxy, str]]:
+    """A proxy in front of the broker, and the URL that leads through it."""
+    url = broker.url
+    parts, given = urlsplit(url), parse_qs(urlsplit(url).query)
+    told = broker.variables.get(next((name for name in broker.variables if name.endswith("_PROXY")), ""), "")
+    if told:  # clients are sent to where the broker says it is, so it has to say the proxy's port
+        front, behind = map(int, told.split(":"))
+    elif "endpoint_url" in given:
+        front, behind = 0, urlsplit(given["endpoint_url"][0]).port or 80
+    else:
+        assert parts.port is not None, f"the URL of {broker.name} has no port"
+        front, behind = 0, parts.port
+    async with Proxy(("127.0.0.1", behind), front) as proxy:
+        if "endpoint_url" in given:
+            query = {name: values[0] for name, values in given.items()}
+            query["endpoint_url"] = f"http://127.0.0.1:{proxy.port}"
+            yield proxy, parts._replace(query=urlencode(query, quote_via=quote)).geturl()
+        else:
+            account = parts.netloc.rpartition("@")[0]
+            yield proxy, parts._replace(netloc=f"{account}@127.0.0.1:{proxy.port}").geturl()
+
+
+class Progress:
+    """What the processes have written so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tail = Tail(folder)
+        self.handled = 0
+        self.owed: dict[
+            tuple[str, str], str
+        ] = {}  # value and group of confirmed sends that nobody has handled: the place
+        self._done: set[tuple[str, str]] = set()
+
+    def read(self) -> None:
+        for operation in self._tail.new():
+            if operation.what == "handle" and operation.kind in {"ok", "fail"}:
+                self.handled += operation.kind == "ok"
+                if operation.kind == "ok" or operation.attempt > service.POLICY.max_retries:  # then it is a dead letter
+                    self._done.add((operation.value, operation.group))
+                    self.owed.pop((operation.value, operation.group), None)
+            elif operation.kind == "ok" and operation.what == "send":
+                for group in service.GROUPS if operation.place == service.told.name else ("",):
+                    if (operation.value, group) not in self._done:
+                        self.owed[operation.value, group] = operation.place
+
+
+class Run:
+    """One run. `say` gets a line for people at each step."""
+
+    def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
+        self.plan, self.folder, self.say = plan, folder, say
+        self.prefix = f"chaos-{secrets.token_hex(3)}-"
+        self.faults: list[Fault] = []
+        self.unclean: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob("*.jsonl")):
+            raise FileExistsError(f"{folder} holds another run's history; name an empty folder")
+
+    async def run(self) -> Result:
+        broker = await asyncio.to_thread(supply.start, self.plan.kind, "chaos")
+        try:
+            return await self._on(broker)
+        finally:
+            await asyncio.to_thread(broker.stop)
+
+    async def _on(self, broker: supply.Broker) -> Result:
+        began = time.monotonic()
+        with Recorder(self.folder, "runner") as recorder:
+            bus = service.make(broker.url, self.prefix)
+            service.Handling(recorder).register(
+                bus
+            )  # handles nothing here, but its groups are declared before anything is sent
+            async with bus, proxied(broker) as (proxy, url):
+                consumers = [
+                    Worker("consume", self.folder, f"consumer{number}", self.prefix, url)
+                    for number in range(_CONSUMERS)
+                ]
+                stage = Stage(broker, proxy, consumers, random.Random(self.plan.seed), self.plan.hold)  # noqa: S311  # repeatable
+                producer = Worker("produce", self.folder, "producer", self.prefix, url)
+                workers = [*consumers, producer]
+                try:
+                    for worker in workers:
+                        await worker.start()
+                    await self._work(stage, producer, recorder)
+                finally:
+                    proxy.heal()
+                    for worker in workers:
+                        await worker.kill()
+                await self._look(bus, recorder)
+                expected = service.expected(bus, ECHO)
+                able = bus.capabilities
+        history = await asyncio.to_thread(read, self.folder)
+        verdict = await asyncio.to_thread(check, history, expected)
+        result = Result(self.plan, verdict, self.faults, able.adapter, able.version)
+        result.seconds, result.unclean = round(time.monotonic() - began, 1), self.unclean
+        result.not_tried = dict(NOT_ON.get(self.plan.kind, {}))
+        (self.folder / "result.json").write_text(result.as_json())
+        return result
+
+    async def _work(self, stage: Stage, producer: Worker, recorder: Recorder) -> None:
+        progress = Progress(self.folder)
+        share = max(1, (self.plan.messages - _PROBE * len(self.plan.faults)) // (len(self.plan.faults) + 1))
+        self.say(f"warm-up: {share} messages")
+        sending = asyncio.create_task(producer.send(share, self.plan.hold))
+        await self._flows(progress, _WARM)
+        await sending
+        for name in self.plan.faults:
+            # Sent over the time of the fault and beyond, so that it strikes work.
+            sending = asyncio.create_task(producer.send(share, self.plan.hold + 2.0))
+            await self._flows(progress, self.plan.progress)
+            self.faults.append(await self._strike(stage, name, recorder))
+            recovery = asyncio.create_task(self._flows(progress, self.plan.progress))
+            await sending
+            await producer.send(_PROBE, 0.5)
+            self.faults[-1].recovery = await recovery
+            self.say(f"{name}: {self.faults[-1].proof}; {self.faults[-1].recovery} s until work went on")
+        with recorder.during("drain") as ending:
+            self.say("drain")
+            left = await self._drain(progress)
+            # The checker decides what is lost. Whether all that could come has come is decided here.
+            if left:
+                ending.detail = f"{left} still missing after {self.plan.drain:.0f} s"
+        await producer.end()
+        for consumer in stage.consumers:
+            status = await consumer.end()
+            if status:
+                self.unclean.append(f"{consumer.name} ended with status {status} after SIGTERM")
+
+    async def _strike(self, stage: Stage, name: str, recorder: Recorder) -> Fault:
+        stage.proof = ""
+        try:
+            with recorder.during("fault", value=name) as ending:
+                async with FAULTS[name](stage):
+                    await asyncio.sleep(stage.pause)
+                ending.detail = stage.proof
+        except NoBite as error:
+            return Fault(name, f"did not bite: {error}")
+        return Fault(name, stage.proof)
+
+    async def _flows(self, progress: Progress, within: float) -> float:
+        """Seconds until something more has been handled. TimeoutError: nothing was."""
+        began = time.monotonic()
+        progress.read()
+        goal = progress.handled + 1
+        while progress.handled < goal:
+            if time.monotonic() > began + within:
+                raise TimeoutError(f"nothing was handled for {within:.0f} s; see the logs in {self.folder}")
+            await asyncio.sleep(0.02)
+            progress.read()
+        return round(time.monotonic() - began, 2)
+
+    async def _drain(self, progress: Progress) -> int:
+        """Until everything confirmed was handled or is dead; how much is missing after `drain` seconds without any more."""
+        seen, since = -1, time.monotonic()
+        while True:
+            progress.read()
+            if not progress.owed:
+                return 0
+            if progress.handled != seen:
+                seen, since = progress.handled, time.monotonic()
+            elif time.monotonic() > since + self.plan.drain:
+                return len(progress.owed)
+            await asyncio.sleep(0.2)
+
+    async def _look(self, bus: Bus, recorder: Recorder) -> None:
+        """Write down what lies in the dead-letter and invalid-message channels, and what is still in its own."""
+        self.say("looking at what is left")
+        for place in service.PLACES:
+            for group in service.GROUPS if place is service.told else ("",):
+                found: dict[str, AsyncIterator[Delivery[Any]]] = {
+                    DEAD: deadletter.browse(bus, place, group=group or None),
+                    INVALID: deadletter.browse(bus, place, group=group or None, invalid=True),
+                    STORED: tooling.peek(bus, tooling.address_of(bus, place.name, group or None), _LOOKED_AT),
+                }
+                for where, deliveries in found.items():
+                    async for delivery in deliveries:
+                        value = getattr(delivery.body, "value", "")
+                        recorder.note("look", value=value, place=place.name, group=group, detail=where)

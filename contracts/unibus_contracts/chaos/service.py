@@ -1,0 +1,114 @@
+"""The work that is done meanwhile: two queues, a topic with two subscriptions, and a queue that is received by hand.
+
+What becomes of a message follows from its number alone, so that every process knows it without asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from unibus import Bus, Delivery, Queue, RetryPolicy, Topic
+from unibus_contracts.history import Expected, Recorder
+
+KEYS = 16
+WORK = 0.002  # seconds that a handler needs
+PAD = "x" * 160  # so that a body has about 256 bytes
+
+
+class Item(BaseModel):
+    value: str
+    key: str
+    seq: int
+    pad: str = PAD
+
+
+work = Queue("work", Item)
+lined = Queue("lined", Item, ordered=True)
+told = Topic("told", Item)
+manual = Queue("manual", Item)
+GROUPS = ("audit", "billing")
+PLACES = (work, lined, told, manual)
+
+POLICY = RetryPolicy(max_retries=3, backoff=0.2, multiplier=2)
+
+
+class Refusal(Exception):
+    """What a handler raises that was told to fail."""
+
+
+def number(value: str) -> int:
+    return int(value.rpartition("-")[2])
+
+
+def fails(value: str, attempt: int) -> bool:
+    """One message in about a hundred fails once, one in about five hundred always."""
+    return number(value) % 503 == 7 or (number(value) % 97 == 5 and attempt == 1)
+
+
+@dataclass
+class Handling:
+    """The handlers, writing down what they do."""
+
+    recorder: Recorder
+
+    async def one(self, item: Item, attempt: int, place: str, group: str = "") -> None:
+        about = {"value": item.value, "place": place, "group": group, "key": item.key, "seq": item.seq}
+        with self.recorder.during("handle", attempt=attempt, **about):
+            await asyncio.sleep(WORK)
+            if fails(item.value, attempt):
+                raise Refusal(item.value)
+
+    def register(self, bus: Bus) -> None:
+        @bus.consumer(work, retry=POLICY)
+        async def on_work(item: Item, delivery: Delivery[Item]) -> None:
+            await self.one(item, delivery.attempt, "work")
+
+        @bus.consumer(lined, retry=POLICY)
+        async def on_lined(item: Item, delivery: Delivery[Item]) -> None:
+            await self.one(item, delivery.attempt, "lined")
+
+        @bus.subscriber(told, group="audit", retry=POLICY)
+        async def on_audit(item: Item, delivery: Delivery[Item]) -> None:
+            await self.one(item, delivery.attempt, "told", "audit")
+
+        @bus.subscriber(told, group="billing", retry=POLICY)
+        async def on_billing(item: Item, delivery: Delivery[Item]) -> None:
+            await self.one(item, delivery.attempt, "told", "billing")
+
+    async def by_hand(self, bus: Bus) -> None:
+        """Receives from `manual` until cancelled; here the settlement's end is seen too."""
+        async with bus.receiver(manual) as receiver:
+            async for delivery in receiver:
+                item = delivery.body
+                about = {"value": item.value, "place": "manual", "key": item.key, "seq": item.seq}
+                with self.recorder.during("handle", attempt=delivery.attempt, **about):
+                    await asyncio.sleep(0)
+                try:
+                    with self.recorder.during("settle", value=item.value, place="manual"):
+                        await delivery.ack()
+                except Exception as error:  # written down as unknown; the message comes again
+                    print(
+                        f"manual: {item.value} was not settled: {type(error).__name__}: {error}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+
+def make(url: str, prefix: str) -> Bus:
+    return Bus(url, service="chaos", prefix=prefix, config=False, environ={}, channels=PLACES)
+
+
+def expected(bus: Bus, echo: float) -> Expected:
+    """What an open bus promises of this work on its broker."""
+    able = bus.capabilities
+    return Expected(
+        groups={told.name: GROUPS},
+        ordered=frozenset({lined.name}) if able.order else frozenset(),
+        settle_confirmed=bool(able.settle_confirmed),
+        echo=echo,
+        least=100,
+    )
