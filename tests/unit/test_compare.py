@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,20 @@ async def test_a_broker_that_can_not_be_reached_is_a_column_of_errors() -> None:
     assert "hunter22" not in json.dumps(document)
 
 
+async def test_a_feature_that_is_declared_as_anything_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unibus.memory import MemoryAdapter
+
+    def declared(adapter: MemoryAdapter) -> Any:
+        return replace(adapter._capabilities, delay="yes")  # type: ignore[arg-type]  # that is the mistake
+
+    monkeypatch.setattr(MemoryAdapter, "capabilities", property(declared))
+    run = run_of(probe(fine, name="fine", feature="delay"), replace(probe(fine, name="other"), needs="delay"))
+    found = cells(await run())
+    assert (found["x.fine"]["state"], found["x.fine"]["level"]) == ("measured", "refused")
+    assert found["x.fine"]["declared"] == "declared as 'yes', which is no Support of unibus.capabilities"
+    assert found["x.other"]["state"] == "refused"
+
+
 async def test_one_broker_twice_has_two_names() -> None:
     document = await run_of(probe(fine, name="fine"), names=("memory://one?lease=5", "memory://two"))()
     names = [target["name"] for target in document["targets"]]
@@ -222,6 +237,8 @@ def test_a_password_goes_to_the_child_and_nowhere_else() -> None:
     [target] = targets("amqp://me:p%40ss%2Fword@a.example,b.example:5673/v%2F1?heartbeat=5")
     assert target.text() == "amqp://me:p%40ss%2Fword@a.example,b.example:5673/v%2F1?heartbeat=5"
     assert "p@ss" not in repr(target) + json.dumps(target.told())
+    [other] = targets("sqs://eu-west-1?endpoint_url=http://user:hunter22@127.0.0.1:1")
+    assert "hunter22" not in repr(other) + json.dumps(other.told())
     assert "p%40ss" not in repr(target) + json.dumps(target.told())
     assert json.loads(order(target, "p.", "q", 1, 2))["url"] == target.text()
 

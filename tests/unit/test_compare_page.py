@@ -283,6 +283,18 @@ def test_what_is_no_document_is_said(text: str, tmp_path: Path) -> None:
         load(file)
 
 
+def test_a_document_of_other_types_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "old.json"
+    for found in (
+        document(targets=1, rows=[row("x", 1, cells=[measured("a", value="9")])]),
+        document(targets=1, rows=[row("x", 1, cells=[measured(["a"])])]),  # type: ignore[arg-type]  # on purpose
+        document(targets=1) | {"at": 1},
+    ):
+        file.write_text(json.dumps(found))
+        with pytest.raises(ConfigError, match="is no document"):
+            load(file)
+
+
 def test_a_document_of_another_format_is_said(tmp_path: Path) -> None:
     file = tmp_path / "old.json"
     file.write_text(json.dumps(document(targets=1) | {"compare": 99}))

@@ -22,8 +22,12 @@ def load(path: Path) -> Document:
             raise ConfigError(
                 f"{path}: format {document['compare']!r}; this unibus reads {FORMAT}. Run the comparison again"
             )
-        _columns(document)
-        str(document["at"])
+        for cells in _columns(document).values():
+            for cell in cells.values():
+                if not isinstance(cell["value"], int | float | None) or not isinstance(cell["text"], str):
+                    raise TypeError("a cell is no cell")
+        if not isinstance(document["at"], str):
+            raise TypeError("no time")
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
-from unibus.capabilities import Support
+from unibus.capabilities import Support, refused
 from unibus.deadletter import describe
 
 from . import contracts
@@ -153,7 +153,7 @@ class Run:
         if error := self.document["targets"][column].get("error"):
             self._put(row.id, column, "failed", Found(text=error))
             return
-        support = _support(self._labs[column], row)
+        support = _support(self._labs[column], row.feature)
         limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f})"
         text = "nothing is declared" if support is None else f"{support.level}{limit}"
         self._put(row.id, column, "declared", Found(text=text))
@@ -165,7 +165,7 @@ class Run:
         fallback = Found(text="nothing was found")
         if "error" in told:
             state, fallback = "failed", Found(text=told["error"])
-        elif probe.needs is not None and not getattr(lab.known, probe.needs):
+        elif probe.needs is not None and not _support(lab, probe.needs):
             state, fallback = "refused", Found(text="refused")
         else:
             try:
@@ -188,9 +188,7 @@ class Run:
 
     def _put(self, row_id: str, column: int, state: State, found: Found) -> None:
         entry = self._rows[row_id]
-        support = None
-        if entry["feature"] is not None and self._labs[column].capabilities is not None:
-            support = getattr(self._labs[column].known, entry["feature"])
+        support = _support(self._labs[column], entry["feature"])
         level = support.level if support is not None else "plain"
         entry["cells"][column] = {
             **cell(state, level, found.text),
@@ -241,8 +239,12 @@ def known_names() -> set[str]:
     return {contracts.CHAPTER}.union(*(_names(probe) for probe in ALL))
 
 
-def _support(lab: Lab, row: Row) -> Support | None:
-    return None if row.feature is None or lab.capabilities is None else getattr(lab.capabilities, row.feature)
+def _support(lab: Lab, feature: str | None) -> Support | None:
+    """What is declared of a feature. An adapter of others may declare it as anything: then the cell says that."""
+    found: object = None if feature is None or lab.capabilities is None else getattr(lab.capabilities, feature)
+    if found is None or isinstance(found, Support):
+        return found
+    return refused(f"declared as {found!r}, which is no Support of unibus.capabilities")
 
 
 def _said(error: BaseException) -> str:

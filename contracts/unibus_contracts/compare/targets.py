@@ -25,7 +25,9 @@ class Target:
 
     given: str
     url: Url
-    settings: Mapping[str, object] = field(default_factory=dict)  # of the driver, the URL's query among them
+    settings: Mapping[str, object] = field(
+        default_factory=dict, repr=False
+    )  # of the driver, the URL's query among them
     emulator: str | None = None
 
     def bus(self, **more: Any) -> Bus:
