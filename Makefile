@@ -31,28 +31,31 @@ demo-all: $(STAMP) ## the orders example in memory and on each broker of the sup
 	@trap '$(SUPPLY) down' EXIT; $(BROKERS); \
 	$(BIN)/python -m examples.orders.everywhere memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL"
 
-# Brokers go down whatever happened before, Ctrl-C included; the status is that of the checks, then that of the reports.
+# The brokers start beside the checks that need none; `brokers-up` waits for them, and says what went wrong. They go down
+# whatever happened before, Ctrl-C included; the status is that of the checks, then that of the reports.
 test: $(STAMP) ## everything: lint, types, unit tests, saboteurs, then contracts and integration on real brokers
 	@rm -rf reports; shopt -s nullglob; \
-	trap '$(SUPPLY) down' EXIT; \
+	$(SUPPLY) up >/dev/null 2>&1 & starting=$$!; \
+	stop() { wait $$starting || :; $(SUPPLY) down; }; trap stop EXIT; \
 	status=0; $(MAKE) --no-print-directory checks || status=$$?; \
-	trap - EXIT; $(SUPPLY) down || status=$$?; \
+	trap - EXIT; stop || status=$$?; \
 	$(BIN)/python -m unibus_contracts.summary reports/*.json || status=$$?; \
 	exit $$status
 
 checks: lint types unit saboteurs brokers-up contracts integration
 
 unit: $(STAMP) ## unit tests: core on the memory adapter, no broker
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 3 --dist worksteal
 
 saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by those that are meant to, none that never does
 	$(BIN)/python -m unibus_contracts.saboteurs
 
 contracts: $(STAMP) ## the contract suite on the memory adapter and on each broker of the supply
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 4
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6
 
+# A file at a time, since the tests of one share brokers; in the order of their names, else those of few long tests come last.
 integration: $(STAMP) ## adapters on real brokers, faults included
-	@$(BROKERS); $(BIN)/pytest tests/integration -n 3 --dist loadfile
+	@$(BROKERS); $(BIN)/pytest tests/integration -n 4 --dist loadfile --no-loadscope-reorder
 
 chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10, and its history judged
 	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS)

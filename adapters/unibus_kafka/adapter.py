@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -13,8 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Queue, Topic
-from unibus.driver import linked, place_of, send_all
-from unibus.driver import missing as not_there
+from unibus.driver import linked, missing, place_of, send_all
 from unibus.errors import (
     ConfigError,
     MessageTooLarge,
@@ -143,12 +142,12 @@ class KafkaAdapter:
         return found
 
     async def _verify(self, link: Link, made: topology.Plan, gone: set[str]) -> None:
-        missing = [f"topic {name!r}" for name in made.topics if name in gone]
+        lacking = [f"topic {name!r}" for name in made.topics if name in gone]
         for group, (place, _, _) in made.groups.items():
             if place.topic not in gone and not await link.committed(group):
-                missing.append(f"group {group!r}")
-        if missing:
-            raise not_there("Kafka", missing)
+                lacking.append(f"group {group!r}")
+        if lacking:
+            raise _not_there(lacking)
 
     # Sending
 
@@ -199,9 +198,9 @@ class KafkaAdapter:
     @staticmethod
     def _missing(outgoing: Outgoing, topic: str) -> TransportError:
         if isinstance(outgoing.to, Inbox):
-            return Unroutable("the inbox is gone: its topic does not exist")
+            return Unroutable(f"the inbox is gone: its topic {topic!r} does not exist, or this user lacks Write on it")
         return NotFound(
-            f"{outgoing.to} does not exist on Kafka (topic {topic!r}), or this user may not see it; declare it"
+            f"{outgoing.to} does not exist on Kafka (topic {topic!r}), or this user lacks Write on it; declare it"
         )
 
     async def _deliver(
@@ -229,7 +228,7 @@ class KafkaAdapter:
                 error = Timeout(f"send to {tp.topic!r}: not confirmed within {timeout:g} s; it may or may not be there")
                 error.__cause__ = exc
             except Exception as exc:
-                error = errors.translate(exc, f"send to {tp.topic!r}")
+                error = errors.translate(exc, f"send to {tp.topic!r}", "Write")
                 error.__cause__ = None if error is exc else exc
             if error is not None:
                 for i in indices:
@@ -266,7 +265,7 @@ class KafkaAdapter:
         else:
             place = self._place(address)
         if gone := await link.missing(place.topics):
-            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(gone)))
+            raise _not_there(f"{address} (topic {name!r})" for name in sorted(gone))
         group = None if source.browse or place not in self._plan.places.values() else place.name
         consumer = self._consumer(link, group)
         kit = Kit(link, self._clock, given, self._send_back, self._subscriptions.discard)
@@ -324,7 +323,7 @@ class KafkaAdapter:
         link, place = self._linked(), self._place(address)
         gone = await link.missing(place.topics)
         if needed := [name for name in gone if not place.topics[name]]:  # rungs that are missing hold nothing
-            raise not_there("Kafka", (f"{address} (topic {name!r})" for name in sorted(needed)))
+            raise _not_there(f"{address} (topic {name!r})" for name in sorted(needed))
         tps = [tp for topic in place.topics if topic not in gone for tp in link.partitions(topic)]
         committed = await link.committed(place.name)  # first: what moves meanwhile counts twice, and not never
         begins, ends = await link.offsets(tps, EARLIEST), await link.offsets(tps, LATEST)
@@ -346,6 +345,10 @@ class KafkaAdapter:
     def reply_to(self, text: str) -> Address:
         wire.reply_address(text)
         return Inbox(text)
+
+
+def _not_there(what: Iterable[str]) -> NotFound:
+    return NotFound(f"{missing('Kafka', what)}; what this user may not Describe looks missing to it")
 
 
 def _seen(confirmed: asyncio.Future[Any]) -> None:

@@ -62,8 +62,11 @@ _TABLE: tuple[tuple[tuple[type[BaseException], ...], type[TransportError]], ...]
 )
 
 
-def translate(exc: BaseException, doing: str) -> UnibusError:
-    """The error to raise `from exc`. `doing`: what was tried, with the object's name. Never called with CancelledError."""
+def translate(exc: BaseException, doing: str, right: str = "Read") -> UnibusError:
+    """The error to raise `from exc`. `doing`: what was tried, with the object's name; `right`: what a user needs for it.
+
+    Never called with CancelledError.
+    """
     if (known := common(exc, doing, "Kafka")) is not None:
         return known
     for natives, ours in _TABLE:
@@ -71,10 +74,21 @@ def translate(exc: BaseException, doing: str) -> UnibusError:
             hint = (
                 "; check username and UNIBUS_PASSWORD, and kafka.sasl_mechanism" if ours is AuthenticationFailed else ""
             )
-            return ours(f"{doing}: {_text(exc)}{hint}")
+            text = _denied(exc, right) if ours is PermissionDenied else _text(exc)
+            return ours(f"{doing}: {text}{hint}")
     if getattr(exc, "retriable", False) or type(exc) is kafka.KafkaError:
         return ConnectionLost(f"{doing}: {_text(exc)}")
     return Refused(f"{doing}: {_text(exc)}")
+
+
+def _denied(exc: BaseException, right: str) -> str:
+    """The server names no right, and often no object."""
+    if isinstance(exc, kafka.ClusterAuthorizationFailedError):
+        return "not authorized; this user needs IdempotentWrite on the cluster, or from Kafka 2.8 on Write on any topic"
+    given = exc.args[0] if exc.args else ()
+    names = [given] if isinstance(given, str) else sorted(map(str, given))
+    kind = "group" if isinstance(exc, kafka.GroupAuthorizationFailedError) else "topic"
+    return f"not authorized; this user needs {right} on {kind} {', '.join(map(repr, names))}".rstrip()
 
 
 def _text(exc: BaseException) -> str:

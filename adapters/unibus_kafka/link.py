@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.conn import create_conn
-from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import (
+    InvalidReplicationFactorError,
+    KafkaError,
+    NoError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    for_code,
+)
 from aiokafka.partitioner import murmur2
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
@@ -29,6 +36,7 @@ log = logging.getLogger("unibus.kafka")
 T = TypeVar("T")
 
 TIMEOUT = 20.0  # of what has no deadline of its own
+_DOUBT = 2.0  # seconds without a sign of a new topic, after which that is said
 _STOP = 2.0  # of each step of a stop
 EARLIEST, LATEST = -2, -1  # times, as the protocol spells them
 _TOPIC = 2  # a resource, as the protocol spells it
@@ -162,16 +170,24 @@ class Link:
             (name, o.partitions or -1, o.replication or -1, [], list(o.config.items())) for name, o in wanted.items()
         ]
         request = CreateTopicsRequest(entries, round(TIMEOUT * 1000), validate_only=False)
-        response = await self.patiently(
-            lambda: self._client.send(self._client.cluster.controller.nodeId, request), "create topics"
-        )
+
+        async def ask() -> Any:
+            response = await self._client.send(self._client.cluster.controller.nodeId, request)
+            for _, code, *text in response.topic_errors:
+                # No broker to put it on: the controller has not heard of any for some seconds, and will again.
+                if for_code(code) is InvalidReplicationFactorError and "fenced" in "".join(filter(None, text)):
+                    raise ConnectionLost(f"create topics: {text[0]}")
+            return response
+
+        response = await self.patiently(ask, "create topics")
         for name, code, *text in response.topic_errors:
             error = for_code(code)
             if error is NoError:
                 log.info("created topic %s", name)
             elif error is not TopicAlreadyExistsError:  # by another process, in this moment
-                native = error(*filter(None, text))
-                raise errors.translate(native, f"create topic {name!r}") from native
+                native = error(name) if error is TopicAuthorizationFailedError else error(*filter(None, text))
+                words = f" ({text[0]})" if text and text[0] else ""
+                raise errors.translate(native, f"create topic {name!r}{words}", "Create") from native
 
         async def led() -> None:
             leader = self._client.cluster.leader_for_partition
@@ -181,7 +197,13 @@ class Link:
             if any(leader(tp) in {None, -1} for name in wanted for tp in self.partitions(name)):
                 raise ConnectionLost("not all new topics have a leader yet")
 
-        await self.patiently(led, "wait for new topics")
+        names = ", ".join(map(repr, wanted))
+        unseen = "waiting for the new topics %s; a user who may not Describe them never sees them"
+        doubt = asyncio.get_running_loop().call_later(_DOUBT, log.warning, unseen, names)
+        try:
+            await self.patiently(led, f"wait for the new topics {names}, which this user may lack Describe on")
+        finally:
+            doubt.cancel()
 
     # Offsets
 
@@ -197,7 +219,7 @@ class Link:
                 response = await self._client.send(node, OffsetRequest(-1, 0, list(topics.items())))
                 for topic, partitions in response.topics:
                     for partition, code, _, offset in partitions:
-                        _check(code)
+                        _check(code, topic)
                         found[TopicPartition(topic, partition)] = offset
             return found
 
@@ -206,9 +228,8 @@ class Link:
     async def committed(self, group: str) -> dict[TopicPartition, tuple[int, str]]:
         """Offset and metadata of every partition for which the group has committed one."""
         response = await self._coordinator(
-            group, OffsetFetchRequest(group, None), f"read the offsets of group {group!r}"
+            group, OffsetFetchRequest(group, None), f"read the offsets of group {group!r}", "Describe"
         )
-        _check(response.error_code)
         return {
             TopicPartition(topic, partition): (offset, metadata or "")
             for topic, partitions in response.topics
@@ -224,19 +245,17 @@ class Link:
         request = OffsetCommitRequest(group, -1, "", -1, list(by_topic.items()))
         await self._coordinator(group, request, f"begin group {group!r}")
 
-    async def _coordinator(self, group: str, request: Any, doing: str) -> Any:
+    async def _coordinator(self, group: str, request: Any, doing: str, right: str = "Read") -> Any:
         async def ask() -> Any:
             node = await self._client.coordinator_lookup(CoordinationType.GROUP, group)
             response = await self._client.send(node, request, group=ConnectionGroup.COORDINATION)
-            codes = [
-                getattr(response, "error_code", 0),
-                *(p[-1] for _, partitions in response.topics for p in partitions),
-            ]
-            for code in codes:
-                _check(code)
+            _check(getattr(response, "error_code", 0), group)
+            for topic, partitions in response.topics:
+                for *_, code in partitions:
+                    _check(code, topic)
             return response
 
-        return await self.patiently(ask, doing)
+        return await self.patiently(ask, doing, right)
 
     async def groups(self) -> set[str]:
         """The ids of all groups that we may see."""
@@ -248,8 +267,11 @@ class Link:
             found |= {group for group, *_ in response.groups}
         return found
 
-    async def patiently(self, call: Callable[[], Awaitable[T]], doing: str) -> T:
-        """Leaders and coordinators take a moment to be there, of what is new above all; no error says when they are."""
+    async def patiently(self, call: Callable[[], Awaitable[T]], doing: str, right: str = "Describe") -> T:
+        """Leaders and coordinators take a moment to be there, of what is new above all; no error says when they are.
+
+        `right`: what a user needs for it.
+        """
         try:
             async with asyncio.timeout(TIMEOUT):
                 while True:
@@ -261,7 +283,7 @@ class Link:
                         await asyncio.sleep(0.05)
                         await self._client.force_metadata_update()
         except Exception as exc:
-            raise errors.translate(exc, doing) from exc
+            raise errors.translate(exc, doing, right) from exc
 
 
 def by_name(client: Any) -> Any:
@@ -296,6 +318,7 @@ async def put_away(*steps: Callable[[], Awaitable[None]]) -> None:
         await asyncio.wait([task], timeout=_STOP)
 
 
-def _check(code: int) -> None:
+def _check(code: int, name: str) -> None:
+    """`name`: of the topic or group that it is about."""
     if code:
-        raise for_code(code)
+        raise for_code(code)(name)

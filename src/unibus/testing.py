@@ -18,7 +18,7 @@ from unibus.message import Message
 
 CALM = 10  # turns of the loop without anything to do that count as idle
 SPINS = 200  # turns before we believe that a handler waits for the real world
-REAL_WAIT = 0.001  # seconds to leave to threads and files then
+REAL_WAIT = 0.001  # seconds to leave to threads and files then, each turn
 PATIENCE = 0.25  # seconds that `advance` leaves to busy handlers at its end
 STUCK = 0.02  # seconds that `advance` leaves to a busy handler before time goes on
 
@@ -40,11 +40,9 @@ class Lab:
     async def idle(self, timeout: float = 5.0) -> None:
         """Until nothing is left to do now: what waits for a later time doesn't count.
 
-        Raises AssertionError after `timeout` real seconds, naming what is still going on.
+        Raises AssertionError after `timeout` real seconds (more on a busy machine), naming what is still going on.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        if not await self._calm(deadline):
+        if not await self._calm(timeout):
             raise AssertionError(f"still busy after {timeout:g} s: {self._what()}")
 
     async def advance(self, seconds: float) -> None:
@@ -52,14 +50,13 @@ class Lab:
 
         Returns once idle, or when only handlers that wait for something are left.
         """
-        loop = asyncio.get_running_loop()
         end = self.clock.monotonic() + seconds
-        await self._calm(loop.time() + STUCK, wait=False)
+        await self._calm(STUCK, wait=False)
         while (due := self.clock.next_due()) is not None and self.clock.monotonic() + due <= end:
             self.clock.move(due)
-            await self._calm(loop.time() + STUCK, wait=False)
+            await self._calm(STUCK, wait=False)
         self.clock.move(max(0.0, end - self.clock.monotonic()))
-        await self._calm(loop.time() + PATIENCE)
+        await self._calm(PATIENCE)
 
     def sent(self, channel: Queue[Any] | Topic[Any] | str) -> list[Any]:
         """The bodies that were sent or published to a channel so far, decoded, in order. Retries are not among them."""
@@ -87,12 +84,12 @@ class Lab:
     def _busy(self) -> bool:
         return self.bus._opened().busy() or self.broker.ready() > 0
 
-    async def _calm(self, deadline: float, *, wait: bool = True) -> bool:
-        """Turn the loop until nothing happens any more. False at the deadline (real time).
+    async def _calm(self, patience: float, *, wait: bool = True) -> bool:
+        """Turn the loop until nothing happens any more. False when `patience`, seconds, is over.
 
+        It is counted in turns, not by a clock: a process that got no processor for a while has had no time either.
         Without `wait`, handlers that wait for something don't count as happening, unless they run in threads.
         """
-        loop = asyncio.get_running_loop()
         calm = spins = 0
         while calm < CALM:
             spins += 1
@@ -101,7 +98,7 @@ class Lab:
                 calm += 1
                 continue
             calm = 0
-            if loop.time() > deadline:
+            if spins >= SPINS + patience / REAL_WAIT:
                 return False
         return True
 

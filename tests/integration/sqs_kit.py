@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,6 +36,12 @@ async def eventually(probe: Callable[[], Awaitable[Any]]) -> Any:
     return answer
 
 
+@cache
+def _session() -> Any:
+    """One for all: it reads the description of a service once, which takes longer than most tests."""
+    return get_session()
+
+
 class Bench:
     """Names of its own, adapters behind the SPI, buses, and raw clients."""
 
@@ -50,7 +57,7 @@ class Bench:
         parsed = parse(self.url)
         assert parsed.password is not None
         return await self.stack.enter_async_context(
-            get_session().create_client(
+            _session().create_client(
                 service,
                 region_name=parsed.hosts[0][0],
                 endpoint_url=parsed.query["endpoint_url"],

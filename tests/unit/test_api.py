@@ -50,7 +50,7 @@ def test_the_core_imports_no_broker_library_and_no_adapter(path: Path) -> None:
 def loaded(program: str) -> set[str]:
     code = f"{program}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=30
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
     )  # our own program
     return set(json.loads(run.stdout.splitlines()[-1]))
 

@@ -94,7 +94,6 @@ def run_program(rest: str) -> str:
         env=environ,
         capture_output=True,
         text=True,
-        timeout=30,
         check=True,
     )
     assert done.stderr == ""

@@ -295,7 +295,7 @@ def test_a_signal_drains_and_ends_the_process(number: signal.Signals) -> None:
         assert process.stdout.readline() == "began\n"
         process.send_signal(number)
         assert process.stdout.read() == "done\nclosed\n"
-        assert process.wait(10) == 0
+        assert process.wait() == 0
 
 
 async def test_counts_and_names() -> None:

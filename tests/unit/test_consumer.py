@@ -266,7 +266,7 @@ async def test_a_plain_function_runs_in_a_thread_with_its_correlation() -> None:
 
 async def test_plain_functions_run_side_by_side_up_to_the_concurrency() -> None:
     bus = make_bus()
-    barrier = threading.Barrier(3, timeout=5)
+    barrier = threading.Barrier(3, timeout=60)
     most: list[int] = []
     running = 0
     lock = threading.Lock()
@@ -297,7 +297,7 @@ async def test_a_thread_beyond_its_timeout_is_said_once_and_keeps_its_slot(caplo
     def handle(body: str) -> None:
         runs.append(body)
         began.set()
-        go.wait(10)
+        go.wait(60)
 
     async with lab(bus) as it:
         await bus.send_many(ORDERS, ["1", "2"])
@@ -335,7 +335,7 @@ async def test_a_thread_that_never_ends_does_not_keep_the_bus_open() -> None:
     @bus.consumer(ORDERS)
     def handle(body: str) -> None:
         began.set()
-        go.wait(10)
+        go.wait(60)
 
     async with lab(bus) as it:
         await bus.send(ORDERS, "x")

@@ -249,9 +249,9 @@ def test_a_credential_at_the_edge_of_what_is_read_is_not_shown() -> None:
 
 
 def test_a_long_hostile_text_costs_little() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     deadletter.error_text(ValueError("://" * 1_000_000))
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def test_an_error_that_can_not_be_printed() -> None:

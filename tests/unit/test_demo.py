@@ -21,9 +21,7 @@ pytestmark = pytest.mark.timeout(240)  # whole runs in processes of their own, a
 def demo(*arguments: str | Path, url: str = "memory://") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "examples.orders", *map(str, arguments), "--url", url]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("UNIBUS_")}
-    return subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=100
-    )  # our own
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)  # our own
 
 
 def table(output: str) -> dict[str, tuple[int, int]]:

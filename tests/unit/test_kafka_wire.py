@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
+from aiokafka.protocol.admin import CreateTopicsRequest
 from aiokafka.structs import ConsumerRecord
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from unibus.errors import ConfigError, Refused
 from unibus.message import Message
 from unibus_kafka import KafkaAdapter, config, errors, offsets, topology, wire
 from unibus_kafka.capabilities import known
-from unibus_kafka.link import hash_of
+from unibus_kafka.link import Link, hash_of
 
 NOW = 1_700_000_000.0
 Q: Queue[bytes] = Queue("q")
@@ -385,6 +387,48 @@ def test_errors_are_translated(native: BaseException, expected: type[Exception])
     error = errors.translate(native, "send to 'q'")
     assert type(error) is expected
     assert str(error).startswith("send to 'q': ")
+
+
+@pytest.mark.parametrize(
+    ("native", "needed"),
+    [
+        (kafka.TopicAuthorizationFailedError("t"), "needs Write on topic 't'"),
+        (kafka.TopicAuthorizationFailedError({"b", "a"}), "needs Write on topic 'a', 'b'"),
+        (kafka.GroupAuthorizationFailedError("g"), "needs Write on group 'g'"),
+        (kafka.GroupAuthorizationFailedError(), "needs Write on group"),
+        (kafka.ClusterAuthorizationFailedError(), "needs IdempotentWrite on the cluster, or "),
+    ],
+)
+def test_a_right_that_is_missing_is_named(native: BaseException, needed: str) -> None:
+    error = errors.translate(native, "send to 'q'", "Write")
+    assert str(error).startswith(f"send to 'q': not authorized; this user {needed}")
+
+
+async def test_a_cluster_that_has_no_broker_for_a_moment_is_asked_again() -> None:
+    """On a busy machine the controller misses the heartbeats of its brokers, and refuses topics until it hears of them."""
+    fenced = "Unable to replicate the partition 1 time(s): All brokers are currently fenced."
+    answers = [[("q", 38, fenced), ("r", 38, fenced)], [("q", 36, "it exists"), ("r", 0, None)]]
+
+    class Client:  # what the server says; the rest is for a real broker
+        cluster = SimpleNamespace(
+            controller=SimpleNamespace(nodeId=1), partitions_for_topic=lambda _: None, leader_for_partition=lambda _: 1
+        )
+        _topics = frozenset({"q", "r"})
+
+        def get_random_node(self) -> int:
+            return 1
+
+        async def force_metadata_update(self) -> None: ...
+
+        async def send(self, node: int, request: Any) -> Any:
+            if isinstance(request, CreateTopicsRequest):
+                return SimpleNamespace(topic_errors=answers.pop(0))
+            return SimpleNamespace(topics=[] if answers else [(0, "q", False, [0]), (0, "r", False, [0])])
+
+    made: Any = object.__new__(Link)
+    made._client = Client()
+    await made.create({"q": config.TopicOptions(), "r": config.TopicOptions()})
+    assert answers == []
 
 
 def endpoint(**settings: object) -> Endpoint:

@@ -1,12 +1,13 @@
 """The lab for tests of a service: idle, advance, sent, dead_letters."""
 
 import asyncio
+import itertools
 
 import pytest
 from tests.unit.core_lab import DONE, EVENTS, LATER, ORDERS, make_bus, tidy
 
 import unibus.testing
-from unibus import Closed, RetryPolicy, UnknownChannel
+from unibus import Closed, Delivery, RetryPolicy, UnknownChannel
 from unibus.clock import SystemClock
 from unibus.testing import in_memory
 
@@ -76,6 +77,28 @@ async def test_a_handler_that_hangs_is_named() -> None:
             await it.idle(timeout=0.05)
         go.set()
         await it.idle()
+
+
+async def test_time_does_not_hurry_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the real clock is minutes later than the one before it."""
+    bus = make_bus()
+    loop = asyncio.get_running_loop()
+    real, looks = loop.time, itertools.count()
+    ran: list[tuple[str, int, float]] = []
+
+    @bus.consumer(LATER, retry=RetryPolicy(max_retries=2, backoff=1, multiplier=1))
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        ran.append((body, delivery.attempt, round(it.clock.monotonic() - begun, 3)))
+        raise OSError("always")
+
+    async with tidy(), in_memory(bus) as it:
+        begun = it.clock.monotonic()
+        monkeypatch.setattr(loop, "time", lambda: real() + 100 * next(looks))
+        for n in range(5):
+            await bus.send(LATER, str(n), delay=1 + n / 10)
+        await it.advance(3.4)
+        monkeypatch.setattr(loop, "time", real)
+    assert ran == [(str(n), attempt, attempt + n / 10) for attempt in (1, 2, 3) for n in range(5)]
 
 
 async def test_labs_do_not_share_a_broker() -> None:

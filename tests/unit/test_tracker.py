@@ -105,12 +105,12 @@ def test_a_long_run_takes_linear_time(stuck: bool) -> None:
     tracker.add(0)
     if not stuck:
         tracker.finish(0)
-    started = time.perf_counter()
+    started = time.thread_time()
     for start in range(1, 200_000, 500):  # quadratic time would take minutes
         for number in range(start, start + 500):
             tracker.add(number)
         for number in range(start, start + 500):
             tracker.finish(number)
             assert (tracker.prefix is None) is stuck
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
     assert len(tracker) == stuck

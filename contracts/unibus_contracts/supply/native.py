@@ -20,6 +20,7 @@ MARK = "UNIBUS_TEST_BROKER_HOME"
 _GRACE = 30.0  # seconds between SIGTERM and SIGKILL at a restart
 _DEATH = 10.0  # seconds until the kernel has cleared away what got SIGKILL
 _EXEC = 0.1  # seconds that a process may show no environment while it becomes another program
+_EXEC_BUSY = 2.0  # where the machine may be so busy that it stays in between for long
 _SETTLED = 5.0  # seconds that a kill waits for declarations to reach the disk
 
 
@@ -61,7 +62,7 @@ class Native:
         return next((pid for pid, name in processes(home).items() if name == kind.process), None)
 
     def running(self, record: Record, home: Path) -> bool:
-        return wait_until(lambda: bool(processes(home)), _EXEC)
+        return wait_until(lambda: bool(processes(home)), _EXEC_BUSY)
 
     def kill(self, kind: Kind, record: Record, home: Path) -> None:
         if not wait_until(lambda: kind.settled(home), _SETTLED):
