@@ -30,7 +30,7 @@ from .rabbitmq import RabbitMQ
 from .redis import Redis
 from .sqs import SQS
 
-__all__ = ["KINDS", "Broker", "SupplyError", "running", "start", "stop"]
+__all__ = ["KINDS", "Broker", "SupplyError", "emulator", "running", "start", "stop"]
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka(), Redis(), SQS())}
 _PRIVATE: dict[str, Kind] = {kind.name: kind for kind in (ElasticMQ(),)}  # only as instances, for the tests that ask
@@ -157,6 +157,12 @@ def stop(names: Iterable[str] | None = None) -> list[str]:
         with locked(home.with_suffix(".lock")):
             _remove(home)
     return [home.name for home in homes]
+
+
+def emulator(name: str) -> str | None:
+    """What a broker of this kind really is where that is no server of its own, such as "SQS/SNS on ministack"."""
+    found: str | None = getattr(_kind(name), "emulator", None)
+    return found
 
 
 def _kind(name: str) -> Kind:

@@ -21,6 +21,7 @@ _TIMEOUT = 5.0
 class SQS:
     name = "sqs"
     process = "ministack"
+    emulator = "SQS/SNS on ministack"
     image = f"ministackorg/ministack:{VERSION}"
     ports: Sequence[str] = ("http",)
     private_ports: Sequence[str] = ()

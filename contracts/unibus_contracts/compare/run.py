@@ -1,0 +1,284 @@
+"""The run: every probe on every target, into one document of plain data. What fails is a cell that says so.
+
+Contracts first, on all targets at once; then the probes that have to be alone, target by target; then those that mostly
+wait, on all targets at once. The document is whole at every moment: what has not been run says that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from time import perf_counter
+from typing import Any
+
+from unibus.capabilities import Support, refused
+from unibus.deadletter import describe
+
+from . import contracts
+from .lab import Lab, Missing
+from .model import Declared, Found, NotMeasurable, Probe, Row, Sizes, State
+from .probes import ALL
+from .targets import Target
+
+FORMAT = 1
+FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
+log = logging.getLogger("unibus.compare")
+
+Document = dict[str, Any]
+Progress = Callable[[str, str, float], None]  # target, what is done, seconds
+
+
+def nothing(target: str, done: str, seconds: float) -> None:
+    """Nobody looks."""
+
+
+class Run:
+    """`document` is as far as it has come. `only`: chapters or probes, empty for all; `contracts` is one of them."""
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        sizes: Sizes,
+        *,
+        quick: bool = False,
+        only: Collection[str] = (),
+        touched: Collection[str] | None = None,
+        progress: Progress = nothing,
+        probes: Sequence[Probe | Declared] = ALL,
+    ) -> None:
+        self._labs = [Lab(target, sizes) for target in targets]
+        self._progress = progress
+        self._probes = [p for p in probes if not only or _names(p) & set(only)]
+        self._contracts = not only or contracts.CHAPTER in only
+        self._quick = quick
+        self._rows: dict[str, dict[str, Any]] = {}
+        self.document: Document = {
+            "compare": FORMAT,
+            "finished": False,
+            "quick": quick,
+            "only": sorted(only),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "machine": machine(),
+            "targets": [_told(lab) for lab in self._labs],
+            "rows": [],
+        }
+        for probe in self._probes:
+            for row in [probe.row] if isinstance(probe, Declared) else probe.rows:
+                self._add(row, touched)
+
+    def _add(self, row: Row, touched: Collection[str] | None = None) -> None:
+        entry = {
+            "id": row.id,
+            "chapter": row.chapter,
+            "title": row.title,
+            "how": row.how,
+            "feature": row.feature,
+            "unit": row.unit,
+            "better": row.better,
+            "axes": list(row.axes) if row.axes else None,
+            "logarithmic": row.logarithmic,
+            "yours": None if touched is None else bool(set(row.touches) & set(touched)),
+            "cells": [cell("not run", "", "not run") for _ in self._labs],
+        }
+        self._rows[row.id] = entry
+        self.document["rows"].append(entry)
+
+    async def __call__(self) -> Document:
+        """Run all of it. Cancelled, it leaves the document as far as it came, with `finished` false."""
+        begun = perf_counter()
+        try:
+            await asyncio.gather(*(self._connect(column) for column in range(len(self._labs))))
+            self._baptise()
+            if self._contracts:
+                await self._run_contracts()
+            for column in range(len(self._labs)):
+                for probe in self._probes:
+                    if isinstance(probe, Declared):
+                        self._declare(probe.row, column)
+                    elif not probe.waits:
+                        await self._measure(probe, column)
+            await asyncio.gather(*(self._wait(column) for column in range(len(self._labs))))
+            self.document["finished"] = True
+        finally:
+            self.document["seconds"] = round(perf_counter() - begun, 1)
+        return self.document
+
+    async def _connect(self, column: int) -> None:
+        lab, told = self._labs[column], self.document["targets"][column]
+        try:
+            async with asyncio.timeout(60 * FACTOR):
+                known = await lab.connect()
+        except Exception as error:
+            told["error"] = _said(error)
+            self._progress(told["name"], f"can't be reached: {told['error']}", 0.0)
+            return
+        told |= {"adapter": known.adapter, "version": known.version}
+
+    def _baptise(self) -> None:
+        """Once it is known who answers; in order, so that the same targets have the same names in each run."""
+        taken: list[str] = []
+        for lab, told in zip(self._labs, self.document["targets"], strict=True):
+            if lab.capabilities is not None:
+                told["name"] = _name(lab, taken)
+            taken.append(told["name"])
+
+    async def _run_contracts(self) -> None:
+        async def one(column: int) -> contracts.Outcome:
+            told, begun = self.document["targets"][column], perf_counter()
+            if "error" in told:
+                return contracts.Outcome(error=told["error"])
+            outcome = await contracts.run(self._labs[column].target, quick=self._quick)
+            self._progress(told["name"], contracts.CHAPTER, perf_counter() - begun)
+            return outcome
+
+        outcomes = await asyncio.gather(*(one(column) for column in range(len(self._labs))))
+        for row, cells in contracts.rows(outcomes, quick=self._quick):
+            self._add(row)
+            for column, (state, found) in enumerate(cells):
+                self._put(row.id, column, state, found)
+
+    async def _wait(self, column: int) -> None:
+        for probe in self._probes:
+            if isinstance(probe, Probe) and probe.waits:
+                await self._measure(probe, column)
+
+    def _declare(self, row: Row, column: int) -> None:
+        if error := self.document["targets"][column].get("error"):
+            self._put(row.id, column, "failed", Found(text=error))
+            return
+        support = _support(self._labs[column], row.feature)
+        limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f})"
+        text = "nothing is declared" if support is None else f"{support.level}{limit}"
+        self._put(row.id, column, "declared", Found(text=text))
+
+    async def _measure(self, probe: Probe, column: int) -> None:
+        lab, told, begun = self._labs[column], self.document["targets"][column], perf_counter()
+        state: State = "measured"
+        found: Mapping[str, Found] = {}
+        fallback = Found(text="nothing was found")
+        if "error" in told:
+            state, fallback = "failed", Found(text=told["error"])
+        elif probe.needs is not None and not _support(lab, probe.needs):
+            state, fallback = "refused", Found(text="refused")
+        else:
+            try:
+                async with asyncio.timeout(probe.limit * FACTOR):
+                    found = await probe.measure(lab)
+            except NotMeasurable as error:
+                state, fallback = "not run", Found(text=f"can't be measured here: {error}")
+            except TimeoutError as error:
+                late = f"not done within {probe.limit * FACTOR:g} s"
+                state, fallback = "failed", Found(text=_said(error) if str(error) else late)
+            except Exception as error:
+                log.debug("probe %s", probe.name, exc_info=True)
+                state, fallback = "failed", Found(text=_said(error))
+        for row in probe.rows:
+            if row.id in found:
+                self._put(row.id, column, "measured", found[row.id])
+            else:
+                self._put(row.id, column, "failed" if state == "measured" else state, fallback)
+        self._progress(told["name"], probe.name, perf_counter() - begun)
+
+    def _put(self, row_id: str, column: int, state: State, found: Found) -> None:
+        entry = self._rows[row_id]
+        support = _support(self._labs[column], entry["feature"])
+        level = support.level if support is not None else "plain"
+        entry["cells"][column] = {
+            **cell(state, level, found.text),
+            "value": found.value,
+            "note": found.note,
+            "declared": support.how if support is not None else "",
+            "points": {name: [list(point) for point in curve] for name, curve in found.points.items()},
+        }
+
+
+def cell(state: State, level: str, text: str) -> dict[str, Any]:
+    """`level`: native, emulated or refused as declared; plain: sending, receiving and settling, which all have to do."""
+    return {
+        "state": state,
+        "level": level or "plain",
+        "text": text,
+        "value": None,
+        "note": "",
+        "declared": "",
+        "points": {},
+    }
+
+
+def failures(document: Document) -> list[str]:
+    """A line for each cell that failed."""
+    names = [target["name"] for target in document["targets"]]
+    return [
+        f"{names[column]}: {row['title']}: {found['text']}"
+        for row in document["rows"]
+        for column, found in enumerate(row["cells"])
+        if found["state"] == "failed"
+    ]
+
+
+def yours_first(row: Mapping[str, Any]) -> bool:
+    """The key to sort rows by; the order of the others is kept."""
+    return row["yours"] is False
+
+
+def _names(probe: Probe | Declared) -> set[str]:
+    if isinstance(probe, Declared):
+        return {probe.row.id, probe.row.chapter}
+    return {probe.name, *(name for row in probe.rows for name in (row.id, row.chapter))}
+
+
+def known_names() -> set[str]:
+    """What `only` may be made of."""
+    return {contracts.CHAPTER}.union(*(_names(probe) for probe in ALL))
+
+
+def _support(lab: Lab, feature: str | None) -> Support | None:
+    """What is declared of a feature. An adapter of others may declare it as anything: then the cell says that."""
+    found: object = None if feature is None or lab.capabilities is None else getattr(lab.capabilities, feature)
+    if found is None or isinstance(found, Support):
+        return found
+    return refused(f"declared as {found!r}, which is no Support of unibus.capabilities")
+
+
+def _said(error: BaseException) -> str:
+    """One line, and never a traceback: its frames hold URLs."""
+    if isinstance(error, Missing):
+        return str(error)
+    if isinstance(error, BaseExceptionGroup):
+        return _said(error.exceptions[0])
+    return describe(error)
+
+
+def _told(lab: Lab) -> dict[str, Any]:
+    told = lab.target.told()
+    return {"name": told["emulator"] or told["given"], "adapter": None, "version": None, "prefix": lab.prefix, **told}
+
+
+def _name(lab: Lab, others: Collection[str]) -> str:
+    """Of a column: the emulator's name where there is one; the file's or the URL's where two would be the same."""
+    known = lab.known
+    name = lab.target.emulator or " ".join(filter(None, (known.adapter, known.version)))
+    if lab.target.given.endswith(".toml") or name in others:
+        name += f" ({lab.target.given})"
+    number, unique = 2, name
+    while unique in others:
+        unique, number = f"{name} #{number}", number + 1
+    return unique
+
+
+def machine() -> dict[str, Any]:
+    """Where: figures without this mean nothing."""
+    return {
+        "unibus": version("unibus"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "load": [round(load, 1) for load in os.getloadavg()] if sys.platform != "win32" else None,
+    }
