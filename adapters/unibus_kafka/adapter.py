@@ -333,7 +333,7 @@ class KafkaAdapter:
         return Backlog(ready, exact=place.letters, delayed=delayed)  # what consumers have in hand is in it
 
     async def check(self) -> Health:
-        return Health(self._link is not None and await self._link.up())
+        return Health(self._link is not None and await self._link.up(), mends=True)
 
     def reply_to(self, text: str) -> Address:
         wire.reply_address(text)

@@ -14,6 +14,7 @@ from unibus.channel import DEAD_LETTER, INVALID
 from unibus.driver import linked
 from unibus_rabbitmq import topology
 from unibus_rabbitmq.adapter import RabbitMQAdapter
+from unibus_rabbitmq.declaring import Call, each
 
 _TIMEOUT = 110.0
 
@@ -27,7 +28,7 @@ async def delete(adapter: RabbitMQAdapter, prefix: str, names: Collection[str], 
     doomed |= {shared.returns, shared.lost, shared.void, *(f"{shared.hold}{ms}" for ms in steps)}
     deleted: list[str] = []
 
-    async def drop(call: topology._Call, name: str) -> None:
+    async def drop(call: Call, name: str) -> None:
         async def both(channel: AbstractChannel) -> None:
             await channel.queue_delete(name)
             await channel.exchange_delete(name)
@@ -36,5 +37,5 @@ async def delete(adapter: RabbitMQAdapter, prefix: str, names: Collection[str], 
         deleted.append(name)
 
     link = linked(adapter._consuming, "RabbitMQ")
-    await topology._each(link, sorted(doomed), drop, _TIMEOUT)
+    await each(link, sorted(doomed), drop, _TIMEOUT)
     return sorted(deleted)

@@ -17,15 +17,15 @@ from unibus_rabbitmq import errors
 from unibus_rabbitmq.link import Link
 from unibus_rabbitmq.topology import Binding, Object, Plan
 
-_Call = Callable[[Callable[[AbstractChannel], Awaitable[Any]]], Awaitable[Any]]  # do this on some channel
+Call = Callable[[Callable[[AbstractChannel], Awaitable[Any]]], Awaitable[Any]]  # do this on some channel
 log = logging.getLogger("unibus.rabbitmq")
 
 
 async def declare(link: Link, made: Plan, timeout: float) -> None:
     """Make what is missing, log each; an object that is there and different is a ConfigError."""
-    await _each(link, made.exchanges.values(), _make, timeout)
-    await _each(link, made.queues.values(), _make, timeout)
-    await _each(link, made.bindings, _bind, timeout)
+    await each(link, made.exchanges.values(), _make, timeout)
+    await each(link, made.queues.values(), _make, timeout)
+    await each(link, made.bindings, _bind, timeout)
 
 
 async def verify(link: Link, made: Plan, timeout: float) -> None:
@@ -39,10 +39,10 @@ async def inspect(link: Link, made: Plan, timeout: float) -> list[Inspected]:
     items = [*made.exchanges.values(), *made.queues.values()]
     counts: dict[int, int | None] = {}
 
-    async def look(call: _Call, item: Object) -> None:
+    async def look(call: Call, item: Object) -> None:
         counts[id(item)] = await _look(call, item)
 
-    await _each(link, items, look, timeout)
+    await each(link, items, look, timeout)
     found = []
     for item in items:
         count, owner = counts[id(item)], made.owners.get(item.name)
@@ -65,7 +65,7 @@ def _risk(item: Object) -> str:
     return ""
 
 
-async def _each(link: Link, items: Any, act: Callable[[_Call, Any], Awaitable[None]], timeout: float) -> None:
+async def each(link: Link, items: Any, act: Callable[[Call, Any], Awaitable[None]], timeout: float) -> None:
     """`act` on all items, some side by side; the first failure ends it. A channel that a refusal has closed is replaced."""
     free: list[AbstractChannel] = []
 
@@ -95,7 +95,7 @@ def _declared(item: Object, *, passive: bool) -> Callable[[AbstractChannel], Awa
     )
 
 
-async def _look(call: _Call, item: Object) -> int | None:
+async def _look(call: Call, item: Object) -> int | None:
     """How many messages wait there, 0 in an exchange; None where it is missing."""
     try:
         found = await call(_declared(item, passive=True))
@@ -106,7 +106,7 @@ async def _look(call: _Call, item: Object) -> int | None:
     return getattr(found, "message_count", None) or 0
 
 
-async def _make(call: _Call, item: Object) -> None:
+async def _make(call: Call, item: Object) -> None:
     there = await _look(call, item) is not None
     if there and not item.strict:
         return
@@ -118,7 +118,7 @@ async def _make(call: _Call, item: Object) -> None:
         log.info("declared %s %s (%s)", item.kind, item.name, item.type)
 
 
-async def _bind(call: _Call, item: Binding) -> None:
+async def _bind(call: Call, item: Binding) -> None:
     def bind(channel: AbstractChannel) -> Awaitable[Any]:
         act = channel.exchange_bind if item.to_exchange else channel.queue_bind
         return act(item.destination, item.source, item.key, arguments=dict(item.arguments))

@@ -216,7 +216,7 @@ class SqsAdapter:
         return Backlog(int(found[_READY]), int(found[_IN_FLIGHT]), exact=False, delayed=delayed)
 
     async def check(self) -> Health:
-        return Health(self._link is not None and self._link.trouble is None)
+        return Health(self._link is not None and self._link.trouble is None, mends=True)
 
     def reply_to(self, text: str) -> Address:
         return wire.reply_address(text)

@@ -109,10 +109,14 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Of the link: is it up, and does the broker take messages? `blocked` says why not."""
+    """Of the link: is it up, and does the broker take messages? `blocked` says why not.
+
+    `mends`: while it is not up the client itself tries to come back; a new `connect` would only throw away what it holds.
+    """
 
     up: bool
     blocked: str | None = None
+    mends: bool = False
 
 
 Standing = Literal["consuming", "standby", "gone"]

@@ -508,7 +508,8 @@ class Bus(Handlers):
             reasons.append(f"the broker takes no messages: {state.blocked}")
         if not state.up:
             # In a process that only sends, nobody else may look; and one that is never ready is never asked to send again.
-            link.lost(epoch, ConnectionLost("a health check found the link to the broker broken"))
+            if not state.mends:
+                link.lost(epoch, ConnectionLost("a health check found the link to the broker broken"))
             return BusHealth("down", tuple(reasons) or ("the link to the broker is down",))
         return BusHealth("degraded" if reasons else "ok", tuple(reasons))
 

@@ -10,7 +10,20 @@ import pytest
 from tests.unit.cli_lab import URL, Cli, Done
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
-COMMANDS = {"run", "declare", "send", "publish", "peek", "receive", "channels", "dlq", "doctor", "plan", "move", "compare"}
+COMMANDS = {
+    "run",
+    "declare",
+    "send",
+    "publish",
+    "peek",
+    "receive",
+    "channels",
+    "dlq",
+    "doctor",
+    "plan",
+    "move",
+    "compare",
+}
 
 
 def blocks(language: str) -> list[str]:

@@ -35,7 +35,8 @@ def made(*channels: Any, **settings: Any) -> Bus:
 
 
 def pinned(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((pins.ANSWERS / f"{name}.json").read_text(encoding="utf-8"))
+    (path,) = [path for path in pins.ANSWERS.glob("*.json") if path.stem.partition("-")[0] == name]
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -70,11 +71,7 @@ def test_the_contract_suite_finds_in_a_profile_what_it_finds_on_the_broker(name:
     assert len(done.kept) == len(contracts())
     found, known = pins.answers(report), pinned(name)
     assert (found["features"], found["numbers"]) == (known["features"], known["numbers"])
-    both = (
-        found["contracts"].keys() & known["contracts"].keys()
-    )  # a new contract is pinned when it has been tried there
-    assert len(both) > 150
-    assert {id: found["contracts"][id] for id in both} == {id: known["contracts"][id] for id in both}
+    assert found["contracts"] == known["contracts"]
 
 
 def test_a_profile_needs_no_client_library() -> None:

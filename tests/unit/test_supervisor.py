@@ -17,6 +17,7 @@ from unibus import (
     TransportError,
     Unsupported,
 )
+from unibus.adapter import Health
 from unibus.channel import dead_letter_queue
 from unibus.deadletter import browse
 
@@ -150,6 +151,21 @@ async def test_a_health_check_that_finds_the_link_broken_has_it_mended() -> None
         assert (await bus.health()).status == "down"
         await turns()
         assert (await bus.health()).status == "ok"
+
+
+async def test_a_health_check_leaves_a_client_alone_that_comes_back_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new connection would throw away what it holds, such as what is not committed yet."""
+    bus = make_bus()
+    async with lab(bus) as it:
+
+        async def check() -> Health:
+            return Health(up=False, mends=True)
+
+        monkeypatch.setattr(bus.adapter, "check", check)
+        before = spy_of(bus).calls["connect"]
+        assert (await bus.health()).status == "down"
+        await later(it, 30)
+        assert spy_of(bus).calls["connect"] == before
 
 
 async def test_a_link_that_breaks_as_soon_as_it_is_up_is_not_tried_without_end() -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Subscription, Topology
 from unibus.channel import Address, Group, Inbox, Queue
-from unibus.driver import as_result, linked, no_history, place_of
-from unibus.driver import missing as not_there
+from unibus.driver import all_there, as_result, linked, no_history, place_of
 from unibus.errors import ConnectionLost, NotFound, Timeout, TransportError, Unroutable, Unsupported
 from unibus.inboxes import inbox, inbox_name
 from unibus.waiting import Waiter
@@ -80,8 +79,8 @@ class SqliteAdapter:
 
         if topology_.mode != "assume":
             missing = await self.link.run(work, "declare")
-            if topology_.mode == "verify" and missing:
-                raise not_there("SQLite", [str(place.address) for place in missing])
+            if topology_.mode == "verify":
+                all_there("SQLite", (str(place.address) for place in missing))
             for place in missing:
                 log.info("created %s", place.address)
         self._places = places
