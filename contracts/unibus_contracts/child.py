@@ -39,8 +39,8 @@ async def main(where: str, prefix: str, name: str) -> None:
         await sender.send_many(queue, [str(n) for n in range(5)])
     running = asyncio.create_task(bus.run())
     await asyncio.to_thread(sys.stdin.readline)  # the parent has sent the signal
-    # It may arrive a moment after the line does: a handler that ends before that would go on with the next message.
-    await until(lambda: bus._stopping is not None and bus._stopping.is_set(), "the signal")
+    # It may arrive a moment after the line does: a handler that ends before the drain would go on with the next message.
+    await until(lambda: all(intake._stopping for intake in bus._opened().intakes), "the drain that the signal begins")
     async with harness.bus(channels=[queue]) as other, other.receiver(queue, prefetch=5) as receiver:
         if not other.capabilities.share:  # the rest is others' only when this one has left
             stopping.set()

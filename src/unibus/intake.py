@@ -541,12 +541,13 @@ class Intake:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
         self._stopping = self._settler.stopping = True
         self.kit.link.on_lost.discard(self._room.set)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
         # Out of the lanes at once, since the driver may take long to stop, and a handler that ends meanwhile would make room
         # for the next message. Given back only afterwards: this consumer could still get it again.
         waiting = self._take_waiting()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        waiting += self._take_waiting()
         if self._subscription is not None:
             try:
                 await self._subscription.stop()

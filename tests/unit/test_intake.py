@@ -558,3 +558,27 @@ async def test_a_group_declared_later_gets_what_comes_later() -> None:
 
     async with lab(bus):
         assert [i.address for i in bus._opened().intakes] == [Group(EVENTS, "test")]
+
+
+async def test_nothing_begins_once_the_end_has_begun() -> None:
+    """The receive under way may take a while to be cancelled, and a handler that ends meanwhile has room for another message."""
+    bus = make_bus()
+    begun: list[str] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=5)
+    async def handle(body: str) -> None:
+        begun.append(body)
+        await go.wait()
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["0", "1", "2"])
+        await until(lambda: begun == ["0"])
+        (intake,) = bus._opened().intakes
+        stopping = asyncio.ensure_future(intake.stop())
+        await asyncio.sleep(0)
+        go.set()
+        await stopping
+        await turns()
+        assert begun == ["0"]
+        assert [message.body for message in it.broker.waiting(ORDERS)] == [b"1", b"2"]

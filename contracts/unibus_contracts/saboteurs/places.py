@@ -289,8 +289,8 @@ class DelaysInLine(Adapter):
     def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
         if outgoing.not_before is None:
             return (outgoing,)
-        self.last = max(self.last, outgoing.not_before)
-        return (replace(outgoing, not_before=self.last + 0.001),)
+        self.last = max(self.last + 0.001, outgoing.not_before)
+        return (replace(outgoing, not_before=self.last),)
 
 
 @saboteur(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from unibus.adapter import Health, Inspected, Move, Outcome, Outgoing, Results, Source, Topology
-from unibus.capabilities import Capabilities, Support, emulated, native, refused
+from unibus.capabilities import Capabilities, emulated, native, refused
 from unibus.channel import Inbox, Queue
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, Unsupported
@@ -150,11 +150,6 @@ class HidesItsLeases(Adapter):
 @saboteur("A feature is emulated, and nothing says how.", "cap.every_level_is_explained")
 class ExplainsNothing(Adapter):
     claims: ClassVar[dict[str, Any]] = {"order": emulated("")}
-
-
-@saboteur("A level is a word that nobody knows.", "cap.every_level_is_explained")
-class UnknownLevel(Adapter):
-    claims: ClassVar[dict[str, Any]] = {"browse": Support("somehow")}  # type: ignore[arg-type]  # that is the bug
 
 
 @saboteur("A largest body is declared that is too large by a byte.", "size.at_max")
