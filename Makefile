@@ -51,7 +51,8 @@ saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by th
 	$(BIN)/python -m unibus_contracts.saboteurs
 
 contracts: $(STAMP) ## the contract suite on the memory adapter, the example adapter and each broker of the supply; the answers must be those pinned
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// sqlite:///reports/contracts.db "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6 --unibus-pin=contracts/unibus_contracts/answers
+	@$(BIN)/python -m unibus_contracts sqlite:///reports/contracts.db -n 6 --unibus-pin=examples/adapter_sqlite/answers
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6 --unibus-pin=contracts/unibus_contracts/answers
 
 # A file at a time, since the tests of one share brokers; in the order of their names, else those of few long tests come last.
 integration: $(STAMP) ## adapters on real brokers, faults included

@@ -23,7 +23,7 @@ def known(version: str | None = None, *, lease: float = LEASE, poll: float = POL
         lease=native("a row is hidden until its time, and whose it is stands in it", limit=lease),
         atomic_move=native("one transaction"),
         delivery_count=native("a column"),
-        attempt=native("a retry is a copy with its count, in one transaction with the settling"),
+        attempt=emulated("counted in a header; a crash forgets failures in place since the last copy"),
         settle_confirmed=native("a settled row is gone from the file"),
         dedup=refused("every message that is sent is a row, also one that was sent before"),
         inbox=emulated("the place of a process that was killed takes replies until it expires, a minute later"),
