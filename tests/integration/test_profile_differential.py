@@ -202,6 +202,10 @@ class Service:
             letters = await self._letters(
                 f"e{number}-", counts.get("dead_lettered", 0) - before.get("dead_lettered", 0)
             )
+            # A copy can be seen, and even be handled, before its sender has counted the confirmation.
+            while any(intake.busy() for intake in self.bus._opened().intakes):  # noqa: ASYNC110  # it has no event
+                await asyncio.sleep(0.02)
+        counts = self.bus.counts
         return {
             "sent": sent,
             "runs": dict(sorted(self.runs.items())),

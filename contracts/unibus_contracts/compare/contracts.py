@@ -83,7 +83,8 @@ def rows(outcomes: Sequence[Outcome], *, quick: bool) -> Iterator[tuple[Row, lis
     chapters = dict.fromkeys(
         entry["chapter"] for outcome in outcomes for entry in outcome.report.get("contracts", ()) if entry["chapter"]
     )
-    for chapter in chapters or {"none": None}:
+    shown = [chapter for chapter in QUICK if chapter in chapters] if quick else [*chapters]  # a report names them all
+    for chapter in shown or ["none"]:
         row = Row(
             id=f"contracts.{chapter}",
             chapter=CHAPTER,
