@@ -337,6 +337,12 @@ class Session:
             await intake.stop()
             await intake.close()
 
+    async def complaints(self) -> list[str]:
+        """What is wrong with receiving, handling or sending, as far as this process knows."""
+        told = [await intake.complaint() for intake in self.intakes]
+        told += [consumer.complaint() for consumer in self.consumers]
+        return [text for text in (*told, *self.kit.publisher.complaints()) if text]
+
     def moving(self) -> bool:
         """Is anything under way besides handlers that wait for something? A thread may always be at work."""
         return (
@@ -356,7 +362,9 @@ def _resolved(station: Station, layers: Sequence[Layer]) -> Handler:
     if registration.batch and layers:
         raise ConfigError(f"{registration}: batch={registration.batch}, but layers wrap the handling of one message")
     if station.settings.on_lease_lost == "cancel" and not handler.is_async:
-        raise ConfigError(f'{registration}: on_lease_lost="cancel", but a plain function can\'t be cancelled; use "mark"')
+        raise ConfigError(
+            f'{registration}: on_lease_lost="cancel", but a plain function can\'t be cancelled; use "mark"'
+        )
     return handler
 
 
