@@ -296,12 +296,13 @@ class Consumer:
     async def drain(self, timeout: float) -> None:
         """Take no more, let what runs finish within `timeout` seconds, cancel the rest; settle, and end the subscription."""
         self._draining = True
+        until = self._clock.monotonic() + timeout  # to stop may take seconds, and the handlers have them too
         try:
             await self.intake.stop()
             if self.intake.at_most_once:
                 await self.intake.idle()  # what is being settled first has still to run
             try:
-                await within(self._clock, timeout, self._until_quiet())
+                await within(self._clock, max(0.0, until - self._clock.monotonic()), self._until_quiet())
             except TimeoutError:
                 await self._cut_short()
         finally:  # also when we are cancelled: nothing of ours stays behind

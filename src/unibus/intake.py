@@ -33,7 +33,7 @@ log = logging.getLogger("unibus")
 
 POLL = 5.0  # seconds a receive waits: only how often an idle loop turns
 POLL_ALONE = 1.0  # the same while the crash guard is at work: an empty receive ends that
-LONGEST_CLOSE = 30.0  # seconds, of a subscription that has fallen silent
+LONGEST_CLOSE = 30.0  # seconds, of a driver that doesn't come to an end with its subscription
 
 
 class _Again(Exception):
@@ -216,10 +216,7 @@ class Intake:
         if self._deaf:
             self.kit.link.lost(epoch, ConnectionLost(f"{self.address}: {self._silent}"))
         self._deaf = True
-        try:
-            await within(self.kit.clock, LONGEST_CLOSE, self._abandon())
-        except TimeoutError:
-            log.warning("%s: the silent subscription does not close either; left behind", self.address)
+        await self._abandon()
         self._silent = None
 
     async def _pull(self, epoch: int) -> None:
@@ -613,7 +610,7 @@ class Intake:
         self._end_watch()
         if subscription is not None:
             try:
-                await subscription.close()
+                await within(self.kit.clock, LONGEST_CLOSE, subscription.close())
             except Exception as error:  # it is over in any case
                 self._disorder("close", error)
 
@@ -623,6 +620,9 @@ class Intake:
             self._watchdog = None
 
     def _disorder(self, what: str, error: Exception) -> None:
+        if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
+            log.error("%s: the subscription did not %s within %g s; left behind", self.address, what, LONGEST_CLOSE)
+            return
         level = logging.DEBUG if isinstance(error, TransportError) else logging.ERROR
         trace = None if isinstance(error, TransportError) else error
         log.log(level, "%s: the subscription did not %s in order: %s", self.address, what, error, exc_info=trace)
@@ -641,7 +641,7 @@ class Intake:
         waiting += self._take_waiting()
         if self._subscription is not None:
             try:
-                await self._subscription.stop()
+                await within(self.kit.clock, LONGEST_CLOSE, self._subscription.stop())
             except Exception as error:
                 self._disorder("stop", error)
         self._give_back([*waiting, *self._take_waiting()])

@@ -224,6 +224,23 @@ async def test_a_silent_subscription_that_does_not_close_is_left_behind(
     assert [r for r in caplog.records if "left behind" in r.getMessage()]
 
 
+@pytest.mark.parametrize("method", ["stop", "close"])
+async def test_a_driver_that_does_not_stop_does_not_keep_the_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    whole, first = getattr(SpySubscription, method), iter([True])
+
+    async def hang_once(self: SpySubscription) -> None:
+        if next(first, False):
+            await asyncio.Event().wait()
+        await whole(self)
+
+    monkeypatch.setattr(SpySubscription, method, hang_once)
+    async with lab(consuming([])):
+        await turns()
+    assert [r for r in caplog.records if f"did not {method} within 30 s" in r.getMessage()]
+
+
 async def test_a_bus_closes_while_its_receive_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch, hang)
     bus = consuming([])
