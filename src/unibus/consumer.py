@@ -15,7 +15,7 @@ from typing import Any, Literal
 from unibus import retry
 from unibus.clock import Timer, within
 from unibus.codec import BodyCodec
-from unibus.correlation import handling
+from unibus.correlation import handling, place
 from unibus.delivery import Delivery
 from unibus.errors import CodecError
 from unibus.handlers import InvalidHeader
@@ -95,6 +95,7 @@ class Consumer:
 
     def begin(self) -> None:
         self._context = copy_context()
+        self._context.run(place.set, self.intake.address)
         for _ in range(self._concurrency):
             self._open_slot()
         self.intake.begin()

@@ -425,9 +425,10 @@ class Intake:
 
     def _too_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """The fate of a delivery that its handler had settled, that was settled first, or that is no longer ours."""
-        self._report.too_late(delivery, verdict)
         if self.at_most_once and delivery.settled:
             self._report.at_most_once(delivery, verdict)
+        else:
+            self._report.too_late(delivery, verdict)
         if delivery.lost:
             self._resolve(
                 delivery, LeaseLost(f"message {delivery.message.id} is no longer ours; it is delivered again")
