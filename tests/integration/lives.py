@@ -1,6 +1,6 @@
 """Services that end by a signal, or are killed by a message: processes of their own, for test_shutdown and test_poison.
 
-`python -m tests.integration.lives drains|dies PREFIX`; the URL comes on standard input, since everybody can read
+`python -m tests.integration.lives drains|dies PREFIX [SECONDS]`; the URL comes on standard input, since everybody can read
 arguments. What happens is told on standard output, a line of JSON each.
 """
 
@@ -30,9 +30,9 @@ def tell(**what: object) -> None:
     os.write(1, json.dumps(what).encode() + b"\n")  # at once, in one piece
 
 
-async def drains(url: str, prefix: str) -> None:
+async def drains(url: str, prefix: str, seconds: float) -> None:
     """Two handlers begin: the first ends in the drain, the second never. What else is held has not begun."""
-    bus = bus_at(url, prefix, shutdown_timeout=DRAIN)
+    bus = bus_at(url, prefix, shutdown_timeout=seconds)
     begun: list[str] = []
     stopping = asyncio.Event()
 
@@ -85,6 +85,6 @@ async def live(url: str, prefix: str) -> None:
 if __name__ == "__main__":
     what, where, under = sys.argv[1], sys.stdin.readline().strip(), sys.argv[2]
     if what == "drains":
-        asyncio.run(drains(where, under))
+        asyncio.run(drains(where, under, float(sys.argv[3])))
     else:
         dies(where, under)
