@@ -56,6 +56,7 @@ class Requester:
             if not future.done():
                 future.set_exception(Timeout(f"no reply from {where} within {timeout:g} s"))
 
+        ends = clock.time() + timeout  # not later: what opens the inbox is part of the wait
         timer = clock.call_later(timeout, expire)
         self._waiting[message.id] = future
         try:
@@ -63,7 +64,7 @@ class Requester:
                 self._task = asyncio.create_task(self._run(), name="unibus inbox")
             await self._opened(future)
             message.reply_to = self._address
-            message.expires_at = clock.time() + timeout
+            message.expires_at = ends
             sent = self._kit.publisher.submit(outgoing, timeout)
             await asyncio.wait((sent, future), return_when=asyncio.FIRST_COMPLETED)
             if sent.done() and (error := sent.result()) is not None:

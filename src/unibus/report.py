@@ -107,6 +107,12 @@ class Report:
             log.error(text, self._address, message_id, describe(error), exc_info=error, extra=more)
         self.count(telemetry.HANDLED if verdict.action is Action.ACK else telemetry.DISCARDED)
 
+    def lost(self, delivery: Delivery[Any], consequence: str) -> None:
+        """Before it was settled."""
+        self.count(telemetry.LEASE_LOST)
+        text = "%s: message %s is no longer ours and comes again, here or elsewhere; %s"
+        log.warning(text, self._address, delivery.message.id, consequence)
+
     def suspect(self, delivery: Delivery[Any]) -> None:
         self.count(telemetry.SUSPECTED)
         text = "%s: message %s was handed out %s times without an answer; its next run is alone"
