@@ -6,6 +6,7 @@ names; what was found has its case below.
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 import time
@@ -118,7 +119,7 @@ async def test_rabbitmq_frames_that_are_cut_off_end_the_connection(payload: byte
 def test_kafka_metadata_of_somebody_else_is_not_ours() -> None:
     """Legal base64 and checksum, and no number in it, or one beyond the highest: IndexError, ValueError."""
     for data in (b"", b"\xff", b"\x02\x20"):
-        text = "u2:" + offsets.base64.b64encode(data + offsets._checksum(5, data)).decode()
+        text = "u2:" + base64.b64encode(data + offsets._checksum(5, data)).decode()
         assert offsets.decode(5, text) is None
         assert offsets.Partition(SimpleNamespace(topic="t", partition=0), 5, text).point() == (5, "")
 
