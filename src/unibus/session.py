@@ -356,7 +356,9 @@ def _resolved(station: Station, layers: Sequence[Layer]) -> Handler:
     if registration.batch and layers:
         raise ConfigError(f"{registration}: batch={registration.batch}, but layers wrap the handling of one message")
     if station.settings.on_lease_lost == "cancel" and not handler.is_async:
-        raise ConfigError(f'{registration}: on_lease_lost="cancel", but a plain function can\'t be cancelled; use "mark"')
+        raise ConfigError(
+            f'{registration}: on_lease_lost="cancel", but a plain function can\'t be cancelled; use "mark"'
+        )
     return handler
 
 
