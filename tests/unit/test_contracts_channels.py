@@ -42,9 +42,8 @@ class Site:
     def run(self, *arguments: str, url: str | None = None) -> dict[str, Any]:
         """Id -> what was told of it."""
         tests = [catalogue()[id][1] for id in (*MAKE, *KEEP)]
-        found, _ = runner.run(
-            *(url or self.url, lambda _id, _outcome: None, f"--unibus-channels={self.list}", *arguments), tests=tests
-        )
+        options = (f"--unibus-channels={self.list}", *arguments)
+        found, _ = runner.run(url or self.url, lambda _id, _outcome: None, *options, tests=tests)
         assert not report.problems(found), found
         return {one["id"]: one for one in found["contracts"] if one["outcome"] != report.NOT_RUN}
 
@@ -93,7 +92,8 @@ class TestList:
         assert "# a.one: It works." in path.read_text()
         assert "a.none" not in path.read_text()
         listed = channels.read(path)
-        assert (listed.prefix, listed.delays) == ("perm.", {0.5, 2.0})
+        assert listed.prefix == "perm."
+        assert listed.delays == {0.5, 2.0}
         bus = Bus("memory://", config=path, environ={}, channels=[Queue("q-1", ordered=True, priorities=3)])
         topology = asyncio.run(opened(bus))
         assert {d.name for d in topology.channels if d.role == "channel"} == {
