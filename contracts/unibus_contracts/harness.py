@@ -20,18 +20,20 @@ import tomllib
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, urlencode
 
 from unibus import Bus, ConfigError
 from unibus.config import load
 from unibus.url import parse
 
-from .cleanup import Made, Removal, remove
+from .cleanup import Made, NotingBus, Removal, remove
 
-if TYPE_CHECKING:
-    from unibus.session import Session
-
+CREDENTIALS = (
+    "UNIBUS_PASSWORD",
+    "UNIBUS_PASSWORD_FILE",
+    "UNIBUS_USERNAME",
+)  # what a unibus.toml may leave to the environment
 _USERINFO = re.compile(r"://.*@")
 
 
@@ -59,18 +61,6 @@ class Harness(Protocol):
     async def cleanup(self) -> None: ...
 
 
-class _Bus(Bus):
-    """A bus that says what it will make, before it does."""
-
-    made: Made | None = None
-
-    def _prepare(self) -> Session:
-        session = super()._prepare()
-        if self.made is not None:
-            self.made.topology(session.topology)
-        return session
-
-
 def of_file(path: Path) -> tuple[str, dict[str, Any]]:
     """The URL in a unibus.toml, and what else of it is about the broker: user, password, the driver's own settings.
 
@@ -83,8 +73,7 @@ def of_file(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(url, str):
         raise ConfigError(f"{path}: there is no url")
-    names = ("UNIBUS_PASSWORD", "UNIBUS_PASSWORD_FILE", "UNIBUS_USERNAME")
-    environ = {name: os.environ[name] for name in names if name in os.environ}
+    environ = {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
     found = load({}, file=path, environ=environ)
     more: dict[str, Any] = {"settings": dict(found.driver)} if found.driver else {}
     if parse(url).username is None and found.url.username is not None:
@@ -119,7 +108,7 @@ class UrlHarness:
             given |= {name: value for name, value in self.more.items() if name == "settings"}
         else:
             given |= self.more
-        bus = _Bus(settings.pop("url", self.url), **(given | settings))
+        bus = NotingBus(settings.pop("url", self.url), **(given | settings))
         bus.made = self.made
         return bus
 

@@ -66,6 +66,8 @@ def _head(document: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
         yield f"<code>{_e(target['url'])}</code>"
         if target["emulator"]:
             yield f"<em>An emulator: {_e(target['emulator'])}. What it does, the service may do otherwise.</em>"
+        if target.get("left"):
+            yield f"<em>Not deleted: {_e(target['left'])}</em>"
         if target["settings"]:
             yield f"<small>{_e(', '.join(f'{k}={v}' for k, v in target['settings'].items()))}</small>"
         yield "</li>"

@@ -110,6 +110,18 @@ class Run:
             self.document["seconds"] = round(perf_counter() - begun, 1)
         return self.document
 
+    async def remove(self) -> None:
+        """Delete what the run has made on the brokers. To be awaited after it, however it ended; the document tells what is left."""
+        await asyncio.gather(*(self._remove(column) for column in range(len(self._labs))))
+
+    async def _remove(self, column: int) -> None:
+        lab, told, begun = self._labs[column], self.document["targets"][column], perf_counter()
+        told["left"] = f"what begins with {lab.prefix!r}: broken off"
+        removal = await lab.remove()
+        told |= {"deleted": removal.deleted, "left": removal.left}
+        if removal.deleted:
+            self._progress(told["name"], f"deleted {removal.deleted} objects", perf_counter() - begun)
+
     async def _connect(self, column: int) -> None:
         lab, told = self._labs[column], self.document["targets"][column]
         try:
@@ -134,7 +146,8 @@ class Run:
             told, begun = self.document["targets"][column], perf_counter()
             if "error" in told:
                 return contracts.Outcome(error=told["error"])
-            outcome = await contracts.run(self._labs[column].target, quick=self._quick)
+            lab = self._labs[column]
+            outcome = await contracts.run(lab.target, lab.prefix, lab.made, quick=self._quick)
             self._progress(told["name"], contracts.CHAPTER, perf_counter() - begun)
             return outcome
 
@@ -258,7 +271,15 @@ def _said(error: BaseException) -> str:
 
 def _told(lab: Lab) -> dict[str, Any]:
     told = lab.target.told()
-    return {"name": told["emulator"] or told["given"], "adapter": None, "version": None, "prefix": lab.prefix, **told}
+    return {
+        "name": told["emulator"] or told["given"],
+        "adapter": None,
+        "version": None,
+        "prefix": lab.prefix,
+        "deleted": 0,
+        "left": None,  # why what was made is still there
+        **told,
+    }
 
 
 def _name(lab: Lab, others: Collection[str]) -> str:
