@@ -158,9 +158,14 @@ class Run:
                 self._put(row.id, column, state, found)
 
     async def _wait(self, column: int) -> None:
-        for probe in self._probes:
-            if isinstance(probe, Probe) and probe.waits:
-                await self._measure(probe, column)
+        waiting = [probe for probe in self._probes if isinstance(probe, Probe) and probe.waits]
+
+        async def in_turn() -> None:
+            for probe in waiting:
+                if not probe.long:
+                    await self._measure(probe, column)
+
+        await asyncio.gather(*(self._measure(probe, column) for probe in waiting if probe.long), in_turn())
 
     def _declare(self, row: Row, column: int) -> None:
         if error := self.document["targets"][column].get("error"):
