@@ -217,6 +217,12 @@ async def test_one_broker_twice_has_two_names() -> None:
     assert [target["settings"] for target in document["targets"]] == [{"lease": "5"}, {}]
 
 
+async def test_one_broker_twice_is_named_by_the_settings_that_differ() -> None:
+    urls = ("memory://one?lease=5&max_body=9", "memory://one?lease=7&max_body=9", "memory://one?max_body=9")
+    document = await run_of(probe(fine, name="fine"), names=urls)()
+    assert [target["name"] for target in document["targets"]] == ["memory (lease=5)", "memory (lease=7)", "memory"]
+
+
 # Targets
 
 

@@ -138,7 +138,7 @@ class Run:
         taken: list[str] = []
         for lab, told in zip(self._labs, self.document["targets"], strict=True):
             if lab.capabilities is not None:
-                told["name"] = _name(lab, taken)
+                told["name"] = _name(lab, self._labs, taken)
             taken.append(told["name"])
 
     async def _run_contracts(self) -> None:
@@ -287,16 +287,27 @@ def _told(lab: Lab) -> dict[str, Any]:
     }
 
 
-def _name(lab: Lab, others: Collection[str]) -> str:
-    """Of a column: the emulator's name where there is one; the file's or the URL's where two would be the same."""
+def _name(lab: Lab, labs: Collection[Lab], others: Collection[str]) -> str:
+    """Of a column: the emulator's name where there is one; the file's, the settings' or the URL's where two would be the same."""
     known = lab.known
     name = lab.target.emulator or " ".join(filter(None, (known.adapter, known.version)))
-    if lab.target.given.endswith(".toml") or name in others:
+    if lab.target.given.endswith(".toml"):
+        name += f" ({lab.target.given})"
+    elif settings := _own_settings(lab, labs):
+        name += f" ({settings})"
+    elif name in others:
         name += f" ({lab.target.given})"
     number, unique = 2, name
     while unique in others:
         unique, number = f"{name} #{number}", number + 1
     return unique
+
+
+def _own_settings(lab: Lab, labs: Collection[Lab]) -> str:
+    """By which it differs from other columns of the same URL."""
+    own = lab.target.told()["settings"]
+    twins = [other.target.told()["settings"] for other in labs if other.target.shown == lab.target.shown]
+    return ", ".join(f"{key}={own[key]}" for key in own if any(twin.get(key) != own[key] for twin in twins))
 
 
 def machine() -> dict[str, Any]:
