@@ -72,6 +72,7 @@ def test_every_probe_of_the_memory_broker(measured: dict[str, Any]) -> None:
     assert said["sending.risks"] == "1 found"
     assert said["order.competing"] == "0 of 240 out of order"
     assert said["order.retrying"] == "kept; other keys went on"
+    assert said["requests.late"] == "an error for who replies, counted"
     assert said["failure.retry_told"] == "attempt, count, error, header, key"
     assert said["failure.letter"] == "body, id, key, header, correlation id"
     assert said["limits.key"] == "4,096 characters"
