@@ -1,0 +1,228 @@
+"""Clusters of three: what a client does when the node it is connected to is killed, and when that node is back.
+
+A producer and a consumer are at work throughout. What was confirmed has to be handled, whatever was killed meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from redis import Redis
+
+from unibus import Bus, Queue, TransportError
+from unibus.message import new_id
+from unibus_contracts import supply
+
+SOON = 120.0  # bounds a failure: the machine may be busy with other tests
+
+pytestmark = pytest.mark.timeout(400)
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {SOON:g} s: {what}"
+        await asyncio.sleep(0.02)  # between two looks
+
+
+async def elsewhere(action: Callable[[], Any]) -> Any:
+    """In a thread: the work must go on meanwhile."""
+    return await asyncio.to_thread(action)
+
+
+def port_of(node: supply.Broker) -> int:
+    return urlsplit(node.url).port or 0
+
+
+class Work:
+    """Sends one message after the other, and handles them, until it ends; then all that was confirmed has been handled."""
+
+    def __init__(self, cluster: supply.Cluster, **options: Any) -> None:
+        self.queue = Queue(f"int-{new_id()}", int)
+        self.bus = Bus(
+            cluster.url,
+            service="svc",
+            config=False,
+            environ={},
+            channels=[self.queue],
+            send_timeout=SOON,
+            settings=options,
+        )
+        self.bus.consumer(self.queue)(self.handle)
+        self.confirmed: set[int] = set()
+        self.handled: dict[int, float] = {}
+        self.sent = 0
+        self._over = False
+
+    async def handle(self, number: int) -> None:
+        self.handled.setdefault(number, time.monotonic())
+
+    async def _produce(self) -> None:
+        while not self._over:
+            self.sent += 1
+            with suppress(TransportError):  # undecided: it may be there or not
+                await self.bus.send(self.queue, self.sent)
+                self.confirmed.add(self.sent)
+            await asyncio.sleep(0.005)  # the machine is shared
+
+    async def __aenter__(self) -> Work:
+        self._running = self.bus.running()
+        await self._running.__aenter__()
+        self._producer = asyncio.create_task(self._produce())
+        await self.flows()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._over = True
+        await self._producer
+        try:
+            if exc[0] is None:
+                await until(lambda: self.confirmed <= self.handled.keys(), "all that was confirmed is handled")
+        finally:
+            await self._running.__aexit__(None, None, None)
+
+    async def flows(self) -> float:
+        """Seconds until a message that is sent from now on has been confirmed and handled."""
+        begun, known = time.monotonic(), self.sent
+        await until(lambda: any(n > known for n in self.confirmed & self.handled.keys()), "messages flow again")
+        return time.monotonic() - begun
+
+
+# RabbitMQ
+
+
+@pytest.fixture(scope="module")
+def rabbitmq() -> Iterator[supply.Cluster]:
+    cluster = supply.cluster("rabbitmq", instance="tests")
+    yield cluster
+    # cluster.stop()
+
+
+def has_member(node: supply.Broker, queue: str) -> bool:
+    """Whether a part of the quorum queue is on this node: the node keeps a register of them."""
+    return any(queue.encode() in file.read_bytes() for file in node.home.glob("mnesia/*/quorum/*/names.dets"))
+
+
+async def test_rabbitmq_goes_on_at_another_node_and_comes_back(
+    rabbitmq: supply.Cluster, record_property: Callable[[str, object], None]
+) -> None:
+    first, second, _ = rabbitmq.nodes
+
+    async with Work(rabbitmq) as work:
+        def connected_to() -> int | None:
+            port: int | None = work.bus.native.url.port  # type: ignore[attr-defined]  # aio-pika's connection
+            return port
+
+        await until(
+            lambda: all(has_member(node, work.queue.name) for node in rabbitmq.nodes), "the quorum queue is on all nodes"
+        )
+        assert connected_to() == port_of(first)
+
+        await elsewhere(first.kill)
+        record_property("rabbitmq: seconds after a kill", await work.flows())
+        assert connected_to() == port_of(second)
+
+        await elsewhere(first.restart)
+        await elsewhere(second.kill)
+        record_property("rabbitmq: seconds after the second kill", await work.flows())
+        assert connected_to() == port_of(first), "the node that was lost is used again"
+        await elsewhere(second.restart)
+
+
+# Kafka
+
+
+@pytest.fixture(scope="module")
+def kafka() -> Iterator[supply.Cluster]:
+    cluster = supply.cluster("kafka", instance="tests")
+    yield cluster
+    # cluster.stop()
+
+
+async def test_kafka_goes_on_with_another_leader_and_comes_back(
+    kafka: supply.Cluster, record_property: Callable[[str, object], None]
+) -> None:
+    async with Work(kafka) as work:
+
+        async def partition() -> Any:
+            """As the cluster sees it now."""
+            client = work.bus.native.client  # type: ignore[attr-defined]  # aiokafka's producer
+            await client.force_metadata_update()
+            return client.cluster._partitions[work.queue.name][0]
+
+        async def in_sync(count: int) -> None:
+            deadline = time.monotonic() + SOON
+            while len((await partition()).isr) != count:
+                assert time.monotonic() < deadline, f"not {count} replicas are in sync"
+                await asyncio.sleep(0.05)  # between two looks
+
+        assert len((await partition()).replicas) == 3, "by the broker's default.replication.factor"
+        await in_sync(3)
+        first = (await partition()).leader
+
+        await elsewhere(kafka.nodes[first - 1].kill)
+        record_property("kafka: seconds after the leader was killed", await work.flows())
+        second = (await partition()).leader
+        assert second != first
+
+        await elsewhere(kafka.nodes[first - 1].restart)
+        await in_sync(3)
+        await elsewhere(kafka.nodes[second - 1].kill)
+        record_property("kafka: seconds after the second leader was killed", await work.flows())
+        assert (await partition()).leader == first, "the node that was lost is used again"
+        await elsewhere(kafka.nodes[second - 1].restart)
+
+
+# Redis
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[supply.Cluster]:
+    cluster = supply.cluster("redis", instance="tests")
+    yield cluster
+    # cluster.stop()
+
+
+def replication(node: supply.Broker) -> dict[str, Any]:
+    with Redis.from_url(node.url) as client:
+        found: dict[str, Any] = client.info("replication")
+    return found
+
+
+async def test_redis_goes_on_with_another_primary_and_comes_back(
+    redis: supply.Cluster, record_property: Callable[[str, object], None]
+) -> None:
+    # Without it a confirmed message may be in the primary's memory alone, and Redis itself loses it with the primary.
+    async with Work(redis, wait_replicas=1) as work:
+
+        def primary() -> int:
+            port: int = work.bus.adapter.links.all[0].port  # type: ignore[attr-defined]  # of the Redis adapter
+            return port
+
+        first = next(node for node in redis.nodes if port_of(node) == primary())
+        await elsewhere(first.kill)
+        record_property("redis: seconds after the primary was killed", await work.flows())
+        second = next(node for node in redis.nodes if port_of(node) == primary())
+        assert second is not first
+
+        await elsewhere(first.restart)
+
+        def follows() -> bool:
+            found = replication(first)
+            return (found["role"], found.get("master_link_status")) == ("slave", "up")
+
+        while not await elsewhere(follows):
+            await asyncio.sleep(0.1)  # between two looks; the test has a time limit
+        [third] = [node for node in redis.nodes if node not in (first, second)]
+        await elsewhere(third.kill)  # so that only the first is left to be chosen
+        await elsewhere(second.kill)
+        await until(lambda: primary() == port_of(first), "the node that was lost is used again")
+        await elsewhere(third.restart)
+        record_property("redis: seconds after the second primary was killed", await work.flows())
+        await elsewhere(second.restart)
