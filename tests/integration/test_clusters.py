@@ -79,12 +79,14 @@ class Work:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._over = True
-        await self._producer
         try:
             if exc[0] is None:
+                self._over = True
+                await self._producer
                 await until(lambda: self.confirmed <= self.handled.keys(), "all that was confirmed is handled")
         finally:
+            self._producer.cancel()
+            await asyncio.wait([self._producer])
             await self._running.__aexit__(None, None, None)
 
     async def flows(self) -> float:
@@ -97,7 +99,7 @@ class Work:
 # RabbitMQ
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rabbitmq() -> Iterator[supply.Cluster]:
     cluster = supply.cluster("rabbitmq", instance="tests")
     yield cluster
@@ -132,13 +134,12 @@ async def test_rabbitmq_goes_on_at_another_node_and_comes_back(
         await elsewhere(second.kill)
         record_property("rabbitmq: seconds after the second kill", await work.flows())
         assert connected_to() == port_of(first), "the node that was lost is used again"
-        await elsewhere(second.restart)
 
 
 # Kafka
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def kafka() -> Iterator[supply.Cluster]:
     cluster = supply.cluster("kafka", instance="tests")
     yield cluster
@@ -176,13 +177,12 @@ async def test_kafka_goes_on_with_another_leader_and_comes_back(
         await elsewhere(kafka.nodes[second - 1].kill)
         record_property("kafka: seconds after the second leader was killed", await work.flows())
         assert (await partition()).leader == first, "the node that was lost is used again"
-        await elsewhere(kafka.nodes[second - 1].restart)
 
 
 # Redis
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def redis() -> Iterator[supply.Cluster]:
     cluster = supply.cluster("redis", instance="tests")
     yield cluster
@@ -201,15 +201,17 @@ async def test_redis_goes_on_with_another_primary_and_comes_back(
     # Without it a confirmed message may be in the primary's memory alone, and Redis itself loses it with the primary.
     async with Work(redis, wait_replicas=1) as work:
 
-        def primary() -> int:
-            port: int = work.bus.adapter.links.all[0].port  # type: ignore[attr-defined]  # of the Redis adapter
-            return port
+        def primary() -> supply.Broker | None:
+            """That which the client is connected to."""
+            links = work.bus.adapter.links.all  # type: ignore[attr-defined]  # of the Redis adapter
+            return next((node for node in redis.nodes for link in links if link.port == port_of(node)), None)
 
-        first = next(node for node in redis.nodes if port_of(node) == primary())
+        first, *others = redis.nodes
+        assert primary() is first
         await elsewhere(first.kill)
         record_property("redis: seconds after the primary was killed", await work.flows())
-        second = next(node for node in redis.nodes if port_of(node) == primary())
-        assert second is not first
+        second = primary()
+        assert second in others
 
         await elsewhere(first.restart)
 
@@ -219,10 +221,9 @@ async def test_redis_goes_on_with_another_primary_and_comes_back(
 
         while not await elsewhere(follows):
             await asyncio.sleep(0.1)  # between two looks; the test has a time limit
-        [third] = [node for node in redis.nodes if node not in (first, second)]
+        [third] = [node for node in others if node is not second]
         await elsewhere(third.kill)  # so that only the first is left to be chosen
         await elsewhere(second.kill)
-        await until(lambda: primary() == port_of(first), "the node that was lost is used again")
-        await elsewhere(third.restart)
-        record_property("redis: seconds after the second primary was killed", await work.flows())
-        await elsewhere(second.restart)
+        await until(lambda: primary() is first, "the node that was lost is used again")
+        await elsewhere(third.restart)  # one alone confirms nothing
+        record_property("redis: seconds after its only replica was back", await work.flows())
