@@ -169,7 +169,9 @@ def cluster(name: str, instance: str = "") -> Cluster:
     if (assembly := ASSEMBLIES.get(name)) is None:
         raise SupplyError(f"no cluster of {name!r}; there are: {', '.join(ASSEMBLIES)}")
     if reason := Native().unavailable():
-        raise SupplyError(f"a cluster is made of native processes ({reason}); docker-compose.test.yml has them as containers")
+        raise SupplyError(
+            f"a cluster is made of native processes ({reason}); docker-compose.test.yml has them as containers"
+        )
     base = brokers_folder() / f"{name}-cluster{f'-{_checked(instance)}' if instance else ''}"
     homes = [base.with_name(f"{base.name}-{member.role}") for member in assembly.members]
     with locked(base.with_suffix(".lock")):
@@ -342,7 +344,9 @@ def _assemble(assembly: Assembly, homes: Sequence[Path]) -> list[Record]:
         answering = [site for member, site in zip(members, sites, strict=True) if later or not member.later]
         if not wait_until(lambda: _formed(assembly, answering), _READY):  # noqa: B023  # called here and now
             logs = "\n".join(source.complaint(record, home) for record, home in zip(records, homes, strict=True))
-            raise SupplyError(f"{homes[0].name} and the others answer, but are no cluster after {_READY:.0f} s.\n{logs}")
+            raise SupplyError(
+                f"{homes[0].name} and the others answer, but are no cluster after {_READY:.0f} s.\n{logs}"
+            )
     return records
 
 

@@ -78,10 +78,10 @@ class RabbitMQNodes:
     def formed(self, sites: Sequence[Site]) -> bool:
         account = base64.b64encode(f"{sites[0].user}:{sites[0].password}".encode()).decode()
         for site in sites:
-            request = Request(  # noqa: S310  # http, of our own making
+            request = Request(
                 f"http://{LOOPBACK}:{site.ports['api']}/api/nodes", headers={"Authorization": f"Basic {account}"}
             )
-            with urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310  # as above
+            with urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310  # http, of our own making
                 if [node.get("running") for node in json.load(answer)] != [True] * len(sites):
                     return False
         return True
@@ -147,7 +147,12 @@ class RedisNodes:
 
     def files(self, sites: Sequence[Site], at: int) -> Mapping[str, bytes]:
         own, primary = sites[at], sites[0]
-        values = {"master": MASTER, "primary": primary.ports["redis"], "user": primary.user, "password": primary.password}
+        values = {
+            "master": MASTER,
+            "primary": primary.ports["redis"],
+            "user": primary.user,
+            "password": primary.password,
+        }
         if at >= 3:
             config = SENTINEL.format(address=own.address, port=own.ports["sentinel"], folder=own.folder, **values)
             return {"sentinel.conf": config.encode()}

@@ -110,7 +110,9 @@ class Kafka:
 
     def native(self, site: Site) -> Command:
         # Two processors and C1 code only: it starts in half the time, and tests share the machine.
-        java = f"java -Xms128m -Xmx{self.heap} -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp '{maven.folder(_NAME)}/libs/*'"
+        java = (
+            f"java -Xms128m -Xmx{self.heap} -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp '{maven.folder(_NAME)}/libs/*'"
+        )
         run = f"exec {java} kafka.Kafka {site.folder}/server.properties"
         return Command(["/bin/sh", "-c", f"{_format(site, java + ' kafka.tools.StorageTool')} && {run}"])
 
