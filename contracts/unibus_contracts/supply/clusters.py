@@ -57,8 +57,8 @@ class RabbitMQNodes:
     def files(self, sites: Sequence[Site], at: int) -> Mapping[str, bytes]:
         own = sites[at]
         # pause_minority: a node that is cut off stops, and comes back by itself. The default lets it go on alone, and its
-        # half of the metadata stays apart for ever. A node that is silent is noticed after 10 s instead of a minute.
-        config = ["cluster_partition_handling = pause_minority", "net_ticktime = 10"]
+        # half of the metadata stays apart for ever. A node that is silent is noticed after 20 s instead of a minute.
+        config = ["cluster_partition_handling = pause_minority", "net_ticktime = 20"]
         if at:
             config += [
                 "cluster_formation.peer_discovery_backend = classic_config",
