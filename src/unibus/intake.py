@@ -20,6 +20,7 @@ from unibus.clock import within
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Throttled, Timeout, TransportError, UnibusError
 from unibus.guard import CrashGuard
+from unibus.idempotency import Once
 from unibus.lanes import Lanes
 from unibus.lease import Heartbeat
 from unibus.report import Report
@@ -78,12 +79,14 @@ class Intake:
         self.refusal: Exception | None = None  # why the first subscribe failed for good
         self.runs_handlers = False  # then each delivery's run ends with `finish`, also one that was settled by hand
         self.trouble: str | None = None
+        self.protection: Once | None = None  # of a handler that is effectively once
         self._settler = Settler(kit, address, self)
         self._stopping = False
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
+        self._postponed: dict[Delivery[Any], float] = {}  # held uncounted, and since when, monotonic
         self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
         self._room = asyncio.Event()
         self._reserved = 0  # room given to receives under way
@@ -330,6 +333,8 @@ class Intake:
         if verdict.action is Action.RETRY and (too_long := beyond(verdict.delay, step, capabilities)):
             verdict = Verdict(Action.DEAD_LETTER, reason=retry.NON_RETRYABLE, error=too_long)
             step = plan(verdict, self.place, capabilities)
+        if verdict.action is Action.WAIT and self._held_too_long(delivery, verdict.delay):
+            step = Step.RELEASE
         if step is Step.PARK and self._stopping:
             step = Step.RELEASE  # no time to wait for it: it comes again, elsewhere
         if step is Step.PARK:
@@ -387,9 +392,10 @@ class Intake:
     def _park(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Hold it here until its next attempt is due; of the others only its key waits."""
         self._report.verdict(delivery, verdict)
-        headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
-        delivery.message.headers = MappingProxyType(headers)
-        delivery.failures += 1
+        if verdict.action is not Action.WAIT:
+            headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
+            delivery.message.headers = MappingProxyType(headers)
+            delivery.failures += 1
         if not self.runs_handlers:
             delivery.settled = True
             self._kept.add(delivery)
@@ -398,6 +404,11 @@ class Intake:
             self._due(delivery)
         else:
             self.lanes.parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
+
+    def _held_too_long(self, delivery: Delivery[Any], delay: float) -> bool:
+        """Would this wait be longer than the broker lets a message be held? Then it gives it out anew, its count unchanged."""
+        limit, now = self.kit.link.adapter.capabilities.park_limit, self.kit.clock.monotonic()
+        return limit is not None and now + delay - self._postponed.setdefault(delivery, now) > limit
 
     def _unpark(self, delivery: Delivery[Any]) -> None:
         del self.lanes.parked[delivery]
@@ -427,6 +438,9 @@ class Intake:
         drop = self.holding.pop
         for delivery in deliveries:
             drop(delivery, None)
+        if self._postponed:
+            for delivery in deliveries:
+                self._postponed.pop(delivery, None)
         self._room.set()
 
     def settled(self, delivery: Delivery[Any], error: TransportError | None) -> None:
@@ -443,6 +457,7 @@ class Intake:
 
     def _forget(self, delivery: Delivery[Any]) -> None:
         self._kept.discard(delivery)
+        self._postponed.pop(delivery, None)
         self.holding.pop(delivery, None)
         self._room.set()
 
@@ -584,4 +599,4 @@ class Intake:
 
     def complaint(self) -> str | None:
         """Why this intake doesn't receive as it should, or None."""
-        return self.trouble or self._settler.trouble
+        return self.trouble or self._settler.trouble or (self.protection.trouble if self.protection else None)

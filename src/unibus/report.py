@@ -24,13 +24,19 @@ class Report:
         self._private = private
 
     def verdict(self, delivery: Delivery[Any], verdict: Verdict) -> None:
-        """Everything but an ack, which is only counted."""
+        """Everything but the ack of a run, which is only counted."""
         error, reason = verdict.error, verdict.reason
         what = describe(error)
         by_word = isinstance(error, (retry.Retry, retry.DeadLetter, retry.Discard))
         traceback = None if by_word else error
         where, message_id = self._address, delivery.message.id
-        if verdict.action is Action.RETRY:
+        if verdict.action is Action.ACK:
+            self.count(telemetry.REPEATED)
+            log.info("%s: message %s was handled before; acked without its handler", where, message_id)
+        elif verdict.action is Action.WAIT:
+            self.count(telemetry.POSTPONED)
+            log.debug("%s: message %s waits for %g s: %s", where, message_id, verdict.delay, reason)
+        elif verdict.action is Action.RETRY:
             self.count(telemetry.RETRIED)
             text = "%s: attempt %d of message %s failed, again in %g s: %s"
             log.warning(text, where, delivery.attempt, message_id, verdict.delay, what, exc_info=traceback)
