@@ -8,6 +8,7 @@ or free, since its handler failed or its process died and the lease ended, and r
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 import secrets
@@ -31,7 +32,10 @@ SHORTEST_WAIT = 0.05  # seconds: less is the error of a sum of floats
 LONGEST_POLL = 1.0  # seconds until it is looked again whether the other run has ended
 LAST_WORD = 2.0  # seconds that a store has at the end to record what it could not record before
 
-Key = tuple[str, str]  # the physical name of the queue or group, and the message's id
+LONGEST_ID = 200  # characters
+
+# The physical name of the queue or group, and the message's id: what is printed, and at most 200 characters of it.
+Key = tuple[str, str]
 
 
 class StoreUnavailable(UnibusError):
@@ -148,7 +152,7 @@ class Once:
         run = self._in_transaction(handling) if transactional else self._recorded(handling)
 
         async def once(delivery: Delivery[Any]) -> None:
-            key = (self._place, delivery.message.id)
+            key = (self._place, _short(delivery.message.id))
             if key in self._busy:
                 raise self._waits("it is being handled in this process")
             self._busy.add(key)
@@ -301,6 +305,13 @@ class Once:
         for key in self._unrecorded - self._busy:
             await self._store.finish(key, self._token)  # False: another one has it by now
             self._unrecorded.discard(key)
+
+
+def _short(message_id: str) -> str:
+    """A foreign id may be longer than a column, or hold what a database takes for no text: then every try would fail."""
+    if len(message_id) <= LONGEST_ID and message_id.isprintable():
+        return message_id
+    return hashlib.sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class _DecidedByReturning:

@@ -26,13 +26,15 @@ from .containers import Docker
 from .elasticmq import ElasticMQ
 from .kafka import Kafka
 from .native import Native
+from .postgresql import PostgreSQL
 from .rabbitmq import RabbitMQ
 from .redis import Redis
 from .sqs import SQS
 
-__all__ = ["KINDS", "Broker", "SupplyError", "emulator", "running", "start", "stop"]
+__all__ = ["KINDS", "STORES", "Broker", "SupplyError", "emulator", "running", "start", "stop"]
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka(), Redis(), SQS())}
+STORES: dict[str, Kind] = {kind.name: kind for kind in (PostgreSQL(),)}  # no brokers; `up` starts them all the same
 _PRIVATE: dict[str, Kind] = {kind.name: kind for kind in (ElasticMQ(),)}  # only as instances, for the tests that ask
 
 _READY = 120.0  # seconds; a native RabbitMQ needs 5 on an idle machine
@@ -147,7 +149,7 @@ def running(names: Iterable[str] = KINDS) -> list[Broker]:
 def stop(names: Iterable[str] | None = None) -> list[str]:
     """Stop everything the supply started in this checkout, private instances too, or those of some kinds; their names."""
     folder = brokers_folder()
-    kinds = set({**KINDS, **_PRIVATE} if names is None else (_kind(name).name for name in names))
+    kinds = set({**KINDS, **STORES, **_PRIVATE} if names is None else (_kind(name).name for name in names))
     homes = [
         home
         for home in sorted(folder.glob("*/"))
@@ -166,8 +168,8 @@ def emulator(name: str) -> str | None:
 
 
 def _kind(name: str) -> Kind:
-    if (kind := KINDS.get(name) or _PRIVATE.get(name)) is None:
-        raise SupplyError(f"no broker {name!r}; there are: {', '.join(KINDS)}")
+    if (kind := KINDS.get(name) or STORES.get(name) or _PRIVATE.get(name)) is None:
+        raise SupplyError(f"no broker {name!r}; there are: {', '.join([*KINDS, *STORES])}")
     return kind
 
 

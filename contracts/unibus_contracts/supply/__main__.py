@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
-from . import KINDS, Broker, SupplyError, running, start, stop
+from . import KINDS, STORES, Broker, SupplyError, running, start, stop
 
 
 def lines(brokers: Iterable[Broker]) -> list[str]:
@@ -18,14 +18,16 @@ def lines(brokers: Iterable[Broker]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m unibus_contracts.supply", description=__doc__)
     parser.add_argument("command", choices=["up", "down", "urls"])
-    parser.add_argument("--only", choices=sorted(KINDS), action="append", help="this broker; may be repeated")
+    parser.add_argument(
+        "--only", choices=sorted({**KINDS, **STORES}), action="append", help="this broker; may be repeated"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "down":
             for name in stop(options.only):
                 print(f"{name}: stopped", file=sys.stderr)
             return 0
-        names = options.only or list(KINDS)
+        names = options.only or [*KINDS, *STORES]
         brokers = [start(name) for name in names] if options.command == "up" else running(names)
     except SupplyError as error:
         print(f"error: {error}", file=sys.stderr)
