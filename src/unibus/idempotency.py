@@ -277,6 +277,7 @@ class Once:
                 await within(self._clock, LAST_WORD, self._record())
             except Exception as error:
                 self._tell_lost(error)
+        self._token = secrets.token_hex(8)  # a thread that was left behind has a run of its own
 
     def _tell_lost(self, error: Exception) -> None:
         text = (

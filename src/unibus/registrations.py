@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Guarantee = Literal["at-least-once", "at-most-once"]
+OnLeaseLost = Literal["mark", "cancel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Handlers:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
         idempotency: Store | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
@@ -74,9 +76,18 @@ class Handlers:
 
         `concurrency`: handlers at once in this process (10). `prefetch`: messages held (twice that). `timeout`: seconds a
         handler may run (900; 0: no limit). `batch=n`: the handler takes a list of up to n bodies, settled one by one.
+        `on_lease_lost`: when the message is no longer ours while its handler runs, and so is handled again, "mark" sets
+        `delivery.lost` and lets it finish; "cancel" also cancels the handler, which is refused for a plain function.
         `idempotency`: a store of `unibus.stores`, which makes the handler effectively once.
         """
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
+        options = _given(
+            concurrency=concurrency,
+            prefetch=prefetch,
+            timeout=timeout,
+            retry=retry,
+            guarantee=guarantee,
+            on_lease_lost=on_lease_lost,
+        )
         return self._register("consumer", queue, options, batch=batch, idempotency=idempotency)
 
     def subscriber(
@@ -91,6 +102,7 @@ class Handlers:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
         idempotency: Store | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
@@ -108,7 +120,14 @@ class Handlers:
             raise ConfigError(f"subscriber of {topic}: broadcast=True has no group; drop group={group!r}")
         if broadcast and begin != "new":
             raise ConfigError(f"subscriber of {topic}: broadcast=True keeps no backlog; drop start, or name a group")
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
+        options = _given(
+            concurrency=concurrency,
+            prefetch=prefetch,
+            timeout=timeout,
+            retry=retry,
+            guarantee=guarantee,
+            on_lease_lost=on_lease_lost,
+        )
         more = {"group": group, "broadcast": broadcast, "start": begin, "batch": batch, "idempotency": idempotency}
         return self._register("subscriber", topic, options, **more)
 
@@ -120,6 +139,7 @@ class Handlers:
         prefetch: int | None = None,
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
         idempotency: None = None,
     ) -> Callable[[Function], Function]:
         """Answer the requests of a queue with what the function returns.
@@ -127,7 +147,9 @@ class Handlers:
         An exception is answered at once, as RemoteError. With `retry` the request is tried again first, as long as its
         requester still waits. `idempotency`: refused at start, since a request that comes again needs its answer again.
         """
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry)
+        options = _given(
+            concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, on_lease_lost=on_lease_lost
+        )
         return self._register("responder", queue, options, idempotency=idempotency)
 
     def _register(

@@ -305,6 +305,7 @@ class Session:
             timeout=settings.timeout,
             batch=registration.batch,
             in_thread=not handler.is_async,
+            cancel_lost=settings.on_lease_lost == "cancel",
             undecodable=undecodable,
             timed_out=timed_out,
         )
@@ -432,6 +433,10 @@ def _resolved(station: Station, once: Once | None, layers: Sequence[Layer]) -> H
         raise ConfigError(f"{registration}: it asks for {asked}, which a plain function can't use; make it async def")
     if registration.batch and layers:
         raise ConfigError(f"{registration}: batch={registration.batch}, but layers wrap the handling of one message")
+    if station.settings.on_lease_lost == "cancel" and not handler.is_async:
+        raise ConfigError(
+            f'{registration}: on_lease_lost="cancel", but a plain function can\'t be cancelled; use "mark"'
+        )
     return handler
 
 
