@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from unibus_contracts.chaos import process_faults
+from unibus_contracts.chaos import http_faults, process_faults, rabbitmq_faults, redis_faults
 from unibus_contracts.chaos.stage import Fault, NoBite, Stage, bit, reaches
 
 __all__ = ["FAULTS", "NOT_ON", "NoBite", "Stage", "possible", "schedule"]
@@ -161,7 +161,11 @@ _ANYWHERE: Mapping[str, Fault] = {
     **process_faults.FAULTS,
 }
 
-_OF: Mapping[str, Mapping[str, Fault]] = {}  # those that only one kind of broker knows
+_OF: Mapping[str, Mapping[str, Fault]] = {
+    "rabbitmq": rabbitmq_faults.FAULTS,
+    "redis": redis_faults.FAULTS,
+    "sqs": http_faults.FAULTS,
+}  # those that only one kind of broker knows
 
 FAULTS: Mapping[str, Fault] = {**_ANYWHERE, **{name: fault for own in _OF.values() for name, fault in own.items()}}
 
