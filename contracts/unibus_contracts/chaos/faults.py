@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from unibus_contracts.chaos import http_faults, process_faults, rabbitmq_faults, redis_faults
+from unibus_contracts.chaos import http_faults, kafka_faults, process_faults, rabbitmq_faults, redis_faults
 from unibus_contracts.chaos.stage import Fault, NoBite, Stage, bit, reaches
 
 __all__ = ["FAULTS", "NOT_ON", "NoBite", "Stage", "possible", "schedule"]
@@ -162,6 +162,7 @@ _ANYWHERE: Mapping[str, Fault] = {
 }
 
 _OF: Mapping[str, Mapping[str, Fault]] = {
+    "kafka": kafka_faults.FAULTS,
     "rabbitmq": rabbitmq_faults.FAULTS,
     "redis": redis_faults.FAULTS,
     "sqs": http_faults.FAULTS,
@@ -170,9 +171,24 @@ _OF: Mapping[str, Mapping[str, Fault]] = {
 FAULTS: Mapping[str, Fault] = {**_ANYWHERE, **{name: fault for own in _OF.values() for name, fault in own.items()}}
 
 # What one would look for there, and why it isn't tried.
+_NOT_ANYWHERE = {"broker-clock": "a wrong time for one process alone needs libfaketime; consumers get theirs without it"}
 NOT_ON: Mapping[str, Mapping[str, str]] = {
+    "kafka": {
+        **_NOT_ANYWHERE,
+        "kafka-leader-moved": "one node has no other leader",
+        "kafka-disk-full": "with its only folder gone a node ends itself, as by broker-killed; that needs three of them",
+    },
+    "rabbitmq": {**_NOT_ANYWHERE, "rabbitmq-disk-full": "its disk alarm comes before, and that is tried"},
+    "redis": {
+        **_NOT_ANYWHERE,
+        "consumer-killed-copied": "a copy and the end of its original are one step there",
+        "redis-replica-promoted": "one node has no replica",
+        **({"redis-disk-full": why} if (why := redis_faults.cannot_mount()) else {}),
+    },
     "sqs": {"broker-killed": "the emulator keeps nothing over a kill, and AWS has no server that we could kill"},
-    "redis": {"consumer-killed-copied": "a copy and the end of its original are one step there"},
+}
+NOT_ANYWHERE = {
+    "broker-clock": "the wrong time of one process alone needs libfaketime, and consumers have theirs without it"
 }
 
 
