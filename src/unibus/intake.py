@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -77,6 +77,7 @@ class Intake:
         self.begun = asyncio.Event()  # subscribed for the first time, or refused
         self.refusal: Exception | None = None  # why the first subscribe failed for good
         self.runs_handlers = False  # then each delivery's run ends with `finish`, also one that was settled by hand
+        self.cancel: Callable[[set[Delivery[Any]]], None] | None = None  # the handlers of what is lost while they run
         self.trouble: str | None = None
         self._settler = Settler(kit, address, self)
         self._stopping = False
@@ -85,6 +86,7 @@ class Intake:
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
         self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
+        self._gone: set[Delivery[Any]] = set()  # lost while their handlers run, and that was said
         self._room = asyncio.Event()
         self._reserved = 0  # room given to receives under way
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
@@ -144,8 +146,8 @@ class Intake:
         self._subscription = self._settler.subscription = subscription
         lease = self.kit.link.adapter.capabilities.lease
         if lease and lease.limit:
-            self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock)
-            self._heartbeat.start(self.kit.counts, self.address)
+            self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock, self._lease_lost)
+            self._heartbeat.start()
         self.trouble = None
         self.subscribed.set()
         self.begun.set()
@@ -369,9 +371,10 @@ class Intake:
 
     def _too_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """The fate of a delivery that its handler had settled, that was settled first, or that is no longer ours."""
-        self._report.too_late(delivery, verdict)
         if self.at_most_once and delivery.settled:
             self._report.at_most_once(delivery, verdict)
+        else:
+            self._report.too_late(delivery, verdict)
         if delivery.lost:
             self._resolve(
                 delivery, LeaseLost(f"message {delivery.message.id} is no longer ours; it is delivered again")
@@ -443,6 +446,7 @@ class Intake:
 
     def _forget(self, delivery: Delivery[Any]) -> None:
         self._kept.discard(delivery)
+        self._gone.discard(delivery)
         self.holding.pop(delivery, None)
         self._room.set()
 
@@ -493,17 +497,42 @@ class Intake:
     async def _losing(self, deliveries: Sequence[Delivery[Any]], grace: float) -> None:
         """`Source.losing`: the driver gives these up. What waits is dropped; what runs may finish within `grace`."""
         losing = set(deliveries)
-        if not self.at_most_once:  # what was settled first is ours alone by now
-            for delivery in self.lanes.remove(losing):
-                delivery.lost = True
-                self._forget(delivery)
+        self._drop_waiting(losing)
         if grace > 0:
             try:
                 await within(self.kit.clock, grace, self._until_settled(losing))
             except TimeoutError:
                 log.warning("%s: %d deliveries taken away while they ran", self.address, len(losing & self.running))
-        for delivery in losing:
+        self._lost(losing)
+
+    def _lease_lost(self, deliveries: list[Delivery[Any]]) -> None:
+        """The heartbeat has found these to be no longer ours. What waits is not begun."""
+        losing = self.holding.keys() & deliveries  # not those that were settled meanwhile
+        waiting = self._drop_waiting(losing)
+        for delivery in waiting:
+            self._report.lost(delivery, "it had not begun")
+        self._lost(losing - waiting)
+
+    def _drop_waiting(self, losing: set[Delivery[Any]]) -> set[Delivery[Any]]:
+        """Those of `losing` that no handler has begun: they are forgotten. What was settled first is ours alone by now."""
+        waiting = set() if self.at_most_once else self.lanes.remove(losing)
+        for delivery in waiting:
             delivery.lost = True
+            self._forget(delivery)
+        return waiting
+
+    def _lost(self, deliveries: Iterable[Delivery[Any]]) -> None:
+        """These are no longer ours, and come again. Their handlers see it, or are cancelled."""
+        running = set()
+        for delivery in deliveries:
+            undecided = delivery in self.running and not (delivery.settled or delivery in self._decided)
+            if undecided and delivery not in self._gone:
+                running.add(delivery)
+                self._gone.add(delivery)
+                self._report.lost(delivery, "its handler is cancelled" if self.cancel else "its handler goes on")
+            delivery.lost = True
+        if running and self.cancel is not None:
+            self.cancel(running)
 
     async def _until_settled(self, deliveries: set[Delivery[Any]]) -> None:
         while deliveries & self.holding.keys():
@@ -515,8 +544,7 @@ class Intake:
         self.subscribed.clear()
         for delivery in self._take_waiting():
             self._forget(delivery)
-        for delivery in self.holding:
-            delivery.lost = True
+        self._lost(self.holding)
         self._guard.suspects.clear()
         await self._close_subscription()
 

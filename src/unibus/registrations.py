@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Guarantee = Literal["at-least-once", "at-most-once"]
+OnLeaseLost = Literal["mark", "cancel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,24 @@ class Handlers:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
         """Handle the messages of a queue; all its consumers, in all processes, compete.
 
         `concurrency`: handlers at once in this process (10). `prefetch`: messages held (twice that). `timeout`: seconds a
         handler may run (900; 0: no limit). `batch=n`: the handler takes a list of up to n bodies, settled one by one.
+        `on_lease_lost`: when the message is no longer ours while its handler runs, and so is handled again, "mark" sets
+        `delivery.lost` and lets it finish; "cancel" also cancels the handler, which is refused for a plain function.
         """
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
+        options = _given(
+            concurrency=concurrency,
+            prefetch=prefetch,
+            timeout=timeout,
+            retry=retry,
+            guarantee=guarantee,
+            on_lease_lost=on_lease_lost,
+        )
         return self._register("consumer", queue, options, batch=batch)
 
     def subscriber(
@@ -87,6 +98,7 @@ class Handlers:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
         """Handle the messages of a topic, as a member of `group` (default: the service's name).
@@ -102,7 +114,14 @@ class Handlers:
             raise ConfigError(f"subscriber of {topic}: broadcast=True has no group; drop group={group!r}")
         if broadcast and begin != "new":
             raise ConfigError(f"subscriber of {topic}: broadcast=True keeps no backlog; drop start, or name a group")
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
+        options = _given(
+            concurrency=concurrency,
+            prefetch=prefetch,
+            timeout=timeout,
+            retry=retry,
+            guarantee=guarantee,
+            on_lease_lost=on_lease_lost,
+        )
         return self._register("subscriber", topic, options, group=group, broadcast=broadcast, start=begin, batch=batch)
 
     def responder(
@@ -113,13 +132,16 @@ class Handlers:
         prefetch: int | None = None,
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
     ) -> Callable[[Function], Function]:
         """Answer the requests of a queue with what the function returns.
 
         An exception is answered at once, as RemoteError. With `retry` the request is tried again first, as long as its
         requester still waits.
         """
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry)
+        options = _given(
+            concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, on_lease_lost=on_lease_lost
+        )
         return self._register("responder", queue, options)
 
     def _register(

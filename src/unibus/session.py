@@ -271,6 +271,7 @@ class Session:
             timeout=settings.timeout,
             batch=registration.batch,
             in_thread=not handler.is_async,
+            cancel_lost=settings.on_lease_lost == "cancel",
             undecodable=undecodable,
             timed_out=timed_out,
         )
@@ -354,6 +355,8 @@ def _resolved(station: Station, layers: Sequence[Layer]) -> Handler:
     handler = resolve(registration.function, kind=registration.kind, channel=station.channel, batch=registration.batch)
     if registration.batch and layers:
         raise ConfigError(f"{registration}: batch={registration.batch}, but layers wrap the handling of one message")
+    if station.settings.on_lease_lost == "cancel" and not handler.is_async:
+        raise ConfigError(f'{registration}: on_lease_lost="cancel", but a plain function can\'t be cancelled; use "mark"')
     return handler
 
 

@@ -183,7 +183,8 @@ class Settler:
         while True:
             for delivery, _ in moves:
                 if delivery.lost:  # it comes again, and needs no copy
-                    self._holder.settled(delivery, _lease_lost(delivery, None))
+                    self._tell([gone := _lease_lost(delivery, None)])
+                    self._holder.settled(delivery, gone)
             moves = [move for move in moves if not move[0].lost]
             if not moves:
                 return
