@@ -171,7 +171,9 @@ _OF: Mapping[str, Mapping[str, Fault]] = {
 FAULTS: Mapping[str, Fault] = {**_ANYWHERE, **{name: fault for own in _OF.values() for name, fault in own.items()}}
 
 # What one would look for there, and why it isn't tried.
-_NOT_ANYWHERE = {"broker-clock": "a wrong time for one process alone needs libfaketime; consumers get theirs without it"}
+_NOT_ANYWHERE = {
+    "broker-clock": "a wrong time for one process alone needs libfaketime; consumers get theirs without it"
+}
 NOT_ON: Mapping[str, Mapping[str, str]] = {
     "kafka": {
         **_NOT_ANYWHERE,
