@@ -83,19 +83,23 @@ class Handling:
         """Receives from `manual` until cancelled; here the settlement's end is seen too."""
         async with bus.receiver(manual) as receiver:
             async for delivery in receiver:
-                item = delivery.body
-                about = {"value": item.value, "place": "manual", "key": item.key, "seq": item.seq}
-                with self.recorder.during("handle", attempt=delivery.attempt, **about):
-                    await asyncio.sleep(0)
+                taken = asyncio.ensure_future(self.take(delivery))
                 try:
-                    with self.recorder.during("settle", value=item.value, place="manual"):
-                        await delivery.ack()
-                except Exception as error:  # written down as unknown; the message comes again
-                    print(
-                        f"manual: {item.value} was not settled: {type(error).__name__}: {error}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    await asyncio.shield(taken)
+                except asyncio.CancelledError:  # an orderly end leaves nothing half done
+                    await taken
+                    raise
+
+    async def take(self, delivery: Delivery[Item]) -> None:
+        item = delivery.body
+        about = {"value": item.value, "place": "manual", "key": item.key, "seq": item.seq}
+        with self.recorder.during("handle", attempt=delivery.attempt, **about):
+            await asyncio.sleep(0)
+        try:
+            with self.recorder.during("settle", value=item.value, place="manual"):
+                await delivery.ack()
+        except Exception as error:  # written down as unknown; the message comes again
+            print(f"manual: {item.value} was not settled: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def make(url: str, prefix: str) -> Bus:

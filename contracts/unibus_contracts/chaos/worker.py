@@ -15,6 +15,7 @@ from pathlib import Path
 
 from unibus import Bus, Topic
 from unibus_contracts.chaos import service
+from unibus_contracts.chaos.traps import Traps
 from unibus_contracts.history import Recorder
 
 URL = "UNIBUS_CHAOS_URL"
@@ -54,17 +55,19 @@ async def _send(bus: Bus, recorder: Recorder, count: int) -> None:
         print(f"{item.value}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-async def consume(bus: Bus, recorder: Recorder) -> None:
+async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
     handling = service.Handling(recorder)
     handling.register(bus)
-    async with bus:
-        print("ready", flush=True)
-        receiving = asyncio.create_task(handling.by_hand(bus))
-        try:
-            await bus.run()  # until SIGTERM
-        finally:
-            receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
+    with traps.listening():
+        async with bus:
+            traps.set_into(bus)
+            print("ready", flush=True)
+            receiving = asyncio.create_task(handling.by_hand(bus))
+            try:
+                await bus.run()  # until SIGTERM
+            finally:
+                receiving.cancel()
+                await asyncio.gather(receiving, return_exceptions=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -74,7 +77,8 @@ def main(arguments: list[str]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its input tells it when to end
     with Recorder(Path(folder), name) as recorder:
         bus = service.make(os.environ[URL], prefix)
-        asyncio.run((produce if role == "produce" else consume)(bus, recorder))
+        traps = Traps(Path(folder), name)
+        asyncio.run(produce(bus, recorder) if role == "produce" else consume(bus, recorder, traps))
 
 
 if __name__ == "__main__":
