@@ -76,6 +76,7 @@ class Bus(Handlers):
         send_timeout: float | None = None,
         request_timeout: float | None = None,
         shutdown_timeout: float | None = None,
+        max_body: int | None = None,
         defaults: Mapping[str, object] | None = None,
         settings: Mapping[str, object] | None = None,
     ) -> None:
@@ -100,6 +101,7 @@ class Bus(Handlers):
                 "send_timeout": send_timeout,
                 "request_timeout": request_timeout,
                 "shutdown_timeout": shutdown_timeout,
+                "max_body": max_body,
                 "defaults": defaults,
                 "settings": settings,
             }.items()
