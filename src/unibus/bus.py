@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint, Outgoing
+from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint, Outgoing, Secret
 from unibus.blocking import Blocking
 from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue
@@ -91,10 +91,10 @@ class Bus(Handlers):
         self._code: dict[str, object] = {
             key: value
             for key, value in {
-                "url": url,
+                "url": None if url is None else Secret(url),  # it may hold a password, and `vars(bus)` is soon printed
                 "service": service,
                 "username": username,
-                "password": password,
+                "password": None if password is None else Secret(password),
                 "prefix": prefix,
                 "declare": declare,
                 "delays": delays,

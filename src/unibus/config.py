@@ -191,9 +191,9 @@ def _from_bus(
 ) -> tuple[dict[str, object], Mapping[str, object], RetryPolicy]:
     """What `Bus(...)` was given: plain settings, the driver's, and the policy whose exceptions count."""
     values = dict(code)
-    password = values.get("password")
-    if isinstance(password, Secret):
-        values["password"] = password.value
+    for name in ("url", "password"):
+        if isinstance(secret := values.get(name), Secret):
+            values[name] = secret.value
     settings = values.pop("settings", None) or {}
     exceptions = None
     if isinstance(defaults := values.get("defaults"), Mapping):

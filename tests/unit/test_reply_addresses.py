@@ -52,7 +52,30 @@ HOSTILE = {
     "below zero": "unibus.reply.billing:-1:abc",
 }
 # Put into an address that would be right without it.
-SPOILERS = ("\0", "\n", "\r\n", "\t", " ", "\x1b[31m", "\u200b", "\ud800", "\u00e9", "%00", "?", "#", "*", ">", "/", "\\", "'", '"', ";", "{", "}", "@")
+SPOILERS = (
+    "\0",
+    "\n",
+    "\r\n",
+    "\t",
+    " ",
+    "\x1b[31m",
+    "\u200b",
+    "\ud800",
+    "\u00e9",
+    "%00",
+    "?",
+    "#",
+    "*",
+    ">",
+    "/",
+    "\\",
+    "'",
+    '"',
+    ";",
+    "{",
+    "}",
+    "@",
+)
 
 
 def adapter(name: str) -> Adapter:
