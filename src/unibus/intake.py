@@ -20,6 +20,7 @@ from unibus.clock import within
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Throttled, Timeout, TransportError, UnibusError
 from unibus.guard import CrashGuard
+from unibus.idempotency import Once
 from unibus.lanes import Lanes
 from unibus.lease import Heartbeat
 from unibus.report import Report
@@ -85,6 +86,7 @@ class Intake:
         self.runs_handlers = False  # then each delivery's run ends with `finish`, also one that was settled by hand
         self.cancel: Callable[[set[Delivery[Any]]], None] | None = None  # the handlers of what is lost while they run
         self.trouble: str | None = None
+        self.protection: Once | None = None  # of a handler that is effectively once
         self._settler = Settler(kit, address, self)
         self._stopping = False
         self._subscription: Subscription | None = None
@@ -96,6 +98,7 @@ class Intake:
         self._deaf = False  # it was silent before, and nothing was received since
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
+        self._postponed: dict[Delivery[Any], float] = {}  # held uncounted, and since when, monotonic
         self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
         self._gone: set[Delivery[Any]] = set()  # lost while their handlers run, and that was said
         self._room = asyncio.Event()
@@ -386,6 +389,8 @@ class Intake:
         if verdict.action is Action.RETRY and (too_long := beyond(verdict.delay, step, capabilities)):
             verdict = Verdict(Action.DEAD_LETTER, reason=retry.NON_RETRYABLE, error=too_long)
             step = plan(verdict, self.place, capabilities)
+        if verdict.action is Action.WAIT and self._held_too_long(delivery, verdict.delay):
+            step = Step.RELEASE
         if step is Step.PARK and self._stopping:
             step = Step.RELEASE  # no time to wait for it: it comes again, elsewhere
         if step is Step.PARK:
@@ -444,9 +449,10 @@ class Intake:
     def _park(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Hold it here until its next attempt is due; of the others only its key waits."""
         self._report.verdict(delivery, verdict)
-        headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
-        delivery.message.headers = MappingProxyType(headers)
-        delivery.failures += 1
+        if verdict.action is not Action.WAIT:
+            headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
+            delivery.message.headers = MappingProxyType(headers)
+            delivery.failures += 1
         if not self.runs_handlers:
             delivery.settled = True
             self._kept.add(delivery)
@@ -455,6 +461,11 @@ class Intake:
             self._due(delivery)
         else:
             self.lanes.parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
+
+    def _held_too_long(self, delivery: Delivery[Any], delay: float) -> bool:
+        """Would this wait be longer than the broker lets a message be held? Then it gives it out anew, its count unchanged."""
+        limit, now = self.kit.link.adapter.capabilities.park_limit, self.kit.clock.monotonic()
+        return limit is not None and now + delay - self._postponed.setdefault(delivery, now) > limit
 
     def _unpark(self, delivery: Delivery[Any]) -> None:
         del self.lanes.parked[delivery]
@@ -484,6 +495,9 @@ class Intake:
         drop = self.holding.pop
         for delivery in deliveries:
             drop(delivery, None)
+        if self._postponed:
+            for delivery in deliveries:
+                self._postponed.pop(delivery, None)
         self._room.set()
 
     def settled(self, delivery: Delivery[Any], error: TransportError | None) -> None:
@@ -500,6 +514,7 @@ class Intake:
 
     def _forget(self, delivery: Delivery[Any]) -> None:
         self._kept.discard(delivery)
+        self._postponed.pop(delivery, None)
         self._gone.discard(delivery)
         self.holding.pop(delivery, None)
         self._room.set()
@@ -676,7 +691,8 @@ class Intake:
 
     async def complaint(self) -> str | None:
         """Why this intake doesn't receive as it should, or None."""
-        if (trouble := self.trouble or self._settler.trouble) or self._stopping:
+        unprotected = self.protection.trouble if self.protection else None
+        if (trouble := self.trouble or self._settler.trouble or unprotected) or self._stopping:
             return trouble
         if self._emptying:
             return f"{self.address}: nothing is received until its handlers end: the next message may have killed its consumers"

@@ -16,7 +16,7 @@ from unibus import telemetry
 from unibus.adapter import Outgoing
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Topic
-from unibus.clock import Clock, Timer
+from unibus.clock import Clock, Timer, within
 from unibus.errors import Closed, ConnectionLost, MessageTooLarge, Timeout, TransportError, UnibusError, Unroutable
 from unibus.message import Message
 from unibus.supervisor import Link, back_off
@@ -26,6 +26,7 @@ log = logging.getLogger("unibus")
 
 CLOSED = "the bus is closed; nothing was sent"
 SILENT = 5.0  # seconds without an answer, until the health tells
+_ANSWER = 1.0  # seconds that the adapter has to say why nothing is confirmed
 
 
 class _Many:
@@ -155,6 +156,7 @@ class Lane:
         self._failures = 0
         self._heard = 0.0  # when a call last began with none under way, or came back; monotonic
         self._behind: dict[str, deque[_Entry]] = {}  # one by one: by key, as long as one of the key is on its way
+        self._asking: set[asyncio.Task[None]] = set()  # why what is late was not confirmed
         self._timer: Timer | None = None
         self._timer_at = float("inf")
         self._said_unrouted = False
@@ -372,19 +374,41 @@ class Lane:
         now = self._publisher.clock.monotonic()
         self._timer, self._timer_at = None, float("inf")
         earliest = float("inf")
+        late = []
         for entry in list(self.outstanding()):
             if not entry.open():
                 continue
             if entry.deadline <= now:
-                entry.done(self._timed_out(entry))
+                late.append(entry)
             else:
                 earliest = min(earliest, entry.deadline)
+        if any(entry.error is None for entry in late) and self._link.is_up:
+            task = asyncio.get_running_loop().create_task(self._ask_why(late))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        else:
+            for entry in late:
+                entry.done(self._timed_out(entry))
         if earliest < float("inf"):
             self._arm(earliest)
 
-    def _timed_out(self, entry: _Entry) -> Timeout:
-        detail = f"; last error: {entry.error}" if entry.error is not None else ""
-        if entry.error is None and not self._link.is_up:
+    async def _ask_why(self, late: list[_Entry]) -> None:
+        """Nobody has said why these were not confirmed. An alarm of the broker, by which it takes none, should be named."""
+        why = ""
+        try:
+            health = await within(self._publisher.clock, _ANSWER, self._link.adapter.check())
+            why = health.blocked or ""
+        except (TimeoutError, UnibusError) as error:
+            log.debug("%s: no word on why nothing is confirmed: %s", self.address, error)
+        finally:
+            for entry in late:
+                entry.done(self._timed_out(entry, why))
+
+    def _timed_out(self, entry: _Entry, why: str = "") -> Timeout:
+        detail = f"; {why}" if why else ""
+        if entry.error is not None:
+            detail = f"; last error: {entry.error}"
+        elif not self._link.is_up:
             detail = f"; no link to the broker: {self._link.trouble}"
         error = Timeout(
             f"{entry.outgoing.message!r} to {self.address} was not confirmed in time; it may or may not be there{detail}"
@@ -395,7 +419,7 @@ class Lane:
     async def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        flying = list(self.flying)
+        flying = [*self.flying, *self._asking]
         for task in flying:
             task.cancel()
         if flying:
