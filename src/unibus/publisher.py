@@ -25,6 +25,7 @@ from unibus.telemetry import Counts
 log = logging.getLogger("unibus")
 
 CLOSED = "the bus is closed; nothing was sent"
+SILENT = 5.0  # seconds without an answer, until the health tells
 _ANSWER = 1.0  # seconds that the adapter has to say why nothing is confirmed
 
 
@@ -116,6 +117,10 @@ class Publisher:
     def busy(self) -> bool:
         return any(lane.pending or lane.flying for lane in self._lanes.values())
 
+    def complaints(self) -> list[str]:
+        """Of each destination that takes no messages now."""
+        return [text for lane in self._lanes.values() if (text := lane.complaint())]
+
     async def drain(self) -> None:
         """Until all that was submitted has its result; each has a deadline, so this ends."""
         while waiting := {e.future for lane in self._lanes.values() for e in lane.outstanding() if e.open()}:
@@ -149,6 +154,7 @@ class Lane:
         self._scheduled = False
         self._waiting = False  # after a failure: nothing is sent until its back-off is over
         self._failures = 0
+        self._heard = 0.0  # when a call last began with none under way, or came back; monotonic
         self._behind: dict[str, deque[_Entry]] = {}  # one by one: by key, as long as one of the key is on its way
         self._asking: set[asyncio.Task[None]] = set()  # why what is late was not confirmed
         self._timer: Timer | None = None
@@ -198,6 +204,8 @@ class Lane:
             batch = self._take(capabilities)
             if not batch:
                 return
+            if not self.flying:
+                self._heard = self._monotonic()
             task = self.loop.create_task(self._fly(batch))
             self.flying[task] = batch
             task.add_done_callback(self._landed)
@@ -242,6 +250,18 @@ class Lane:
             yield from batch
         for behind in self._behind.values():
             yield from behind
+
+    def complaint(self) -> str | None:
+        """Why messages wait here, or None."""
+        waiting = [entry for entry in self.outstanding() if entry.open()]
+        if not waiting:
+            return None
+        if (error := waiting[0].error) is not None:
+            return f"{len(waiting)} messages to {self.address} wait: {error}"
+        silent = self._monotonic() - self._heard
+        if silent < SILENT:
+            return None
+        return f"{len(waiting)} messages to {self.address} wait: none was confirmed for {silent:.0f} s"
 
     async def _fly(self, batch: list[_Entry]) -> None:
         """One call of the adapter, and what becomes of each message."""
@@ -318,6 +338,7 @@ class Lane:
 
     def _landed(self, task: asyncio.Task[None]) -> None:
         batch = self.flying.pop(task)
+        self._heard = self._monotonic()
         if task.cancelled():
             self._fail(
                 batch, Closed("the bus was closed before the broker confirmed; the message may or may not be there")

@@ -249,20 +249,20 @@ async def test_the_url_leads_through_the_proxy(echo: Echo, name: str, variables:
         assert await ask(proxy) == b"hello"
 
 
-def test_what_a_run_still_owes(tmp_path: Path) -> None:
+async def test_what_a_run_still_owes(tmp_path: Path) -> None:
     progress = Progress(tmp_path)
     with Recorder(tmp_path, "p") as recorder:
         for number, place in enumerate(("work", "told", "work"), 1):
             with recorder.during("send", value=f"p-{number}", place=place):
                 pass
-        progress.read()
+        await progress.read()
         assert len(progress.owed) == 4  # the topic has two groups
         with recorder.during("handle", value="p-2", place="told", group="audit", attempt=1):
             pass
         for attempt in range(1, service.POLICY.max_retries + 2):
             with pytest.raises(service.Refusal), recorder.during("handle", value="p-3", place="work", attempt=attempt):
                 raise service.Refusal
-            progress.read()
+            await progress.read()
             dead = attempt == service.POLICY.max_retries + 1
             assert ("p-3", "") not in progress.owed if dead else ("p-3", "") in progress.owed
         assert set(progress.owed) == {("p-1", ""), ("p-2", "billing")}

@@ -1,4 +1,4 @@
-"""`python -m unibus_contracts.chaos BROKER [--seed N] [--messages N] [--faults N | --only FAULT…] [--folder DIR]`.
+"""`python -m unibus_contracts.chaos BROKER [--seed N] [--messages N] [--faults N | --only FAULT…] [--minutes N] [--folder DIR]`.
 
 Exit status: 0 all promises kept, 1 one was broken, 2 wrong usage, 3 the run proves nothing (inconclusive, invalid, broken off).
 The same seed draws the same faults; what happens between them is the machine's doing, so the history of a failed run is kept.
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--messages", type=int, default=10_000, help="default 10000")
     parser.add_argument("--faults", type=int, default=3, help="how many; default 3")
+    parser.add_argument("--minutes", type=float, help="go on for so long, with messages / (faults + 1) for each fault")
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), help="these, in this order; may be repeated")
     parser.add_argument("--hold", type=float, default=3.0, help="seconds that a fault lasts; default 3")
     parser.add_argument("--folder", type=Path, help="for the history; default: a new one, kept if the run is no pass")
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             why = NOT_ON.get(given.broker, {}).get(name, "it is a fault of another kind of broker")
             parser.error(f"{name} can't be made on {given.broker}: {why}")
     folder = given.folder or Path(tempfile.mkdtemp(prefix=f"chaos-{given.broker}-"))
-    plan = Plan(given.broker, given.seed, given.messages, faults, given.hold)
+    plan = Plan(given.broker, given.seed, given.messages, faults, given.hold, given.minutes)
     print(f"{given.broker}, seed {given.seed}: {given.messages} messages, {', '.join(faults)}", flush=True)
     began = time.monotonic()
     try:
