@@ -101,6 +101,8 @@ def kind(docker: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.chdir(tmp_path)
     for name in list(supply.KINDS):
         monkeypatch.delitem(supply.KINDS, name)
+    for name in list(supply.STORES):
+        monkeypatch.delitem(supply.STORES, name)
     monkeypatch.setitem(supply.KINDS, "fake", fake)
     monkeypatch.setattr(supply, "_SOURCES", (docker, Native()))
     monkeypatch.delenv("UNIBUS_TEST_FAKE_URL", raising=False)
@@ -507,7 +509,7 @@ def test_only_an_amqp_broker_counts_as_one(answer: bytes, well: bool) -> None:
 def test_compose_and_supply_use_the_same_version_on_loopback_only() -> None:
     compose = (ROOT / "docker-compose.test.yml").read_text()
     images = re.findall(r"image: (\S+)", compose)
-    wanted = {kind.name: kind.image for kind in supply.KINDS.values()}
+    wanted = {kind.name: kind.image for kind in (*supply.KINDS.values(), *supply.STORES.values())}
     wanted["rabbitmq"] += "-management"
     assert set(images) == set(wanted.values())
     published = re.findall(r'"([^"]*:\d+:\d+)"', compose)

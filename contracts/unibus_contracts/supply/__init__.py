@@ -33,13 +33,27 @@ from .containers import Docker
 from .elasticmq import ElasticMQ
 from .kafka import Kafka
 from .native import Native
+from .postgresql import PostgreSQL
 from .rabbitmq import RabbitMQ
 from .redis import Redis
 from .sqs import SQS
 
-__all__ = ["ASSEMBLIES", "KINDS", "Broker", "Cluster", "SupplyError", "cluster", "emulator", "running", "start", "stop"]
+__all__ = [
+    "ASSEMBLIES",
+    "KINDS",
+    "STORES",
+    "Broker",
+    "Cluster",
+    "SupplyError",
+    "cluster",
+    "emulator",
+    "running",
+    "start",
+    "stop",
+]
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (RabbitMQ(), Kafka(), Redis(), SQS())}
+STORES: dict[str, Kind] = {kind.name: kind for kind in (PostgreSQL(),)}  # no brokers; `up` starts them all the same
 _PRIVATE: dict[str, Kind] = {kind.name: kind for kind in (ElasticMQ(),)}  # only as instances, for the tests that ask
 _MEMBERS: dict[str, Kind] = {member.kind.name: member.kind for made in ASSEMBLIES.values() for member in made.members}
 
@@ -214,7 +228,7 @@ def stop(names: Iterable[str] | None = None, *, clusters: bool = False) -> list[
     `clusters`: nothing but clusters.
     """
     folder = brokers_folder()
-    kinds = set({**KINDS, **_PRIVATE} if names is None else (_kind(name).name for name in names))
+    kinds = set({**KINDS, **STORES, **_PRIVATE} if names is None else (_kind(name).name for name in names))
     homes = [
         home
         for home in sorted(folder.glob("*/"))
@@ -235,8 +249,8 @@ def emulator(name: str) -> str | None:
 
 
 def _kind(name: str) -> Kind:
-    if (kind := KINDS.get(name) or _PRIVATE.get(name) or _MEMBERS.get(name)) is None:
-        raise SupplyError(f"no broker {name!r}; there are: {', '.join(KINDS)}")
+    if (kind := KINDS.get(name) or STORES.get(name) or _PRIVATE.get(name) or _MEMBERS.get(name)) is None:
+        raise SupplyError(f"no broker {name!r}; there are: {', '.join([*KINDS, *STORES])}")
     return kind
 
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
-from . import ASSEMBLIES, KINDS, Broker, Cluster, SupplyError, cluster, running, start, stop
+from . import ASSEMBLIES, KINDS, STORES, Broker, Cluster, SupplyError, cluster, running, start, stop
 
 
 def lines(brokers: Iterable[Broker | Cluster]) -> list[str]:
@@ -21,7 +21,9 @@ def lines(brokers: Iterable[Broker | Cluster]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m unibus_contracts.supply", description=__doc__)
     parser.add_argument("command", choices=["up", "down", "urls", "cluster-up", "cluster-down"])
-    parser.add_argument("--only", choices=sorted(KINDS), action="append", help="this broker; may be repeated")
+    parser.add_argument(
+        "--only", choices=sorted({**KINDS, **STORES}), action="append", help="this broker; may be repeated"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command in {"down", "cluster-down"}:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{made.name}: {count} native processes", file=sys.stderr)
                 print("\n".join(lines([made])))
             return 0
-        names = options.only or list(KINDS)
+        names = options.only or [*KINDS, *STORES]
         brokers = [start(name) for name in names] if options.command == "up" else running(names)
     except SupplyError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -112,16 +112,23 @@ class Native:
 
 
 def processes(home: Path) -> dict[int, str]:
-    """Command names by process id of everything that was started for the broker in `home`. The dead don't count."""
+    """Command names by process id of everything that was started for the broker in `home`. The dead don't count.
+
+    Those of PostgreSQL write their titles over the mark; but their parent has it, and comes first.
+    """
     mark = f"{MARK}={home}".encode()
-    found = {}
+    found, others = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (entry / "environ").read_bytes().split(b"\0"):
                 found[int(entry.name)] = (entry / "comm").read_text().strip()
+            else:
+                name, rest = (entry / "stat").read_text().partition("(")[2].rsplit(")", 1)
+                others[int(entry.name)] = name, int(rest.split()[1])
         except OSError:  # it ended meanwhile, or it is another user's and so none of ours
             continue
-    return found
+    children = {pid: name for pid, (name, parent) in others.items() if parent in found}
+    return {**found, **children}
 
 
 def _end(pids: Collection[int], name: str) -> None:
