@@ -112,6 +112,11 @@ class Removal:
     left: str | None = None
 
 
+def not_deleted(prefix: str, why: str) -> str:
+    """A line for people."""
+    return f"not deleted: what begins with {prefix!r}: {why}"
+
+
 async def remove(bus: Bus, made: Made) -> Removal:
     """Delete what was made. `bus` is closed, and reaches the broker. Raises nothing that the broker says."""
     if not made.names:

@@ -17,13 +17,14 @@ import re
 import secrets
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, urlencode
 
 from unibus import Bus, ConfigError
+from unibus.adapter import Topology
 from unibus.config import load
 from unibus.url import parse
 
@@ -37,8 +38,12 @@ CREDENTIALS = (
 _USERINFO = re.compile(r"://.*@")
 
 
-class FaultUnavailable(Exception):
-    """This harness can't inject the fault. A contract that needs it is reported as not run, never as passed."""
+class NotTried(Exception):
+    """The contract can't be tried here. It is reported as such, with this reason, and never as passed."""
+
+
+class FaultUnavailable(NotTried):
+    """This harness can't inject the fault."""
 
 
 class Harness(Protocol):
@@ -59,6 +64,21 @@ class Harness(Protocol):
     def cut_link(self) -> AbstractAsyncContextManager[None]: ...
 
     async def cleanup(self) -> None: ...
+
+
+class TestedBus(NotingBus):
+    """`opened` hears what it works with, once it is open."""
+
+    opened: Callable[[TestedBus, Topology], Awaitable[None]] | None = None
+
+    async def _open(self, only: Iterable[str] | None = None) -> None:
+        await super()._open(only)
+        if self.opened is not None and self._tool is None:  # a tool looks at what may not be there
+            try:
+                await self.opened(self, self._opened().topology)
+            except BaseException:
+                await self.close()
+                raise
 
 
 def of_file(path: Path) -> tuple[str, dict[str, Any]]:
@@ -101,14 +121,14 @@ class UrlHarness:
         self._token = secrets.token_hex(2)
         self._count = itertools.count(1)
 
-    def bus(self, **settings: Any) -> Bus:
+    def bus(self, **settings: Any) -> TestedBus:
         """A bus that reads no file and no environment: what is tested is what is written here."""
         given: dict[str, Any] = {"service": "svc", "prefix": self.prefix, "config": False, "environ": {}}
         if "url" in settings:  # another place, another user
             given |= {name: value for name, value in self.more.items() if name == "settings"}
         else:
             given |= self.more
-        bus = NotingBus(settings.pop("url", self.url), **(given | settings))
+        bus = TestedBus(settings.pop("url", self.url), **(given | settings))
         bus.made = self.made
         return bus
 
