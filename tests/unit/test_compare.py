@@ -299,6 +299,17 @@ async def test_what_is_left_on_a_broker_is_told(monkeypatch: pytest.MonkeyPatch)
     assert left[1] is None  # nothing was made there
 
 
+async def test_what_the_contracts_left_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def left_some(*_: object, **__: object) -> contracts.Outcome:
+        return contracts.Outcome({"contracts": [], "left": ["not deleted: what begins with 'cmp-1.2.': Timeout"]})
+
+    monkeypatch.setattr(contracts, "run", left_some)
+    run = Run(targets("memory://"), TINY, only={contracts.CHAPTER})
+    await run()
+    await run.remove()
+    assert run.document["targets"][0]["left"] == "what begins with 'cmp-1.2.': Timeout"
+
+
 async def test_a_removal_that_is_broken_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     reached = asyncio.Event()
 
