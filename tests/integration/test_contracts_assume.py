@@ -33,9 +33,7 @@ pytestmark = pytest.mark.timeout(SECONDS)
 
 def run(url: str, listed: Path, *arguments: str) -> dict[str, Any]:
     tests = [catalogue()[id][1] for id in (*KEEP, *CREATE)]
-    found, _ = runner.run(
-        url, lambda _id, _outcome: None, f"--unibus-channels={listed}", *arguments, tests=tests
-    )
+    found, _ = runner.run(url, lambda _id, _outcome: None, f"--unibus-channels={listed}", *arguments, tests=tests)
     assert report.problems(found) == [], found
     return {one["id"]: one for one in found["contracts"] if one["outcome"] != report.NOT_RUN}
 
