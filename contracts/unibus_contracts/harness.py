@@ -20,7 +20,7 @@ import tomllib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, urlencode
 
 from unibus import Bus, ConfigError
@@ -28,11 +28,13 @@ from unibus.adapter import Topology
 from unibus.config import load
 from unibus.url import parse
 
-from .cleanup import Made, Removal, remove
+from .cleanup import Made, NotingBus, Removal, remove
 
-if TYPE_CHECKING:
-    from unibus.session import Session
-
+CREDENTIALS = (
+    "UNIBUS_PASSWORD",
+    "UNIBUS_PASSWORD_FILE",
+    "UNIBUS_USERNAME",
+)  # what a unibus.toml may leave to the environment
 _USERINFO = re.compile(r"://.*@")
 
 
@@ -64,17 +66,10 @@ class Harness(Protocol):
     async def cleanup(self) -> None: ...
 
 
-class TestedBus(Bus):
-    """A bus that says what it will make, before it does; `opened` hears what it works with, once it is open."""
+class TestedBus(NotingBus):
+    """`opened` hears what it works with, once it is open."""
 
-    made: Made | None = None
     opened: Callable[[TestedBus, Topology], Awaitable[None]] | None = None
-
-    def _prepare(self) -> Session:
-        session = super()._prepare()
-        if self.made is not None:
-            self.made.topology(session.topology)
-        return session
 
     async def _open(self, only: Iterable[str] | None = None) -> None:
         await super()._open(only)
@@ -98,8 +93,7 @@ def of_file(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(url, str):
         raise ConfigError(f"{path}: there is no url")
-    names = ("UNIBUS_PASSWORD", "UNIBUS_PASSWORD_FILE", "UNIBUS_USERNAME")
-    environ = {name: os.environ[name] for name in names if name in os.environ}
+    environ = {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
     found = load({}, file=path, environ=environ)
     more: dict[str, Any] = {"settings": dict(found.driver)} if found.driver else {}
     if parse(url).username is None and found.url.username is not None:

@@ -292,7 +292,7 @@ class BuriesTwice(Subscription):
         return await super().move(twice, timeout)
 
 
-@saboteur("Extending a lease does nothing.", "settle.extend_prolongs")
+@saboteur("Extending a lease does nothing.", "settle.extend_prolongs", "lease.lost_is_told")
 class ExtendsNothing(Subscription):
     async def extend(self, deliveries: Deliveries, seconds: float) -> Results:
         return [None] * len(deliveries)
@@ -304,7 +304,7 @@ class ExtendsTooLittle(Subscription):
         return await self.inner.extend(deliveries, seconds / 10)
 
 
-@saboteur("What was settled can be extended, and is held again.", "settle.extend_prolongs")
+@saboteur("What was settled can be extended, and is held again.", "settle.extend_prolongs", "lease.lost_is_told")
 class ExtendsWhatIsGone(Subscription):
     async def extend(self, deliveries: Deliveries, seconds: float) -> Results:
         await self.inner.extend(deliveries, seconds)
@@ -320,6 +320,28 @@ class BuriesNoExpired(Subscription):
         now = self.inner._broker.clock.time()
         late = [Move(m.delivery, []) if (m.delivery.message.expires_at or now) < now else m for m in moves]
         return await super().move(late, timeout)
+
+
+@saboteur("A lease that is gone is said of all that are extended with it.", "lease.lost_is_told")
+class LosesAllLeasesWithOne(Subscription):
+    async def extend(self, deliveries: Deliveries, seconds: float) -> Results:
+        results = await self.inner.extend(deliveries, seconds)
+        return [next((error for error in results if error is not None), None)] * len(deliveries)
+
+
+@saboteur("To ack what is somebody else's by now breaks the link.", "lease.late_ack_is_harmless")
+class BreaksOnALateAck(Subscription):
+    async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
+        if any(delivery not in self.inner.held for delivery in deliveries):
+            raise ConnectionLost("a delivery that is not known closes the channel")
+        return await self.inner.settle(outcome, deliveries, delays=delays)
+
+
+@saboteur("A late ack settles the message that has come again.", "lease.late_ack_is_harmless")
+class SettlesTheNextRun(Subscription):
+    async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
+        now = {delivery.token: delivery for delivery in self.inner.held}
+        return await self.inner.settle(outcome, [now.get(d.token, d) for d in deliveries], delays=delays)
 
 
 @saboteur(
