@@ -28,15 +28,21 @@ from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settlement import Place, Step, beyond, onward, plan
 from unibus.settler import Kit, Settler
 from unibus.supervisor import FATAL, back_off
+from unibus.watchdog import Watchdog, standing
 
 log = logging.getLogger("unibus")
 
 POLL = 5.0  # seconds a receive waits: only how often an idle loop turns
 POLL_ALONE = 1.0  # the same while the crash guard is at work: an empty receive ends that
+LONGEST_CLOSE = 30.0  # seconds, of a driver that doesn't come to an end with its subscription
 
 
 class _Again(Exception):
     """Leave the receive loop and subscribe anew."""
+
+
+class _Silent(Exception):
+    """The watchdog has ended the receive loop."""
 
 
 class Intake:
@@ -85,6 +91,11 @@ class Intake:
         self._stopping = False
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
+        self._watchdog: Watchdog | None = None
+        self._failures = 0  # to subscribe, in a row
+        self._receiving: asyncio.Task[None] | None = None  # by one subscription
+        self._silent: str | None = None  # why that was cancelled, to subscribe anew
+        self._deaf = False  # it was silent before, and nothing was received since
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
         self._postponed: dict[Delivery[Any], float] = {}  # held uncounted, and since when, monotonic
@@ -106,15 +117,16 @@ class Intake:
 
     async def _run(self) -> None:
         """Subscribe, pull, and again after whatever broke; until stopped, or the link is given up."""
-        failures = epoch = 0
+        epoch = 0
         while True:
             try:
                 epoch = await self.kit.link.up()
-                await self._subscribe()
-                failures = 0
-                await self._pull_all(epoch)
+                self._receiving = asyncio.create_task(self._receive(epoch))
+                await self._ended(self._receiving)
             except _Again:
                 await self._hand_over()
+            except _Silent:
+                await self._revive(epoch)
             except ConnectionLost as error:
                 self.trouble = str(error)
                 self.kit.link.lost(epoch, error)
@@ -133,8 +145,8 @@ class Intake:
                     self.refusal = error  # at the start it is said to the caller, who waits for it
                     self.begun.set()
                     return
-                wait = back_off(failures)
-                failures += 1
+                wait = back_off(self._failures)
+                self._failures += 1
                 known = isinstance(error, UnibusError)
                 log.warning(
                     "receiving from %s failed, again in %.1f s: %s", self.address, wait, error, exc_info=not known
@@ -142,6 +154,23 @@ class Intake:
                 await self.kit.clock.sleep(wait)
                 if isinstance(error, NotFound):
                     await self.kit.link.redeclare()
+
+    async def _receive(self, epoch: int) -> None:
+        await self._subscribe()
+        await self._pull_all(epoch)
+
+    async def _ended(self, receiving: asyncio.Task[None]) -> None:
+        """Wait for the end of a subscription; what it ended by is raised."""
+        try:
+            await asyncio.wait([receiving])
+        finally:
+            receiving.cancel()
+            await asyncio.wait([receiving])
+        if self._silent is not None:
+            raise _Silent
+        if receiving.cancelled():
+            raise TransportError("the adapter cancelled its own call")  # else nobody would receive any more
+        receiving.result()
 
     async def _subscribe(self) -> None:
         self.source.prefetch = 1 if self._guard.alone else self.prefetch
@@ -151,6 +180,9 @@ class Intake:
         if lease and lease.limit:
             self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock, self._lease_lost)
             self._heartbeat.start()
+        self._watchdog = Watchdog(subscription, self.kit.clock, self._fell_silent)
+        self._watchdog.begin()
+        self._failures = 0
         self.trouble = None
         self.subscribed.set()
         self.begun.set()
@@ -166,19 +198,38 @@ class Intake:
         try:
             await asyncio.wait(pulls, return_when=asyncio.FIRST_EXCEPTION)
         finally:
+            stray = [pull for pull in pulls if pull.cancelled()]
             for pull in pulls:
                 pull.cancel()
             await asyncio.wait(pulls)
         failed = [error for pull in pulls if not pull.cancelled() and (error := pull.exception()) is not None]
         if failed:  # all of them were looked at; the first is as good as any
             raise failed[0]
+        if stray:
+            raise asyncio.CancelledError
+
+    def _fell_silent(self, why: str) -> None:
+        if self._receiving is not None and self._silent is None and self._receiving.cancel():
+            log.error("%s: %s; it is subscribed to anew", self.address, why)
+            self.kit.counts.add(telemetry.RESUBSCRIBED, self.address)
+            self._silent = self.trouble = why
+
+    async def _revive(self, epoch: int) -> None:
+        """Leave a silent subscription. If that was not the first time since anything was received, it may be the link."""
+        if self._deaf:
+            self.kit.link.lost(epoch, ConnectionLost(f"{self.address}: {self._silent}"))
+        self._deaf = True
+        await self._abandon()
+        self._silent = None
 
     async def _pull(self, epoch: int) -> None:
         link, guard, subscription = self.kit.link, self._guard, self._subscription
         assert subscription is not None  # noqa: S101  # _subscribe came first
+        assert self._watchdog is not None  # noqa: S101  # the same
+        receiving = self._watchdog.loop()
         receive_batch = link.adapter.capabilities.receive_batch
         failures = 0
-        while True:
+        while self._silent is None:
             if link.epoch != epoch or not link.is_up:  # it may have broken while there was no room to receive
                 raise ConnectionLost(link.trouble or "the link to the broker was lost")
             room = min(self.source.prefetch - len(self.holding) - self._reserved, receive_batch)
@@ -187,6 +238,7 @@ class Intake:
                 await self._room.wait()
                 continue
             self._reserved += room
+            receiving.looks = 0
             try:
                 deliveries = await subscription.receive(room, POLL_ALONE if guard.alone else POLL)
             except (Throttled, Timeout) as error:  # of this call alone: what is held is still ours
@@ -198,6 +250,8 @@ class Intake:
                 continue
             finally:
                 self._reserved -= room
+                receiving.looks = None
+            self._deaf = False
             if failures:
                 failures, self.trouble = 0, None
             if deliveries:
@@ -569,13 +623,22 @@ class Intake:
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
+        self._end_watch()
         if subscription is not None:
             try:
-                await subscription.close()
+                await within(self.kit.clock, LONGEST_CLOSE, subscription.close())
             except Exception as error:  # it is over in any case
                 self._disorder("close", error)
 
+    def _end_watch(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+
     def _disorder(self, what: str, error: Exception) -> None:
+        if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
+            log.error("%s: the subscription did not %s within %g s; left behind", self.address, what, LONGEST_CLOSE)
+            return
         level = logging.DEBUG if isinstance(error, TransportError) else logging.ERROR
         trace = None if isinstance(error, TransportError) else error
         log.log(level, "%s: the subscription did not %s in order: %s", self.address, what, error, exc_info=trace)
@@ -583,6 +646,7 @@ class Intake:
     async def stop(self) -> None:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
         self._stopping = self._settler.stopping = True
+        self._end_watch()
         self.kit.link.on_lost.discard(self._room.set)
         # Out of the lanes at once, since the driver may take long to stop, and a handler that ends meanwhile would make room
         # for the next message. Given back only afterwards: this consumer could still get it again.
@@ -593,7 +657,7 @@ class Intake:
         waiting += self._take_waiting()
         if self._subscription is not None:
             try:
-                await self._subscription.stop()
+                await within(self.kit.clock, LONGEST_CLOSE, self._subscription.stop())
             except Exception as error:
                 self._disorder("stop", error)
         self._give_back([*waiting, *self._take_waiting()])
@@ -625,6 +689,15 @@ class Intake:
         """Until all that was finished so far is settled."""
         await self._settler.idle()
 
-    def complaint(self) -> str | None:
+    async def complaint(self) -> str | None:
         """Why this intake doesn't receive as it should, or None."""
-        return self.trouble or self._settler.trouble or (self.protection.trouble if self.protection else None)
+        unprotected = self.protection.trouble if self.protection else None
+        if (trouble := self.trouble or self._settler.trouble or unprotected) or self._stopping:
+            return trouble
+        if self._emptying:
+            return f"{self.address}: nothing is received until its handlers end: the next message may have killed its consumers"
+        if (subscription := self._subscription) is None:
+            return f"{self.address}: not subscribed to yet"
+        if await standing(subscription, self.kit.clock) == "gone":
+            return f"{self.address}: its subscription is gone"
+        return None

@@ -118,7 +118,8 @@ class Report:
         """Before it was settled."""
         self.count(telemetry.LEASE_LOST)
         text = "%s: message %s is no longer ours and comes again, here or elsewhere; %s"
-        log.warning(text, self._address, delivery.message.id, consequence)
+        more = extra(self._address, delivery, LOST, None, reason=consequence)
+        log.warning(text, self._address, delivery.message.id, consequence, extra=more)
 
     def suspect(self, delivery: Delivery[Any]) -> None:
         self.count(telemetry.SUSPECTED)

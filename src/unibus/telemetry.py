@@ -31,6 +31,7 @@ LATE_REPLIES = "late_replies"
 REDRIVEN = "redriven"
 PURGED = "purged"
 RECONNECTED = "reconnected"
+RESUBSCRIBED = "resubscribed"  # by the watchdog, which found that nothing is received any more
 
 
 class Counter:

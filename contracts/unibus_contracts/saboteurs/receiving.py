@@ -8,11 +8,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from unibus.adapter import Backlog, Endpoint, Outcome, Outgoing, Source
+from unibus.adapter import Backlog, Endpoint, Outcome, Outgoing, Source, Standing
 from unibus.capabilities import native
 from unibus.channel import Group, Queue
 from unibus.delivery import Delivery
-from unibus.errors import Refused, Timeout
+from unibus.errors import ConnectionLost, Refused, Timeout
 from unibus.memory_subscription import MemorySubscription
 from unibus.message import RETRY_COUNT
 
@@ -377,3 +377,16 @@ class ForgetsOthersFailures(Adapter):
             rest = {name: value for name, value in message.headers.items() if name != RETRY_COUNT}
             message.headers = MappingProxyType(rest)
         return delivery
+
+
+@saboteur("A subscription that is closed goes on waiting, and says that it consumes.", "health.gone_is_not_ok")
+class WaitsAfterItsEnd(Subscription):
+    async def receive(self, limit: int, timeout: float) -> Deliveries:
+        try:
+            return await super().receive(limit, timeout)
+        except ConnectionLost:
+            await asyncio.Event().wait()
+            return []
+
+    async def check(self) -> Standing:
+        return "consuming"

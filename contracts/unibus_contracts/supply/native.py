@@ -75,8 +75,21 @@ class Native:
         pid = self.pid(kind, record, home)
         if pid is not None:
             _signal(pid, signal.SIGTERM)
+            _signal(pid, signal.SIGCONT)  # one that is paused would not hear of it
             if not wait_until(lambda: _dead(pid), _GRACE):
                 self.kill(kind, record, home)
+
+    def pause(self, kind: Kind, record: Record, home: Path) -> None:
+        self._send(signal.SIGSTOP, kind, record, home)
+
+    def unpause(self, kind: Kind, record: Record, home: Path) -> None:
+        self._send(signal.SIGCONT, kind, record, home)
+
+    def _send(self, number: signal.Signals, kind: Kind, record: Record, home: Path) -> None:
+        pid = self.pid(kind, record, home)
+        if pid is None:
+            raise SupplyError(f"{home.name} isn't running, so it gets no {number.name}")
+        _signal(pid, number)
 
     def remove(self, record: Record | None, home: Path) -> None:
         # Its data goes too, so nothing is gained by a graceful end. Repeated, since a process may fork while we look; and
