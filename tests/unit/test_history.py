@@ -572,6 +572,20 @@ def test_where_no_settlement_is_confirmed_the_last_ones_before_a_break_may_be_lo
     assert found(check(story.told, CALM)) == [("came_back", "a")]
 
 
+def test_an_original_may_come_back_beside_its_copy_where_its_settlement_was_not_confirmed() -> None:
+    story = Story()
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.note("copied", "a")
+    story.settled("a", "moved")
+    story.note("lost")
+    story.handle("a", attempt=2)
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", attempt=2)
+    assert found(story.end(Expected(settle_confirmed=False))) == []
+    assert found(check(story.told, CALM)) == [("duplicate", "a"), ("attempt_back", "a")]
+
+
 def test_a_settlement_may_be_on_its_way_for_as_long_as_a_fault_holds_it_back() -> None:
     story = Story()
     story.send("a")

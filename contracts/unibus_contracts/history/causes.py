@@ -125,22 +125,23 @@ class Causes:
         tried = self.tries.get((value, ""), 0)
         if tried + sure > 1 or (group and self.tries.get((value, group), 0) > 0):
             return True
-        for process, at in self.copied.get(name, ()):
-            moved = [s for s in self.settled.get(name, ()) if (s.process, s.word) == (process, "moved") and s.at >= at]
-            if any(s.end is not None for s in moved):
-                continue
-            if moved or _any(self.breaks.get(process, ()), at, None) or process not in self.ended:
-                return True
-            if _any(self.taken.get((process, name), ()), at, None):
-                return True
-        return False
+        return any(self._beside(name, process, at) for process, at in self.copied.get(name, ()))
+
+    def _beside(self, name: Name, process: str, at: int) -> bool:
+        """A copy was confirmed then. Was the original not settled, or not for certain?"""
+        moved = [s for s in self.settled.get(name, ()) if (s.process, s.word) == (process, "moved") and s.at >= at]
+        if moved:
+            first = min(moved, key=lambda s: s.at)
+            return first.end is None or (not self.settle_confirmed and self.in_doubt(first, name, None))
+        lost = _any(self.breaks.get(process, ()), at, None) or _any(self.taken.get((process, name), ()), at, None)
+        return lost or process not in self.ended
 
     def finished(self, name: Name, before: int) -> Settled | None:
         """The first settlement after which the broker must not hand it out again, if it was confirmed before that time."""
         ends = [s for s in self.settled.get(name, ()) if s.word == "accepted" and s.end is not None and s.end < before]
         return min(ends, key=lambda s: s.end or 0, default=None)
 
-    def in_doubt(self, settled: Settled, name: Name, by: int) -> bool:
+    def in_doubt(self, settled: Settled, name: Name, by: int | None) -> bool:
         """Settled as far as its process knows; has the broker seen it? Only asked where it confirms no settlement."""
         assert settled.end is not None
         breaks = [*self.breaks.get(settled.process, ()), *self.taken.get((settled.process, name), ())]
@@ -148,7 +149,7 @@ class Causes:
             breaks.append(self.last.get(settled.process, 0))
         until = settled.end + self.window
         for at in sorted(breaks):
-            if settled.at <= at <= by + NOTICE:
+            if settled.at <= at and (by is None or at <= by + NOTICE):
                 held = any(begun <= until and at <= end + NOTICE for begun, end in self.faults if end >= settled.at)
                 return at <= until or held
         return False
