@@ -9,6 +9,7 @@ BROKER ?= rabbitmq
 SEED ?= $(shell date +%s)
 MESSAGES ?= 50000
 FAULTS ?= 10
+INPUTS ?= 100000
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -19,7 +20,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo demo-all test unit saboteurs contracts integration chaos brokers-up brokers-down lint types bench checks lock clean
+.PHONY: help demo demo-all test unit saboteurs contracts integration chaos fuzz brokers-up brokers-down cluster-up cluster-down lint types bench checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -61,11 +62,20 @@ integration: $(STAMP) ## adapters on real brokers, faults included
 chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10, and its history judged
 	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS)
 
+fuzz: $(STAMP) ## foreign input for every decoder, mutated: INPUTS=100000 of each, SEED=7; `make test` runs 10,000 with seed 1
+	UNIBUS_TEST_FUZZ_INPUTS=$(INPUTS) UNIBUS_TEST_FUZZ_SEED=$(SEED) $(BIN)/pytest tests/unit/test_fuzz.py -k documented -rP -n 2
+
 brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_URL; prints NAME=value lines
 	@$(SUPPLY) up
 
 brokers-down: $(STAMP) ## stop what brokers-up started
 	@$(SUPPLY) down
+
+cluster-up: $(STAMP) ## start three that are one: BROKER=rabbitmq, kafka or redis; prints the URL with all hosts
+	@$(SUPPLY) cluster-up --only $(BROKER)
+
+cluster-down: $(STAMP) ## stop what cluster-up started
+	@$(SUPPLY) cluster-down
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check $(CODE)

@@ -70,12 +70,17 @@ def decode(offset: int, text: str) -> tuple[int, dict[int, tuple[int, int]], boo
         if byte < 128:
             numbers.append(value)
             value = shift = 0
+    if not numbers:
+        return None
     found: dict[int, tuple[int, int]] = {}
     number, rest = offset, iter(numbers[1:])
     for step in rest:
         number += step >> 1
         found[number] = (next(rest, 0), next(rest, 0)) if step & 1 else (0, 0)
-    return offset + (numbers[0] >> 1) - 1, found, bool(numbers[0] & 1)
+    highest = offset + (numbers[0] >> 1) - 1
+    if found and number > highest:  # nobody has written that: they go up to the highest
+        return None
+    return highest, found, bool(numbers[0] & 1)
 
 
 def _checksum(offset: int, data: bytes) -> bytes:

@@ -60,6 +60,10 @@ def content_frames(channel: int, properties: bytes, body: bytes, frame_max: int)
     return frames
 
 
+class Malformed(ConnectionError):
+    """No AMQP. Raised into the event loop, which ends the connection with it, as with any other loss."""
+
+
 class _Tap(asyncio.StreamReader):
     """Cuts the stream into frames; gives those of a sink to it, at once, and the rest to aiormq."""
 
@@ -85,7 +89,11 @@ class _Tap(asyncio.StreamReader):
             elif stop > end:
                 break
             sink = sinks.get(number)
-            if sink is not None and sink(kind, data[at + 7 : stop - 1]):
+            try:
+                mine = sink is not None and sink(kind, data[at + 7 : stop - 1])
+            except (IndexError, AttributeError, struct.error) as exc:  # cut off, or no method before its content
+                raise Malformed("RabbitMQ has sent a frame that can't be read") from exc
+            if mine:
                 taken = True
             else:
                 passed.append(data[at:stop])

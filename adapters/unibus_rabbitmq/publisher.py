@@ -122,7 +122,7 @@ class Publisher:
                 frames = (lane.head(key), *self._content(outgoing, lane.number, properties))
             except TransportError as error:
                 state.done(index, error)
-            except (TypeError, ValueError) as exc:
+            except (TypeError, ValueError, struct.error) as exc:
                 state.done(index, Refused(f"{outgoing.to}: the message has no AMQP form: {exc}"))
             else:
                 out += frames

@@ -32,6 +32,8 @@ from unibus.inboxes import inbox, inbox_shape
 from unibus.message import BROKER_HEADERS, ENVELOPE_HEADERS, NO_HEADERS, Message
 from unibus.retry import BROKER_LIMIT, EXPIRED
 
+_LAST_SECOND = 1 << 63
+_LONGEST_TTL = (1 << 32) - 1  # ms: for more the server closes the channel, with all that is on it
 DEATH = "x-death"
 DELIVERY_COUNT = "x-delivery-count"
 # Never copied onward: the envelope's and the server's headers, and those that make the server send copies elsewhere.
@@ -49,6 +51,7 @@ _short, _long, _quad = (struct.Struct(form).pack for form in (">H", ">I", ">Q"))
 # The properties in their order on the wire: flag, name, type.
 _PROPERTIES = tuple((flag, name, Basic.Properties.amqp_type(name)) for name, flag in Basic.Properties.flags.items())
 _layouts: dict[int, list[tuple[str, str]]] = {}  # flags -> names and kinds; few differ
+_MOST_LAYOUTS = 1024  # of the 65,536 that somebody could make up
 
 
 class Raw(bytes):
@@ -133,11 +136,22 @@ def encode_properties(properties: Mapping[str, Any]) -> bytes:
 
 def decode_properties(header: bytes, raw: dict[str, Raw] | None = None) -> dict[str, Any]:
     """Of a content header's payload. `raw` gets the headers that are no text."""
+    found: dict[str, Any] = {}
+    try:
+        _read_properties(header, found, raw)
+    except (IndexError, struct.error):  # cut off: what stands before counts, and the body is there all the same
+        return found
+    return found
+
+
+def _read_properties(header: bytes, found: dict[str, Any], raw: dict[str, Raw] | None) -> None:
+    """Into `found`. Raises IndexError or struct.error where the header ends too early."""
     flags = _u16(header, 12)[0]
     layout = _layouts.get(flags)
     if layout is None:
-        layout = _layouts[flags] = [(name, kind) for flag, name, kind in _PROPERTIES if flags & flag]
-    found: dict[str, Any] = {}
+        layout = [(name, kind) for flag, name, kind in _PROPERTIES if flags & flag]
+        if len(_layouts) < _MOST_LAYOUTS:
+            _layouts[flags] = layout
     at = 14
     for name, kind in layout:
         if kind == "shortstr":
@@ -145,14 +159,13 @@ def decode_properties(header: bytes, raw: dict[str, Raw] | None = None) -> dict[
         elif kind == "table":
             start = at + 4
             at = start + _u32(header, at)[0]
-            found[name] = decode_table(header, start, at, raw)
+            found[name] = decode_table(header, start, min(at, len(header)), raw)
         elif kind == "octet":
             found[name] = header[at]
             at += 1
         else:
             found[name] = _u64(header, at)[0]
             at += 8
-    return found
 
 
 def encode_table(headers: Mapping[str, str | Raw]) -> bytes:
@@ -171,11 +184,14 @@ def encode_table(headers: Mapping[str, str | Raw]) -> bytes:
 def decode_table(data: bytes, at: int, stop: int, raw: dict[str, Raw] | None = None) -> dict[str, Any]:
     """A table from `at` (after its length) to `stop`. Text becomes str, or bytes where it is no UTF-8.
 
-    What can't be read hides what stands behind it, and goes along with it as bytes: a foreign header is no poison.
+    What can't be read hides what stands behind it, and goes along with it as bytes: a foreign header is no poison. Nor is one
+    that is nested deeper than Python can go.
     """
     table: dict[str, Any] = {}
     while at < stop:
         name, start = text(data, at)
+        if start >= stop:  # a name without a value
+            break
         if data[start] == 83:  # S, by far the most
             at = start + 5 + _u32(data, start + 1)[0]
             try:
@@ -187,7 +203,7 @@ def decode_table(data: bytes, at: int, stop: int, raw: dict[str, Raw] | None = N
             try:
                 used, table[name] = embedded_value(data[start:stop])
                 at = start + used
-            except (ValueError, OverflowError):
+            except (ValueError, ArithmeticError, LookupError, OSError, RecursionError, struct.error):
                 table[name], at = data[start:stop], stop
         if raw is not None:
             raw[name] = Raw(data[start:at])
@@ -205,8 +221,11 @@ def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: f
     reply = type(outgoing.to) is Inbox
     more: dict[str, str | Raw] = {}
     p: dict[str, Any] = {"delivery_mode": 2, "message_id": message_id, "priority": message.priority}
-    if message.timestamp is not None:
-        p["timestamp"] = int(message.timestamp)
+    if (at := message.timestamp) is not None:
+        if 0 <= at < _LAST_SECOND:
+            p["timestamp"] = int(at)
+        else:  # a foreign header may say anything
+            more[names.TIMESTAMP] = time_text(at)
     _put(p, more, "content_type", names.CONTENT_TYPE, message.content_type)
     _put(p, more, "message_type", names.TYPE, message.type)
     _put(p, more, "reply_to", names.REPLY_TO, message.reply_to)
@@ -226,7 +245,7 @@ def encode(outgoing: Outgoing, message_id: str, not_before: float | None, now: f
     if message.expires_at is not None:
         more[names.EXPIRES_AT] = time_text(message.expires_at)
         if reply:
-            p["expiration"] = str(max(0, round((message.expires_at - now) * 1000)))
+            p["expiration"] = str(round(min(max(0.0, message.expires_at - now) * 1000, _LONGEST_TTL)))
     if not_before is not None:
         more[names.NOT_BEFORE] = time_text(not_before)
     if outgoing.origin is not None and isinstance(outgoing.origin.native, Received):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from unibus.adapter import Declared, Url
 from unibus.channel import Group, Topic
 from unibus.config_tables import DriverTable, check_options, check_table
 from unibus.errors import ConfigError
+from unibus.tls import check_ca_file
 from unibus_sqs.capabilities import LEASE
 
 RETENTION = 14 * 86400
@@ -19,6 +21,7 @@ class Settings(DriverTable):
     """`[sqs]`. Times are seconds."""
 
     endpoint_url: str | None = Field(None, pattern=r"^https?://[^@\s]+$")  # of a local server; default: AWS
+    ca_file: Path | None = None  # who has signed the certificate of endpoint_url; default: AWS' own list
     account_id: str | None = Field(None, pattern=r"^[0-9]{12}$")  # of the topics; default: that of the credentials
     lease: int = Field(int(LEASE), ge=3, le=3600)  # visibility timeout; extended as long as a message is in hand
     wait: int = Field(20, ge=1, le=20)  # of a long poll; how long a consumer may take to stop
@@ -48,7 +51,12 @@ class GroupOptions(QueueOptions):
 
 
 def settings(table: Any) -> Settings:
-    return check_table(Settings, table, "sqs")
+    given = check_table(Settings, table, "sqs")
+    if given.ca_file is not None:
+        if (given.endpoint_url or "https:").startswith("http:"):
+            raise ConfigError("sqs.ca_file needs TLS; use https:// in sqs.endpoint_url")
+        check_ca_file("sqs", given.ca_file)
+    return given
 
 
 def options(declared: Declared) -> QueueOptions | TopicOptions:

@@ -65,7 +65,7 @@ def of_entry(failed: Mapping[str, Any], doing: str) -> TransportError:
 
 def translate(exc: BaseException, doing: str) -> UnibusError:
     """The error to raise `from exc`. Never called with CancelledError."""
-    if (known := common(exc, doing, "AWS")) is not None:
+    if (known := common(exc, doing, "AWS", "sqs")) is not None:
         return known
     if isinstance(exc, aws.ClientError):
         error = exc.response.get("Error", {})

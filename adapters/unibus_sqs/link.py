@@ -71,6 +71,7 @@ class Link:
             service,
             region_name=self.region,
             endpoint_url=settings.endpoint_url,
+            verify=None if settings.ca_file is None else str(settings.ca_file),
             aws_access_key_id=url.username,
             aws_secret_access_key=None if url.password is None else url.password.value,
             config=AioConfig(

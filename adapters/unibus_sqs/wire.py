@@ -180,7 +180,7 @@ def _bytes(text: str, encoding: str | None) -> bytes:
         try:
             return b64decode(text, validate=True)
         except ValueError:
-            return text.encode()  # a foreign attribute of our name
+            pass  # a foreign attribute of our name
     return text.encode(errors="surrogatepass")
 
 

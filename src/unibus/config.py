@@ -57,6 +57,7 @@ _BUILT_IN: dict[str, Any] = {
         "concurrency": 10,  # prefetch is twice the concurrency, whatever that is
         "timeout": 900.0,
         "guarantee": "at-least-once",
+        "on_lease_lost": "mark",
         "retry": {name: getattr(_POLICY, name) for name in RetryTable.model_fields},
     },
 }

@@ -17,6 +17,7 @@ from unibus.config_tables import (
     ConsumerTable,
     GroupTable,
     Guarantee,
+    OnLeaseLost,
     QueueTable,
     RetryTable,
     explain,
@@ -35,6 +36,7 @@ class ConsumerSettings:
     timeout: float | None
     retry: RetryPolicy
     guarantee: Guarantee
+    on_lease_lost: OnLeaseLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Settings:
             prefetch=_first(layers, "prefetch") or 2 * concurrency,
             timeout=_first(layers, "timeout") or None,
             guarantee=_first(layers, "guarantee"),
+            on_lease_lost=_first(layers, "on_lease_lost"),
             retry=RetryPolicy(
                 **{name: _first(retries, name) for name in RetryTable.model_fields},
                 retry_on=exceptions.retry_on,

@@ -28,6 +28,7 @@ Key = tuple[str, ...]  # where a setting stands, from the root of the file
 M = TypeVar("M", bound=BaseModel)
 
 Guarantee = Literal["at-least-once", "at-most-once"]
+OnLeaseLost = Literal["mark", "cancel"]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Wait = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -64,6 +65,7 @@ class ConsumerTable(Table):
     prefetch: Annotated[int, Field(ge=1)] | None = None
     timeout: Seconds | None = None
     guarantee: Guarantee | None = None
+    on_lease_lost: OnLeaseLost | None = None
     retry: RetryTable | None = None
 
 

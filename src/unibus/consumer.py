@@ -10,12 +10,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
-from typing import Any
+from typing import Any, Literal
 
 from unibus import retry
 from unibus.clock import Timer, within
 from unibus.codec import BodyCodec
-from unibus.correlation import handling
+from unibus.correlation import handling, place
 from unibus.delivery import Delivery
 from unibus.errors import CodecError
 from unibus.handlers import InvalidHeader
@@ -25,6 +25,7 @@ from unibus.telemetry import OVERDUE
 
 log = logging.getLogger("unibus")
 
+SLOW = 60.0  # seconds that every handler has run, until the health tells that nothing else is begun
 LAST_WORD = 1.0  # seconds that a cancelled handler has to end
 
 Batch = list[Delivery[Any]]
@@ -37,13 +38,13 @@ class HandlerTimeout(Exception):  # what happened, as its name in x-error-type s
 class _Slot:
     """One place to run a handler in. `started`: monotonic, None while idle."""
 
-    __slots__ = ("expired", "held", "released", "reported", "started", "task")
+    __slots__ = ("cut", "held", "released", "reported", "started", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
         self.started: float | None = None
         self.held: Delivery[Any] | Batch | None = None
-        self.expired = False  # cancelled by the timeout
+        self.cut: Literal["timeout", "lost"] | None = None  # why its handler was cancelled
         self.released = False  # cancelled by the end of the drain
         self.reported = False  # a thread beyond its timeout, said once
 
@@ -52,6 +53,7 @@ class Consumer:
     """The slots of one handler.
 
     `call` takes one delivery (with all layers applied); with `batch` it takes a list. `in_thread`: it can't be stopped.
+    `cancel_lost`: the handler is cancelled when its message is no longer ours.
     `undecodable` is awaited for a message that can't be decoded, before it goes to the invalid-message channel;
     `timed_out` for one whose handler was cancelled by its timeout, and says what becomes of it.
     """
@@ -67,11 +69,14 @@ class Consumer:
         timeout: float | None,
         batch: int = 0,
         in_thread: bool = False,
+        cancel_lost: bool = False,
         undecodable: Callable[[Delivery[Any], CodecError], Awaitable[None]] | None = None,
         timed_out: Callable[[Delivery[Any], Verdict], Awaitable[Verdict]] | None = None,
     ) -> None:
         self.intake = intake
         intake.runs_handlers = True
+        if cancel_lost:
+            intake.cancel = self._cancel
         self.name = name
         self._call = call
         self._decode = codec.decode
@@ -90,6 +95,7 @@ class Consumer:
 
     def begin(self) -> None:
         self._context = copy_context()
+        self._context.run(place.set, self.intake.address)
         for _ in range(self._concurrency):
             self._open_slot()
         self.intake.begin()
@@ -136,7 +142,7 @@ class Consumer:
                 finish(delivery, retry.ACK)
             handling.reset(token)
             slot.started = slot.held = None
-            if (slot.expired or slot.released or slot.reported or self._draining) and self._rest(slot):
+            if (slot.cut or slot.released or slot.reported or self._draining) and self._rest(slot):
                 break
             if copy_context() != clean:  # what the handler set there must not reach the next message
                 break
@@ -146,8 +152,8 @@ class Consumer:
         """Between two runs. Is the slot to be closed?"""
         slot.started = slot.held = None
         slot.reported = False
-        if slot.expired:
-            slot.expired = False
+        if slot.cut:
+            slot.cut = None
             if slot.task is not None:
                 slot.task.uncancel()
         if self._draining:
@@ -171,7 +177,9 @@ class Consumer:
             self._slots.discard(slot)  # it ends here, and the loop with it
             raise error
         if isinstance(error, asyncio.CancelledError) and slot.task is not None:
-            if slot.expired:
+            if slot.cut == "lost":
+                return retry.RELEASE  # it is given back already
+            if slot.cut == "timeout":
                 error = HandlerTimeout(f"{self.name} ran longer than {self._timeout:g} s")
             elif slot.released or slot.task.cancelling():  # or somebody ends our task: give the message back and go
                 slot.released = True
@@ -244,7 +252,7 @@ class Consumer:
         now = self._clock.monotonic()
         earliest = None
         for slot in self._slots:
-            if slot.started is None or slot.task is None or slot.expired or slot.reported:
+            if slot.started is None or slot.task is None or slot.cut or slot.reported:
                 continue
             left = slot.started + timeout - now
             if left > 0:
@@ -255,10 +263,20 @@ class Consumer:
                 text = "%s has run for %g s and can't be stopped, since it is a thread; its slot stays taken"
                 log.error(text, self.name, timeout)
             else:
-                slot.expired = True
+                slot.cut = "timeout"
                 slot.task.cancel()
         if earliest is not None:
             self._timer = self._clock.call_later(earliest, self._sweep)
+
+    def _cancel(self, lost: set[Delivery[Any]]) -> None:
+        """The handlers of what is no longer ours; that of a batch when all of it is."""
+        for slot in self._slots:
+            held = slot.held if isinstance(slot.held, list) else [slot.held] if slot.held else []
+            if slot.task is None or slot.cut or slot.released or lost.isdisjoint(held):
+                continue
+            if all(delivery.lost or delivery.settled for delivery in held):
+                slot.cut = "lost"
+                slot.task.cancel()
 
     # The end
 
@@ -266,15 +284,26 @@ class Consumer:
         """Slots with a handler at work."""
         return sum(slot.started is not None for slot in self._slots)
 
+    def complaint(self) -> str | None:
+        """Messages wait, and no handler has ended for a long time."""
+        waiting, now = len(self.intake.lanes.ready), self._clock.monotonic()
+        runs = [now - slot.started for slot in self._slots if slot.started is not None]
+        if not waiting or len(runs) < self._concurrency or (shortest := min(runs)) < SLOW:
+            return None
+        return (
+            f"{self.intake.address}: {waiting} messages wait: each of {len(runs)} handlers has run for {shortest:.0f} s"
+        )
+
     async def drain(self, timeout: float) -> None:
         """Take no more, let what runs finish within `timeout` seconds, cancel the rest; settle, and end the subscription."""
         self._draining = True
+        until = self._clock.monotonic() + timeout  # to stop may take seconds, and the handlers have them too
         try:
             await self.intake.stop()
             if self.intake.at_most_once:
                 await self.intake.idle()  # what is being settled first has still to run
             try:
-                await within(self._clock, timeout, self._until_quiet())
+                await within(self._clock, max(0.0, until - self._clock.monotonic()), self._until_quiet())
             except TimeoutError:
                 await self._cut_short()
         finally:  # also when we are cancelled: nothing of ours stays behind

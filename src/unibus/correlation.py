@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
+from unibus.channel import Address
 from unibus.message import Message
 
 # The message whose handler runs in this context.
 handling: ContextVar[Message | None] = ContextVar("unibus.handling", default=None)
+# Where it came from: the same for all that one consumer handles, so that it is set once.
+place: ContextVar[Address | None] = ContextVar("unibus.place", default=None)
 
 
 def correlate(message: Message, cause: Message | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from unibus.clock import within
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Throttled, Timeout, TransportError, UnibusError
 from unibus.guard import CrashGuard
+from unibus.idempotency import Once
 from unibus.lanes import Lanes
 from unibus.lease import Heartbeat
 from unibus.report import Report
@@ -27,15 +28,21 @@ from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settlement import Place, Step, beyond, onward, plan
 from unibus.settler import Kit, Settler
 from unibus.supervisor import FATAL, back_off
+from unibus.watchdog import Watchdog, standing
 
 log = logging.getLogger("unibus")
 
 POLL = 5.0  # seconds a receive waits: only how often an idle loop turns
 POLL_ALONE = 1.0  # the same while the crash guard is at work: an empty receive ends that
+LONGEST_CLOSE = 30.0  # seconds, of a driver that doesn't come to an end with its subscription
 
 
 class _Again(Exception):
     """Leave the receive loop and subscribe anew."""
+
+
+class _Silent(Exception):
+    """The watchdog has ended the receive loop."""
 
 
 class Intake:
@@ -77,14 +84,23 @@ class Intake:
         self.begun = asyncio.Event()  # subscribed for the first time, or refused
         self.refusal: Exception | None = None  # why the first subscribe failed for good
         self.runs_handlers = False  # then each delivery's run ends with `finish`, also one that was settled by hand
+        self.cancel: Callable[[set[Delivery[Any]]], None] | None = None  # the handlers of what is lost while they run
         self.trouble: str | None = None
+        self.protection: Once | None = None  # of a handler that is effectively once
         self._settler = Settler(kit, address, self)
         self._stopping = False
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
+        self._watchdog: Watchdog | None = None
+        self._failures = 0  # to subscribe, in a row
+        self._receiving: asyncio.Task[None] | None = None  # by one subscription
+        self._silent: str | None = None  # why that was cancelled, to subscribe anew
+        self._deaf = False  # it was silent before, and nothing was received since
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
+        self._postponed: dict[Delivery[Any], float] = {}  # held uncounted, and since when, monotonic
         self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
+        self._gone: set[Delivery[Any]] = set()  # lost while their handlers run, and that was said
         self._room = asyncio.Event()
         self._reserved = 0  # room given to receives under way
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
@@ -104,15 +120,16 @@ class Intake:
 
     async def _run(self) -> None:
         """Subscribe, pull, and again after whatever broke; until stopped, or the link is given up."""
-        failures = epoch = 0
+        epoch = 0
         while True:
             try:
                 epoch = await self.kit.link.up()
-                await self._subscribe()
-                failures = 0
-                await self._pull_all(epoch)
+                self._receiving = asyncio.create_task(self._receive(epoch))
+                await self._ended(self._receiving)
             except _Again:
                 await self._hand_over()
+            except _Silent:
+                await self._revive(epoch)
             except ConnectionLost as error:
                 self.trouble = str(error)
                 self.kit.link.lost(epoch, error)
@@ -131,8 +148,8 @@ class Intake:
                     self.refusal = error  # at the start it is said to the caller, who waits for it
                     self.begun.set()
                     return
-                wait = back_off(failures)
-                failures += 1
+                wait = back_off(self._failures)
+                self._failures += 1
                 known = isinstance(error, UnibusError)
                 log.warning(
                     "receiving from %s failed, again in %.1f s: %s", self.address, wait, error, exc_info=not known
@@ -141,14 +158,34 @@ class Intake:
                 if isinstance(error, NotFound):
                     await self.kit.link.redeclare()
 
+    async def _receive(self, epoch: int) -> None:
+        await self._subscribe()
+        await self._pull_all(epoch)
+
+    async def _ended(self, receiving: asyncio.Task[None]) -> None:
+        """Wait for the end of a subscription; what it ended by is raised."""
+        try:
+            await asyncio.wait([receiving])
+        finally:
+            receiving.cancel()
+            await asyncio.wait([receiving])
+        if self._silent is not None:
+            raise _Silent
+        if receiving.cancelled():
+            raise TransportError("the adapter cancelled its own call")  # else nobody would receive any more
+        receiving.result()
+
     async def _subscribe(self) -> None:
         self.source.prefetch = 1 if self._guard.alone else self.prefetch
         subscription = await self.kit.link.adapter.subscribe(self.source)
         self._subscription = self._settler.subscription = subscription
         lease = self.kit.link.adapter.capabilities.lease
         if lease and lease.limit:
-            self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock)
-            self._heartbeat.start(self.kit.counts, self.address)
+            self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock, self._lease_lost)
+            self._heartbeat.start()
+        self._watchdog = Watchdog(subscription, self.kit.clock, self._fell_silent)
+        self._watchdog.begin()
+        self._failures = 0
         self.trouble = None
         self.subscribed.set()
         self.begun.set()
@@ -164,19 +201,38 @@ class Intake:
         try:
             await asyncio.wait(pulls, return_when=asyncio.FIRST_EXCEPTION)
         finally:
+            stray = [pull for pull in pulls if pull.cancelled()]
             for pull in pulls:
                 pull.cancel()
             await asyncio.wait(pulls)
         failed = [error for pull in pulls if not pull.cancelled() and (error := pull.exception()) is not None]
         if failed:  # all of them were looked at; the first is as good as any
             raise failed[0]
+        if stray:
+            raise asyncio.CancelledError
+
+    def _fell_silent(self, why: str) -> None:
+        if self._receiving is not None and self._silent is None and self._receiving.cancel():
+            log.error("%s: %s; it is subscribed to anew", self.address, why)
+            self.kit.counts.add(telemetry.RESUBSCRIBED, self.address)
+            self._silent = self.trouble = why
+
+    async def _revive(self, epoch: int) -> None:
+        """Leave a silent subscription. If that was not the first time since anything was received, it may be the link."""
+        if self._deaf:
+            self.kit.link.lost(epoch, ConnectionLost(f"{self.address}: {self._silent}"))
+        self._deaf = True
+        await self._abandon()
+        self._silent = None
 
     async def _pull(self, epoch: int) -> None:
         link, guard, subscription = self.kit.link, self._guard, self._subscription
         assert subscription is not None  # noqa: S101  # _subscribe came first
+        assert self._watchdog is not None  # noqa: S101  # the same
+        receiving = self._watchdog.loop()
         receive_batch = link.adapter.capabilities.receive_batch
         failures = 0
-        while True:
+        while self._silent is None:
             if link.epoch != epoch or not link.is_up:  # it may have broken while there was no room to receive
                 raise ConnectionLost(link.trouble or "the link to the broker was lost")
             room = min(self.source.prefetch - len(self.holding) - self._reserved, receive_batch)
@@ -185,6 +241,7 @@ class Intake:
                 await self._room.wait()
                 continue
             self._reserved += room
+            receiving.looks = 0
             try:
                 deliveries = await subscription.receive(room, POLL_ALONE if guard.alone else POLL)
             except (Throttled, Timeout) as error:  # of this call alone: what is held is still ours
@@ -196,6 +253,8 @@ class Intake:
                 continue
             finally:
                 self._reserved -= room
+                receiving.looks = None
+            self._deaf = False
             if failures:
                 failures, self.trouble = 0, None
             if deliveries:
@@ -333,6 +392,8 @@ class Intake:
         if verdict.action is Action.RETRY and (too_long := beyond(verdict.delay, step, capabilities)):
             verdict = Verdict(Action.DEAD_LETTER, reason=retry.NON_RETRYABLE, error=too_long)
             step = plan(verdict, self.place, capabilities)
+        if verdict.action is Action.WAIT and self._held_too_long(delivery, verdict.delay):
+            step = Step.RELEASE
         if step is Step.PARK and self._stopping:
             step = Step.RELEASE  # no time to wait for it: it comes again, elsewhere
         if step is Step.PARK:
@@ -372,9 +433,10 @@ class Intake:
 
     def _too_late(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """The fate of a delivery that its handler had settled, that was settled first, or that is no longer ours."""
-        self._report.too_late(delivery, verdict)
         if self.at_most_once and delivery.settled:
             self._report.at_most_once(delivery, verdict)
+        else:
+            self._report.too_late(delivery, verdict)
         if delivery.lost:
             self._resolve(
                 delivery, LeaseLost(f"message {delivery.message.id} is no longer ours; it is delivered again")
@@ -390,9 +452,10 @@ class Intake:
     def _park(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Hold it here until its next attempt is due; of the others only its key waits."""
         self._report.verdict(delivery, verdict)
-        headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
-        delivery.message.headers = MappingProxyType(headers)
-        delivery.failures += 1
+        if verdict.action is not Action.WAIT:
+            headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
+            delivery.message.headers = MappingProxyType(headers)
+            delivery.failures += 1
         if not self.runs_handlers:
             delivery.settled = True
             self._kept.add(delivery)
@@ -401,6 +464,11 @@ class Intake:
             self._due(delivery)
         else:
             self.lanes.parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
+
+    def _held_too_long(self, delivery: Delivery[Any], delay: float) -> bool:
+        """Would this wait be longer than the broker lets a message be held? Then it gives it out anew, its count unchanged."""
+        limit, now = self.kit.link.adapter.capabilities.park_limit, self.kit.clock.monotonic()
+        return limit is not None and now + delay - self._postponed.setdefault(delivery, now) > limit
 
     def _unpark(self, delivery: Delivery[Any]) -> None:
         del self.lanes.parked[delivery]
@@ -430,6 +498,9 @@ class Intake:
         drop = self.holding.pop
         for delivery in deliveries:
             drop(delivery, None)
+        if self._postponed:
+            for delivery in deliveries:
+                self._postponed.pop(delivery, None)
         self._room.set()
 
     def settled(self, delivery: Delivery[Any], error: TransportError | None) -> None:
@@ -446,6 +517,8 @@ class Intake:
 
     def _forget(self, delivery: Delivery[Any]) -> None:
         self._kept.discard(delivery)
+        self._postponed.pop(delivery, None)
+        self._gone.discard(delivery)
         self.holding.pop(delivery, None)
         self._room.set()
 
@@ -496,17 +569,42 @@ class Intake:
     async def _losing(self, deliveries: Sequence[Delivery[Any]], grace: float) -> None:
         """`Source.losing`: the driver gives these up. What waits is dropped; what runs may finish within `grace`."""
         losing = set(deliveries)
-        if not self.at_most_once:  # what was settled first is ours alone by now
-            for delivery in self.lanes.remove(losing):
-                delivery.lost = True
-                self._forget(delivery)
+        self._drop_waiting(losing)
         if grace > 0:
             try:
                 await within(self.kit.clock, grace, self._until_settled(losing))
             except TimeoutError:
                 log.warning("%s: %d deliveries taken away while they ran", self.address, len(losing & self.running))
-        for delivery in losing:
+        self._lost(losing)
+
+    def _lease_lost(self, deliveries: list[Delivery[Any]]) -> None:
+        """The heartbeat has found these to be no longer ours. What waits is not begun."""
+        losing = self.holding.keys() & deliveries  # not those that were settled meanwhile
+        waiting = self._drop_waiting(losing)
+        for delivery in waiting:
+            self._report.lost(delivery, "it had not begun")
+        self._lost(losing - waiting)
+
+    def _drop_waiting(self, losing: set[Delivery[Any]]) -> set[Delivery[Any]]:
+        """Those of `losing` that no handler has begun: they are forgotten. What was settled first is ours alone by now."""
+        waiting = set() if self.at_most_once else self.lanes.remove(losing)
+        for delivery in waiting:
             delivery.lost = True
+            self._forget(delivery)
+        return waiting
+
+    def _lost(self, deliveries: Iterable[Delivery[Any]]) -> None:
+        """These are no longer ours, and come again. Their handlers see it, or are cancelled."""
+        running = set()
+        for delivery in deliveries:
+            undecided = delivery in self.running and not (delivery.settled or delivery in self._decided)
+            if undecided and delivery not in self._gone:
+                running.add(delivery)
+                self._gone.add(delivery)
+                self._report.lost(delivery, "its handler is cancelled" if self.cancel else "its handler goes on")
+            delivery.lost = True
+        if running and self.cancel is not None:
+            self.cancel(running)
 
     async def _until_settled(self, deliveries: set[Delivery[Any]]) -> None:
         while deliveries & self.holding.keys():
@@ -518,8 +616,7 @@ class Intake:
         self.subscribed.clear()
         for delivery in self._take_waiting():
             self._forget(delivery)
-        for delivery in self.holding:
-            delivery.lost = True
+        self._lost(self.holding)
         self._guard.suspects.clear()
         await self._close_subscription()
 
@@ -529,13 +626,22 @@ class Intake:
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
+        self._end_watch()
         if subscription is not None:
             try:
-                await subscription.close()
+                await within(self.kit.clock, LONGEST_CLOSE, subscription.close())
             except Exception as error:  # it is over in any case
                 self._disorder("close", error)
 
+    def _end_watch(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+
     def _disorder(self, what: str, error: Exception) -> None:
+        if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
+            log.error("%s: the subscription did not %s within %g s; left behind", self.address, what, LONGEST_CLOSE)
+            return
         level = logging.DEBUG if isinstance(error, TransportError) else logging.ERROR
         trace = None if isinstance(error, TransportError) else error
         log.log(level, "%s: the subscription did not %s in order: %s", self.address, what, error, exc_info=trace)
@@ -543,6 +649,7 @@ class Intake:
     async def stop(self) -> None:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
         self._stopping = self._settler.stopping = True
+        self._end_watch()
         self.kit.link.on_lost.discard(self._room.set)
         # Out of the lanes at once, since the driver may take long to stop, and a handler that ends meanwhile would make room
         # for the next message. Given back only afterwards: this consumer could still get it again.
@@ -553,7 +660,7 @@ class Intake:
         waiting += self._take_waiting()
         if self._subscription is not None:
             try:
-                await self._subscription.stop()
+                await within(self.kit.clock, LONGEST_CLOSE, self._subscription.stop())
             except Exception as error:
                 self._disorder("stop", error)
         self._give_back([*waiting, *self._take_waiting()])
@@ -585,6 +692,15 @@ class Intake:
         """Until all that was finished so far is settled."""
         await self._settler.idle()
 
-    def complaint(self) -> str | None:
+    async def complaint(self) -> str | None:
         """Why this intake doesn't receive as it should, or None."""
-        return self.trouble or self._settler.trouble
+        unprotected = self.protection.trouble if self.protection else None
+        if (trouble := self.trouble or self._settler.trouble or unprotected) or self._stopping:
+            return trouble
+        if self._emptying:
+            return f"{self.address}: nothing is received until its handlers end: the next message may have killed its consumers"
+        if (subscription := self._subscription) is None:
+            return f"{self.address}: not subscribed to yet"
+        if await standing(subscription, self.kit.clock) == "gone":
+            return f"{self.address}: its subscription is gone"
+        return None

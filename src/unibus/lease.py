@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from unibus import telemetry
 from unibus.adapter import Subscription
 from unibus.clock import Clock, Timer
 from unibus.delivery import Delivery
 from unibus.errors import LeaseLost, TransportError
-from unibus.telemetry import Counts
 
 log = logging.getLogger("unibus")
 
@@ -20,21 +18,26 @@ log = logging.getLogger("unibus")
 class Heartbeat:
     """Extends every held delivery whose lease is in its last two thirds, in one call, three times a lease.
 
-    A delivery whose lease is gone is marked `lost`; what settles it later is told so, and it will be redelivered.
+    `lost` is told of those whose lease is gone: they come again, here or elsewhere.
     """
 
     def __init__(
-        self, subscription: Subscription, holding: Iterable[Delivery[Any]], length: float, clock: Clock
+        self,
+        subscription: Subscription,
+        holding: Iterable[Delivery[Any]],
+        length: float,
+        clock: Clock,
+        lost: Callable[[list[Delivery[Any]]], None],
     ) -> None:
         self._subscription = subscription
         self._holding = holding
         self._length = length
         self._clock = clock
+        self._lost = lost
         self._timer: Timer | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, counts: Counts, address: object) -> None:
-        self._counts, self._address = counts, address
+    def start(self) -> None:
         self._arm()
 
     def stop(self) -> None:
@@ -60,11 +63,6 @@ class Heartbeat:
             known = isinstance(error, TransportError)
             log.warning("%d leases could not be extended: %s", len(held), error, exc_info=not known)
             return
-        lost = 0
-        for delivery, result in zip(held, results, strict=True):
-            if isinstance(result, LeaseLost):
-                delivery.lost = True
-                lost += 1
-                log.warning("the lease of %r is gone; it is delivered again, here or elsewhere", delivery)
+        lost = [d for d, result in zip(held, results, strict=True) if isinstance(result, LeaseLost)]
         if lost:
-            self._counts.add(telemetry.LEASE_LOST, self._address, lost)
+            self._lost(lost)

@@ -20,6 +20,7 @@ from unibus.errors import CodecError, ConfigError, MessageTooLarge, NotFound, Re
 from unibus.lease import Heartbeat
 from unibus.message import BROKER_HEADERS, RETRY_COUNT, Message
 from unibus.registry import broker_name
+from unibus.report import Report
 from unibus.session import Session
 from unibus.tooling import inspect, topology_of
 from unibus.waiting import side_by_side
@@ -182,6 +183,7 @@ class _Mover:
         self._clock = self._source.kit.clock
         self._until = self._clock.monotonic() + wait
         self._channel = place.address.topic if isinstance(place.address, Group) else place.address
+        self._report = Report(self._source.kit.counts, place.address, private=False)
         self._subscription: Subscription
         self._holding: dict[Delivery[Any], None] = {}
         self._kept: list[Delivery[Any]] = []
@@ -193,8 +195,8 @@ class _Mover:
         self._subscription = await self._subscribe()
         heartbeat = None
         if can.lease and can.lease.limit:
-            heartbeat = Heartbeat(self._subscription, self._holding, can.lease.limit, self._clock)
-            heartbeat.start(self._source.kit.counts, self._place.address)
+            heartbeat = Heartbeat(self._subscription, self._holding, can.lease.limit, self._clock, self._lost)
+            heartbeat.start()
         workers = 1 if self._channel.ordered else min(can.receivers, RECEIVERS)
         try:
             await side_by_side(range(workers), self._work, workers)
@@ -207,6 +209,12 @@ class _Mover:
                 await self._subscription.settle(Outcome.RELEASED, left)
             finally:
                 await self._subscription.close()
+
+    def _lost(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        """They come again: what was sent of them is sent twice."""
+        for delivery in deliveries:
+            delivery.lost = True
+            self._report.lost(delivery, "it may be moved twice")
 
     async def _subscribe(self) -> Subscription:
         adapter, ordered = self._source.kit.link.adapter, self._channel.ordered

@@ -12,6 +12,7 @@ from unibus.adapter import Start
 from unibus.channel import Queue, Topic
 from unibus.errors import ConfigError
 from unibus.handlers import Kind
+from unibus.idempotency import Store
 from unibus.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Guarantee = Literal["at-least-once", "at-most-once"]
+OnLeaseLost = Literal["mark", "cancel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Registration:
     broadcast: bool = False
     start: Start = "new"
     batch: int = 0
+    idempotency: Store | None = None
 
     def __str__(self) -> str:
         name = getattr(self.function, "__qualname__", repr(self.function))
@@ -65,15 +68,27 @@ class Handlers:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
+        idempotency: Store | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
         """Handle the messages of a queue; all its consumers, in all processes, compete.
 
         `concurrency`: handlers at once in this process (10). `prefetch`: messages held (twice that). `timeout`: seconds a
         handler may run (900; 0: no limit). `batch=n`: the handler takes a list of up to n bodies, settled one by one.
+        `on_lease_lost`: when the message is no longer ours while its handler runs, and so is handled again, "mark" sets
+        `delivery.lost` and lets it finish; "cancel" also cancels the handler, which is refused for a plain function.
+        `idempotency`: a store of `unibus.stores`, which makes the handler effectively once.
         """
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
-        return self._register("consumer", queue, options, batch=batch)
+        options = _given(
+            concurrency=concurrency,
+            prefetch=prefetch,
+            timeout=timeout,
+            retry=retry,
+            guarantee=guarantee,
+            on_lease_lost=on_lease_lost,
+        )
+        return self._register("consumer", queue, options, batch=batch, idempotency=idempotency)
 
     def subscriber(
         self,
@@ -87,6 +102,8 @@ class Handlers:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
+        idempotency: Store | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
         """Handle the messages of a topic, as a member of `group` (default: the service's name).
@@ -96,14 +113,23 @@ class Handlers:
         still has; a datetime with its time zone, or seconds since the epoch: with what was published since then; a list of
         positions (`Delivery.position`): with these messages in their parts of the topic, "new" in all others.
         `broadcast`: no group; each process gets every message while it runs, and keeps no backlog and no dead letters.
+        `idempotency`: a store of `unibus.stores`, which makes the handler effectively once.
         """
         begin = _start(start, f"subscriber of {topic}")
         if broadcast and group is not None:
             raise ConfigError(f"subscriber of {topic}: broadcast=True has no group; drop group={group!r}")
         if broadcast and begin != "new":
             raise ConfigError(f"subscriber of {topic}: broadcast=True keeps no backlog; drop start, or name a group")
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, guarantee=guarantee)
-        return self._register("subscriber", topic, options, group=group, broadcast=broadcast, start=begin, batch=batch)
+        options = _given(
+            concurrency=concurrency,
+            prefetch=prefetch,
+            timeout=timeout,
+            retry=retry,
+            guarantee=guarantee,
+            on_lease_lost=on_lease_lost,
+        )
+        more = {"group": group, "broadcast": broadcast, "start": begin, "batch": batch, "idempotency": idempotency}
+        return self._register("subscriber", topic, options, **more)
 
     def responder(
         self,
@@ -113,14 +139,18 @@ class Handlers:
         prefetch: int | None = None,
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
+        on_lease_lost: OnLeaseLost | None = None,
+        idempotency: None = None,
     ) -> Callable[[Function], Function]:
         """Answer the requests of a queue with what the function returns.
 
         An exception is answered at once, as RemoteError. With `retry` the request is tried again first, as long as its
-        requester still waits.
+        requester still waits. `idempotency`: refused at start, since a request that comes again needs its answer again.
         """
-        options = _given(concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry)
-        return self._register("responder", queue, options)
+        options = _given(
+            concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, on_lease_lost=on_lease_lost
+        )
+        return self._register("responder", queue, options, idempotency=idempotency)
 
     def _register(
         self, kind: Kind, channel: Queue[Any] | Topic[Any] | str, options: dict[str, Any], **more: Any

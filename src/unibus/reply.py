@@ -19,6 +19,7 @@ from unibus.errors import Closed, CodecError, ConnectionLost, RemoteError, Timeo
 from unibus.handlers import InvalidHeader
 from unibus.layers import Handling
 from unibus.message import REPLY_ERROR, REPLY_STATUS, Message, new_id
+from unibus.report import ANSWERED, extra
 from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settler import Kit
 from unibus.supervisor import FATAL, back_off
@@ -55,6 +56,7 @@ class Requester:
             if not future.done():
                 future.set_exception(Timeout(f"no reply from {where} within {timeout:g} s"))
 
+        ends = clock.time() + timeout  # not later: what opens the inbox is part of the wait
         timer = clock.call_later(timeout, expire)
         self._waiting[message.id] = future
         try:
@@ -62,7 +64,7 @@ class Requester:
                 self._task = asyncio.create_task(self._run(), name="unibus inbox")
             await self._opened(future)
             message.reply_to = self._address
-            message.expires_at = clock.time() + timeout
+            message.expires_at = ends
             sent = self._kit.publisher.submit(outgoing, timeout)
             await asyncio.wait((sent, future), return_when=asyncio.FIRST_COMPLETED)
             if sent.done() and (error := sent.result()) is not None:
@@ -133,18 +135,20 @@ class Requester:
     async def _receive(self, subscription: Subscription) -> None:
         while True:
             deliveries = await subscription.receive(INBOX_PREFETCH, POLL)
-            late = 0
             for delivery in deliveries:
                 future = self._waiting.get(delivery.message.causation_id or "")
                 if future is None or future.done():
-                    late += 1
+                    self._late(delivery)
                 else:
                     future.set_result(delivery.message)
-            if late:
-                self._kit.counts.add(telemetry.LATE_REPLIES, None, late)
-                log.info("%d replies came when nobody waited for them any more; dropped", late)
             if deliveries:
                 await subscription.settle(Outcome.ACCEPTED, deliveries)
+
+    def _late(self, delivery: Delivery[Any]) -> None:
+        self._kit.counts.add(telemetry.LATE_REPLIES, None)
+        text = "reply %s came when nobody waited for it any more, to request %s; dropped"
+        more = extra(self._source.address, delivery, Action.DISCARD.value, None, reason="late reply")
+        log.info(text, delivery.message.id, delivery.message.causation_id, extra=more)
 
     def _lose(self, error: UnibusError) -> None:
         self._address = None
@@ -203,7 +207,7 @@ class Responder:
             await self._reply_error(delivery, error)
             if isinstance(error, retry.Discard):
                 raise
-            log.warning("%s: answered with an error: %s", self._queue, deadletter.describe(error), exc_info=error)
+            self._answered(delivery, error)
         else:
             await self._reply(delivery, Message(body, content_type=self._codec.content_type))
 
@@ -213,11 +217,17 @@ class Responder:
         if error is None or self._may_retry(delivery, error):
             return verdict
         await self._reply_error(delivery, error)
+        self._answered(delivery, error)
         return retry.ACK
 
     async def undecodable(self, delivery: Delivery[Any], error: CodecError) -> None:
         """A request that can't be read is answered too, so that its sender need not wait."""
         await self._reply_error(delivery, error)
+
+    def _answered(self, delivery: Delivery[Any], error: BaseException) -> None:
+        text = "%s: attempt %d of request %s failed and is answered with its error: %s"
+        what, more = deadletter.describe(error), extra(self._queue, delivery, ANSWERED, error)
+        log.warning(text, self._queue, delivery.attempt, delivery.message.id, what, exc_info=error, extra=more)
 
     def _may_retry(self, delivery: Delivery[Any], error: BaseException) -> bool:
         if self._policy is None:
@@ -235,7 +245,9 @@ class Responder:
     async def _reply(self, delivery: Delivery[Any], reply: Message) -> None:
         request, counts = delivery.message, self._kit.counts
         if request.reply_to is None:
-            log.warning("%s: request %s has no return address; its answer is dropped", self._queue, request.id)
+            more = extra(self._queue, delivery, Action.DISCARD.value, None, reason="no return address")
+            text = "%s: request %s has no return address; its answer is dropped"
+            log.warning(text, self._queue, request.id, extra=more)
             counts.add(telemetry.REPLIES_FAILED, self._queue)
             return
         clock = self._kit.clock
@@ -260,4 +272,6 @@ class Responder:
             counts.add(telemetry.REPLIED, self._queue)
         else:
             counts.add(telemetry.REPLIES_FAILED, self._queue)
-            log.warning("%s: the reply to request %s was not delivered: %s", self._queue, request.id, error)
+            more = extra(self._queue, delivery, Action.DISCARD.value, error, reason="reply not delivered")
+            text = "%s: the reply to request %s was not delivered: %s"
+            log.warning(text, self._queue, request.id, error, extra=more)

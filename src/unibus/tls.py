@@ -50,3 +50,13 @@ def client_context(section: str, secure: str, scheme: str, given: TlsTable) -> s
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def check_ca_file(section: str, path: Path) -> None:
+    """Raises ConfigError that names the setting unless certificates can be read there."""
+    if not path.is_file():
+        raise ConfigError(f"{section}.ca_file: no such file")
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as exc:
+        raise ConfigError(f"{section}: the TLS files can't be used: {exc.strerror or exc}") from exc

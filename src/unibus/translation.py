@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import TypeVar
 
 from unibus.errors import (
@@ -18,28 +18,67 @@ from unibus.errors import (
 H = TypeVar("H")
 T = TypeVar("T")
 
+_OTHER_NAME = (62, 64)  # OpenSSL: the host, the IP address is none of the certificate's
+_DEEPEST = 20
+
 FATAL = AuthenticationFailed | PermissionDenied | ConfigError  # another host would say the same
 
 
-def common(exc: BaseException, doing: str, broker: str) -> UnibusError | None:
+def common(exc: BaseException, doing: str, broker: str, section: str = "") -> UnibusError | None:
     """The error to raise `from exc` where no broker differs; None: the driver's own table decides.
 
-    `doing`: what was tried, with the object's name. Asked first: TimeoutError is an OSError.
+    `doing`: what was tried, with the object's name; `section`: the driver's table, where it isn't called like the broker.
+    Asked first: TimeoutError is an OSError.
     """
     if isinstance(exc, UnibusError):
         return exc
-    if (words := untrusted(exc)) is not None:
-        return ConfigError(f"{doing}: the certificate is not trusted ({words}); set {broker.lower()}.ca_file")
+    section = section or broker.lower()
+    if (refused := untrusted(exc)) is not None:
+        words, name = refused
+        advice = "use a name of the certificate as the host of url" if name else f"set {section}.ca_file"
+        return ConfigError(f"{doing}: the certificate is not trusted ({words}); {advice}")
+    if (advice_ := no_tls(exc)) is not None:  # not a ConfigError: what is in between may answer so for a while
+        return ConnectionLost(f"{doing}: {advice_}")
     if isinstance(exc, TimeoutError):
         return Timeout(f"{doing}: no answer from {broker} in time")
     return None
 
 
-def untrusted(exc: BaseException) -> str | None:
-    """Why TLS refused the certificate, if that is what the error, or its cause, says."""
-    for error in (exc, exc.__cause__, exc.__context__):
+def chain(exc: BaseException) -> Iterator[BaseException]:
+    """The error, and what it came from."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [exc]
+    while waiting:
+        error = waiting.pop(0)
+        if error is not None and id(error) not in seen and len(seen) < _DEEPEST:
+            seen.add(id(error))
+            yield error
+            waiting += (error.__cause__, error.__context__)
+
+
+def untrusted(exc: BaseException) -> tuple[str, bool] | None:
+    """Why TLS refused the certificate, and whether it is for its name; None if that is not what the error is about."""
+    found: tuple[str, bool] | None = None
+    for error in chain(exc):
         if isinstance(error, ssl.SSLCertVerificationError):
-            return getattr(error, "verify_message", "") or str(error)  # not set where it was made by hand
+            if words := getattr(error, "verify_message", ""):
+                return words, error.verify_code in _OTHER_NAME
+            found = found or (str(error), False)  # made by hand: look on for the one that it stands for
+    return found
+
+
+def no_tls(exc: BaseException) -> str | None:
+    """What to do about a server that talks without TLS, or refuses the client's certificate; None for all else."""
+    for error in chain(exc):
+        if isinstance(error, ssl.SSLError):
+            reason = getattr(error, "reason", None) or str(error)  # not set where it was made by hand
+            if any(word in reason for word in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")):
+                return "what answers there speaks no TLS; check scheme and port of url"
+            if any(
+                word in reason
+                for word in ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "UNKNOWN_CA", "BAD_CERTIFICATE")
+            ):
+                return "the server refuses our certificate, or wants one; check cert_file and key_file"
     return None
 
 

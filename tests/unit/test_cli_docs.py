@@ -67,7 +67,7 @@ def test_the_commands_of_the_documentation(cli: Cli, monkeypatch: pytest.MonkeyP
     async def run(self: object, *, only: object) -> None:  # for ever; the integration tests do
         ran.append(only)
 
-    async def supervise(command: list[str], count: int) -> int:
+    async def supervise(command: list[str], count: int, probe: str | None) -> int:
         ran.append(count)
         return 0
 

@@ -106,7 +106,7 @@ def test_built_in_values(place: Place) -> None:
     settings = place.load()
     assert (settings.prefix, settings.declare, settings.delays, settings.driver) == ("", "create", (), {})
     assert (settings.send_timeout, settings.request_timeout, settings.shutdown_timeout) == (30.0, 30.0, 25.0)
-    assert consumer(settings) == ConsumerSettings(10, 20, 900.0, RetryPolicy(), "at-least-once")
+    assert consumer(settings) == ConsumerSettings(10, 20, 900.0, RetryPolicy(), "at-least-once", "mark")
     assert settings.app is None
 
 
@@ -117,7 +117,7 @@ def test_the_example(place: Place) -> None:
     assert (settings.app, settings.service, settings.broker) == ("shop.main:bus", "billing", "rabbitmq")
     assert (settings.prefix, settings.declare, settings.delays) == ("staging.", "verify", (5.0, 60.0, 600.0))
     assert settings.driver == {}
-    assert consumer(settings) == ConsumerSettings(64, 128, 900.0, RetryPolicy(max_retries=8), "at-least-once")
+    assert consumer(settings) == ConsumerSettings(64, 128, 900.0, RetryPolicy(max_retries=8), "at-least-once", "mark")
     assert consumer(settings, BILLING).concurrency == 32
     assert settings.physical(ORDERS) == "staging.ORDERS_V2"
     assert settings.derived(ORDERS, DEAD_LETTER) == "staging.ORDERS_V2.dlq"
@@ -245,7 +245,7 @@ def test_handler_timeout(place: Place, toml: str, code: dict[str, Any], timeout:
 
 def test_prefetch_and_guarantee(place: Place) -> None:
     settings = place.load('[queues.orders]\nprefetch = 3\n[defaults]\nguarantee = "at-most-once"')
-    assert consumer(settings) == ConsumerSettings(10, 3, 900.0, RetryPolicy(), "at-most-once")
+    assert consumer(settings) == ConsumerSettings(10, 3, 900.0, RetryPolicy(), "at-most-once", "mark")
     assert consumer(settings, BILLING, guarantee="at-least-once", prefetch=5).prefetch == 5
 
 
@@ -255,6 +255,7 @@ def test_prefetch_and_guarantee(place: Place) -> None:
         ({"concurrency": 0}, "concurrency: expected a value greater than or equal to 1"),
         ({"concurrency": "3"}, "concurrency: expected a valid integer"),
         ({"guarantee": "never"}, "guarantee: expected 'at-least-once' or 'at-most-once'"),
+        ({"on_lease_lost": "ignore"}, "on_lease_lost: expected 'mark' or 'cancel'"),
         ({"concurency": 3}, "concurency: unknown key; did you mean 'concurrency'?"),
         ({"retry": 3}, "retry: expected a table"),
     ],
@@ -848,6 +849,7 @@ def test_where_everything_came_from(place: Place) -> None:
         "request_timeout": (30.0, "built-in"),
         "defaults.concurrency": (10, "unibus.toml [defaults]"),
         "defaults.guarantee": ("at-least-once", "built-in"),
+        "defaults.on_lease_lost": ("mark", "built-in"),
         "defaults.retry.jitter": (0.0, "built-in"),
         "queues.orders.prefetch": (7, "environment UNIBUS_QUEUES__ORDERS__PREFETCH"),
         "queues.orders.concurrency": (64, "unibus.toml [queues.orders]"),

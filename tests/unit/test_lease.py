@@ -1,10 +1,13 @@
 """Leases: kept for what waits and what runs; a lost one is told and is no disaster."""
 
 import asyncio
+import logging
 
-from tests.unit.core_lab import ORDERED, ORDERS, lab, later, make_bus, spy_of, turns
+import pytest
+from tests.unit.core_lab import ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
 
-from unibus import Delivery, LeaseLost, RetryPolicy, TransportError
+from unibus import Bus, ConfigError, Delivery, LeaseLost, RetryPolicy, TransportError
+from unibus.adapter import Outcome
 
 
 async def test_prefetched_and_running_ones_are_kept_for_as_long_as_it_takes() -> None:
@@ -130,3 +133,185 @@ async def test_the_heartbeat_ends_with_the_bus() -> None:
     clock.move(100)
     await turns()
     assert spy.calls["extend"] == before
+
+
+LATE = pytest.mark.parametrize("fate", ["ack", "fail"])
+
+
+async def taken_away(bus: Bus, *deliveries: Delivery[str]) -> None:
+    """The broker gives these to somebody else, and nobody tells us."""
+    subscription = bus._opened().intakes[0]._subscription
+    assert subscription is not None
+    await subscription.settle(Outcome.RELEASED, deliveries)
+
+
+@LATE
+async def test_a_lost_lease_is_said_once_with_its_id_and_the_handler_goes_on(
+    fate: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus()
+    held: list[Delivery[str]] = []
+    go, ended = asyncio.Event(), asyncio.Event()
+
+    @bus.consumer(ORDERS, concurrency=2)
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        held.append(delivery)
+        if len(held) == 1:
+            await go.wait()
+            ended.set()
+            if fate == "fail":
+                raise ValueError("too late to matter")
+
+    async with lab(bus) as it:
+        id = await bus.send(ORDERS, "x")
+        await until(lambda: held)
+        await taken_away(bus, held[0])
+        await until(lambda: len(held) == 2, "it comes again")
+        await later(it, 21)  # two beats of a lease of 30 s
+        assert held[0].lost
+        await later(it, 20)
+        assert not ended.is_set()
+        go.set()
+        await it.idle()
+        assert ended.is_set()
+        assert (bus.counts["lease_lost"], bus.counts["handled"], bus.counts.get("retried", 0)) == (1, 1, 0)
+        await bus.send(ORDERS, "y")  # the consumer is as it was
+        await it.idle()
+        assert bus.counts["handled"] == 2
+        assert (await bus.health()).status == "ok"
+    said = [r.getMessage() for r in caplog.records if id in r.getMessage() and r.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert "no longer ours" in said[0]
+
+
+async def test_a_lost_lease_cancels_the_handler_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    bus = make_bus()
+    held: list[Delivery[str]] = []
+    cancelled: list[str] = []
+
+    @bus.consumer(ORDERS, concurrency=2, on_lease_lost="cancel")
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        held.append(delivery)
+        if len(held) == 1:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(body)
+                raise
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await until(lambda: held)
+        await taken_away(bus, held[0])
+        await later(it, 21)
+        assert cancelled == ["x"]
+        for n in range(4):  # its slot is free again
+            await bus.send(ORDERS, f"{n}")
+        await it.idle()
+        assert (bus.counts["handled"], bus.counts["lease_lost"], bus.counts.get("retried", 0)) == (5, 1, 0)
+        assert it.broker.in_flight() == 0
+        assert bus._opened().consumers[0].running() == 0
+    assert [r for r in caplog.records if "its handler is cancelled" in r.getMessage()]
+
+
+async def test_a_lost_link_cancels_too_and_not_what_was_settled_by_hand() -> None:
+    bus = make_bus()
+    begun: list[str] = []
+    ended: list[str] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, on_lease_lost="cancel")
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        begun.append(body)
+        if body == "settled":
+            await delivery.ack()
+        try:
+            await go.wait()
+        except asyncio.CancelledError:
+            ended.append(f"{body} cancelled")
+            raise
+        ended.append(body)
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["settled", "open"])
+        await until(lambda: len(begun) == 2 and bus.counts.get("handled"))
+        it.broker.cut()
+        await later(it, 1)
+        assert ended == ["open cancelled"]
+        go.set()
+        await it.idle()
+        assert ended == ["open cancelled", "settled", "open"]
+        assert bus.counts["handled"] == 2
+
+
+async def test_a_batch_is_cancelled_when_all_of_it_is_lost() -> None:
+    bus = make_bus()
+    held: list[Delivery[str]] = []
+    runs: list[list[str]] = []
+    cancelled: list[list[str]] = []
+
+    async def keep(batch: list[Delivery[str]]) -> None:
+        held.extend(batch)
+        runs.append([d.body for d in batch])
+        if len(runs) == 1:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(runs[0])
+                raise
+
+    @bus.consumer(ORDERS, concurrency=1, batch=2, prefetch=2, on_lease_lost="cancel")
+    async def handle(bodies: list[str], batch: list[Delivery[str]]) -> None:
+        await keep(batch)
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["1", "2"])
+        await until(lambda: held)
+        await taken_away(bus, held[0])
+        await later(it, 21)
+        assert held[0].lost
+        assert not cancelled
+        await taken_away(bus, held[1])
+        await later(it, 21)
+        assert cancelled == [["1", "2"]]
+        await it.idle()
+        assert sorted(body for run in runs[1:] for body in run) == ["1", "2"]
+        assert bus.counts["handled"] == 2
+
+
+async def test_what_waits_is_not_begun_once_its_lease_is_gone() -> None:
+    bus = make_bus()
+    runs: list[str] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=3)
+    async def handle(body: str) -> None:
+        runs.append(body)
+        await go.wait()
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["1", "2", "3"])
+        await until(lambda: runs)
+        intake = bus._opened().intakes[0]
+        second = next(d for d in intake.holding if d.message.body == b"2")
+        async with bus.receiver(ORDERS, prefetch=1) as other:
+            await taken_away(bus, second)
+            taken = await other.receive(timeout=1)
+            assert taken is not None
+            await later(it, 21)
+            assert len(intake.holding) == 2
+            await taken.ack()
+        go.set()
+        await it.idle()
+        assert runs == ["1", "3"]
+        assert bus.counts["lease_lost"] == 1
+
+
+def test_a_thread_can_not_be_cancelled() -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS, on_lease_lost="cancel")
+    def handle(body: str) -> None: ...
+
+    with pytest.raises(ConfigError, match='on_lease_lost="cancel", but a plain function'):
+        asyncio.run(bus.run())

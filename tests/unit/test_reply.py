@@ -7,6 +7,7 @@ import pytest
 from tests.unit.core_lab import ASKS, DONE, EVENTS, ORDERS, lab, later, make_bus, spy_of, turns, until
 
 from unibus import Closed, ConnectionLost, DeadLetter, Delivery, Message, Queue, RemoteError, RetryPolicy, Timeout
+from unibus.adapter import Source, Subscription
 from unibus.channel import Inbox
 
 NUMBERS = Queue[int]("numbers", int, reply=int)
@@ -294,6 +295,36 @@ async def test_losing_the_inbox_is_known_at_once_and_the_next_request_works() ->
         again = asyncio.ensure_future(bus.request(ASKS, "x"))
         await later(it, 5)
         assert await again == "y"
+
+
+async def test_an_inbox_that_opens_slowly_does_not_make_the_request_live_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it would be worked on when the requester has given up."""
+    bus = make_bus()
+    seen: list[float | None] = []
+
+    @bus.responder(ASKS)
+    async def answer(body: str, message: Message) -> str:
+        seen.append(message.expires_at)
+        return body
+
+    async with lab(bus) as it:
+        adapter, opening = spy_of(bus), asyncio.Event()
+        subscribe = adapter.subscribe
+
+        async def slowly(source: Source) -> Subscription:
+            opening.set()
+            await it.clock.sleep(3)
+            return await subscribe(source)
+
+        monkeypatch.setattr(adapter, "subscribe", slowly)
+        ends = it.clock.time() + 5
+        call = asyncio.ensure_future(bus.request(ASKS, "x", timeout=5))
+        await opening.wait()
+        await later(it, 3)
+        assert await call == "x"
+        assert seen == [ends]
 
 
 async def test_a_cancelled_request_is_forgotten() -> None:

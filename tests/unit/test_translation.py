@@ -34,6 +34,37 @@ def test_a_certificate_that_is_not_trusted_names_the_setting(how: str) -> None:
     assert "set kafka.ca_file" in str(found)
 
 
+def test_a_certificate_of_another_name_is_not_the_authority_s_fault() -> None:
+    outer, inner = ssl.SSLCertVerificationError("made by hand"), ssl.SSLCertVerificationError(1, "no match")
+    inner.verify_code, inner.verify_message = 62, "Hostname mismatch"
+    outer.__context__ = OSError("connect")
+    outer.__context__.__cause__ = inner
+    found = common(outer, "connect", "AWS", "sqs")
+    assert isinstance(found, ConfigError)
+    assert str(found) == (
+        "connect: the certificate is not trusted (Hostname mismatch); use a name of the certificate as the host of url"
+    )
+    inner.verify_code = 20
+    assert "set sqs.ca_file" in str(common(outer, "connect", "AWS", "sqs"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [("WRONG_VERSION_NUMBER", "speaks no TLS"), ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "cert_file")],
+)
+def test_a_handshake_that_fails_says_what_to_check(reason: str, advice: str) -> None:
+    error = ssl.SSLError(1, f"[SSL: {reason}] some words")
+    found = common(error, "connect", "Redis")
+    assert isinstance(found, ConnectionLost)
+    assert advice in str(found)
+
+
+def test_errors_that_came_from_each_other_have_an_end() -> None:
+    one, other = OSError("one"), OSError("other")
+    one.__cause__, other.__cause__ = other, one
+    assert common(one, "connect", "Redis") is None
+
+
 def test_a_host_that_can_not_be_had_is_a_lost_connection() -> None:
     for fatal in (AuthenticationFailed("a"), PermissionDenied("b"), ConfigError("c"), ConnectionLost("d")):
         assert of_host(fatal) is fatal

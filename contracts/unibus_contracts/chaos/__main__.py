@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from unibus_contracts.chaos.faults import FAULTS, NOT_ON, schedule
+from unibus_contracts.chaos.faults import FAULTS, NOT_ON, possible, schedule
 from unibus_contracts.chaos.run import Plan, Result, Run
 from unibus_contracts.history.__main__ import lines
 from unibus_contracts.supply import KINDS, SupplyError
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     faults = given.only or schedule(given.broker, given.seed, given.faults)
     for name in faults:
-        if why := NOT_ON.get(given.broker, {}).get(name):
+        if name not in possible(given.broker):
+            why = NOT_ON.get(given.broker, {}).get(name, "it is a fault of another kind of broker")
             parser.error(f"{name} can't be made on {given.broker}: {why}")
     folder = given.folder or Path(tempfile.mkdtemp(prefix=f"chaos-{given.broker}-"))
     plan = Plan(given.broker, given.seed, given.messages, faults, given.hold, given.minutes)

@@ -18,6 +18,7 @@ from typing import Any
 
 from unibus import Bus, Queue, SendFailed, Topic
 from unibus_contracts.chaos import service
+from unibus_contracts.chaos.traps import Traps
 from unibus_contracts.chaos.watched import watch
 from unibus_contracts.history import Recorder
 from unibus_contracts.history.record import outcome
@@ -101,17 +102,19 @@ async def _send_many(bus: Bus, recorder: Recorder, place: Place, items: list[ser
             print(f"{items[0].value} and others: {error}", file=sys.stderr, flush=True)
 
 
-async def consume(bus: Bus, recorder: Recorder) -> None:
+async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
     handling = service.Handling(recorder)
     handling.register(bus)
-    async with bus:
-        print("ready", flush=True)
-        receiving = asyncio.create_task(handling.by_hand(bus))
-        try:
-            await bus.run()  # until SIGTERM
-        finally:
-            receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
+    with traps.listening():
+        async with bus:
+            traps.set_into(bus)
+            print("ready", flush=True)
+            receiving = asyncio.create_task(handling.by_hand(bus))
+            try:
+                await bus.run()  # until SIGTERM
+            finally:
+                receiving.cancel()
+                await asyncio.gather(receiving, return_exceptions=True)
     recorder.note("bye")
 
 
@@ -123,7 +126,8 @@ def main(arguments: list[str]) -> None:
     with Recorder(Path(folder), name) as recorder:
         watch(recorder, service.value_of)
         bus = service.make(os.environ[URL], prefix)
-        asyncio.run((produce if role == "produce" else consume)(bus, recorder))
+        traps = Traps(Path(folder), name)
+        asyncio.run(produce(bus, recorder) if role == "produce" else consume(bus, recorder, traps))
 
 
 if __name__ == "__main__":

@@ -221,6 +221,8 @@ class LosesTheExpiry(Adapter):
     "corr.threads_inherit",
     "corr.no_leak_between_handlers",
     "corr.survives_retry_dead_letter_redrive",
+    "obs.failed_attempt_is_one_record",
+    "obs.ids_on_records_of_a_handler",
 )
 class LosesTheCorrelation(Adapter):
     def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
@@ -268,6 +270,7 @@ class AddsAReturnAddress(Adapter):
     "invalid.redrive_after_repair",
     "retry.message_is_unchanged",
     "corr.survives_retry_dead_letter_redrive",
+    "once.failed_runs_again",
 )
 class RenamesCopies(Adapter):
     count = itertools.count(1)

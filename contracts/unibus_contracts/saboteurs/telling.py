@@ -190,10 +190,17 @@ class WarnsOfEverything(Adapter):
         return await super().send(batch, timeout)
 
 
-@saboteur("The driver turns logging off.", "obs.every_end_is_logged")
+@saboteur("The driver turns logging off.", "obs.every_end_is_logged", "obs.failed_attempt_is_one_record")
 class TurnsLoggingOff(Adapter):
     async def connect(self) -> None:
         logging.disable()
+        await super().connect()
+
+
+@saboteur("The driver lets only warnings of unibus through.", "obs.every_discard_is_one_record")
+class HushesTheCore(Adapter):
+    async def connect(self) -> None:
+        logging.getLogger("unibus").setLevel(logging.WARNING)
         await super().connect()
 
 
