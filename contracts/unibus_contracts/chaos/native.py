@@ -64,9 +64,15 @@ async def _rabbitmq(broker: Broker) -> AsyncIterator[Found | None]:
     async with await aio_pika.connect(broker.url) as connection:
         for name in names:
             channel = await connection.channel()
-            queue = await channel.get_queue(name, ensure=False)
-            while (message := await queue.get(fail=False)) is not None:
-                yield _found(message.body, name)
+            queue = await channel.declare_queue(name, passive=True)
+            count = queue.declaration_result.message_count or 0
+            async with queue.iterator(
+                timeout=30
+            ) as messages:  # basic.get is refused where there is a single active consumer
+                while count:
+                    message = await anext(messages)
+                    yield _found(message.body, name)
+                    count -= 1
             await channel.close()  # nothing was acked: it all goes back
 
 
