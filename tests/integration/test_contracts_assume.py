@@ -12,7 +12,7 @@ from typing import Any
 import aio_pika
 import aiohttp
 import pytest
-from tests.integration.test_contracts_clean_up import rabbitmq, variable
+from tests.integration.broker_lists import rabbitmq, variable
 from yarl import URL
 
 from unibus import Bus, PermissionDenied
