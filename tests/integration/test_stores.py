@@ -6,8 +6,10 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -21,6 +23,8 @@ from unibus.clock import SystemClock
 from unibus.stores import MemoryStore, Standing, Store, StoreUnavailable
 from unibus.stores.redis import RedisStore
 from unibus.stores.sql import SqlStore
+from unibus_contracts.chaos.proxy import Proxy
+from unibus_contracts.supply.broker import free_ports
 
 KINDS = ("memory", "redis", "sqlite", "postgresql")
 SQL = ("sqlite", "postgresql")
@@ -350,6 +354,89 @@ async def test_a_server_that_is_not_there_is_unavailable_and_says_no_secret() ->
             assert "SECRET" not in str(caught.value)
         await store.close()
     await engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["redis", "postgresql"])
+async def test_a_server_that_goes_and_comes_back(kind: str) -> None:
+    """Meanwhile nothing runs and nothing is lost; afterwards all run, once each, at their first attempt."""
+    url = named(f"UNIBUS_TEST_{kind.upper()}_URL")
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    target, port, tag = (parts.hostname, parts.port), free_ports(["store"])["store"], uuid4().hex
+    through = url.replace(f":{parts.port}", f":{port}").replace("postgresql://", "postgresql+asyncpg://", 1)
+    direct = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://", 1)) if kind != "redis" else None
+    engine = create_async_engine(through) if kind != "redis" else None
+    store: Any = RedisStore(through) if engine is None else SqlStore(engine, table=f"handled_{tag}")
+    bus = Bus("memory://", config=False, environ={}, service=tag)
+    bus.consumer(Q, idempotency=store, retry=RetryPolicy(max_retries=0))(nothing)
+
+    def all_handled(count: int) -> Callable[[], Awaitable[object]]:
+        async def handled() -> bool:
+            return bus.counts.get("handled", 0) == count
+
+        return handled
+
+    async def degraded() -> bool:
+        return (await bus.health()).status == "degraded"
+
+    async def well() -> bool:
+        return (await bus.health()).status == "ok"
+
+    try:
+        async with AsyncExitStack() as stack:
+            async with Proxy(target, port) as proxy:
+                await stack.enter_async_context(bus.running())
+                for n in range(5):
+                    await bus.send(Q, Message("x", id=f"{tag} {n}"))
+                await until(all_handled(5), "five are handled")
+                assert proxy.accepted
+            await bus.send_many(Q, [Message("x", id=f"{tag} {n}") for n in range(5, 15)])
+            await until(degraded, "the bus says that its store is gone")
+            assert bus.counts["handled"] == 5
+            async with Proxy(target, port):
+                await until(all_handled(15), "all are handled")
+                await until(well, "and the bus says that all is well")
+                await bus.send_many(Q, [Message("x", id=f"{tag} {n}") for n in range(15)])
+
+                async def repeated() -> bool:
+                    return bus.counts.get("repeated") == 15
+
+                await until(repeated, "copies are known")
+                assert bus.counts["handled"] == 15
+                assert "dead_lettered" not in bus.counts
+                await stack.aclose()
+    finally:
+        if engine is not None and direct is not None:
+            await engine.dispose()
+            async with direct.begin() as connection:
+                await connection.execute(sql("DROP TABLE %", f"handled_{tag}"))
+            await direct.dispose()
+
+
+@pytest.mark.parametrize("kind", ["redis", "postgresql"])
+async def test_a_server_that_falls_silent_is_unavailable(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("redis", "sql"):
+        monkeypatch.setattr(f"unibus.stores.{module}.TIMEOUT", 0.5)
+    url = named(f"UNIBUS_TEST_{kind.upper()}_URL")
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    async with Proxy((parts.hostname, parts.port)) as proxy:
+        through = url.replace(f":{parts.port}", f":{proxy.port}").replace("postgresql://", "postgresql+asyncpg://", 1)
+        engine = create_async_engine(through) if kind != "redis" else None
+        store: Any = RedisStore(through) if engine is None else SqlStore(engine)
+        store.open(SystemClock())
+        try:
+            proxy.silent = True
+            with pytest.raises(StoreUnavailable):
+                await store.begin(("q", uuid4().hex), "a")
+            assert proxy.withheld
+        finally:
+            proxy.heal()
+            await store.close()
+            if engine is not None:
+                await engine.dispose()
 
 
 # In the handler's own transaction

@@ -25,7 +25,8 @@ from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyEr
 from unibus_contracts.supply.clusters import Member
 from unibus_contracts.supply.elasticmq import ElasticMQ
 from unibus_contracts.supply.kafka import Kafka
-from unibus_contracts.supply.native import Native, processes
+from unibus_contracts.supply.native import MARK, Native, processes
+from unibus_contracts.supply.postgresql import PostgreSQL
 from unibus_contracts.supply.rabbitmq import RabbitMQ
 from unibus_contracts.supply.redis import Redis
 from unibus_contracts.supply.sqs import SQS
@@ -545,3 +546,36 @@ def test_the_supply_imports_without_docker_or_cryptography() -> None:
 def test_waiting_ends_at_the_deadline() -> None:
     assert wait_until(lambda: True, 0)
     assert not wait_until(lambda: False, 0)
+
+
+def test_a_child_that_shows_no_mark_is_found_by_its_parent(tmp_path: Path) -> None:
+    """As those of PostgreSQL, which write over their environment."""
+    shell = subprocess.Popen(["/bin/sh", "-c", "env -i sleep 600 & wait"], env={MARK: str(tmp_path)})
+    try:
+        assert wait_until(lambda: "sleep" in processes(tmp_path).values(), 60)
+        assert next(iter(processes(tmp_path))) == shell.pid
+    finally:
+        for pid in processes(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        shell.wait()
+
+
+@pytest.mark.parametrize(("answer", "well"), [(b"R\0\0\0\x17", True), (b"E\0\0\0\x20starting up", False), (b"", False)])
+def test_postgresql_is_there_when_it_asks_who_we_are(answer: bytes, well: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            link, _ = server.accept()
+            with link:
+                link.recv(100)
+                link.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/x"
+        if well:
+            PostgreSQL().check(url)
+        else:
+            with pytest.raises(ConnectionError, match="not as a PostgreSQL server that is ready"):
+                PostgreSQL().check(url)
+        thread.join(10)

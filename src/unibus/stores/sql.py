@@ -5,6 +5,7 @@ A handler that asks for an `AsyncSession` works in the same transaction as its m
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -34,6 +35,8 @@ from unibus.idempotency import KEEP, LEASE, Key, Standing, StoreUnavailable
 from unibus.stores.checks import seconds
 
 TABLE = "unibus_handled"
+TIMEOUT = 10.0  # seconds for an answer: a link may be broken without anybody saying so
+LONGEST_COMMIT = 60.0  # seconds; the handler's changes are in it
 SOME = 500  # rows that one step of `tidy` removes
 STEPS = 100  # of one `tidy`
 
@@ -160,7 +163,7 @@ class SqlStore:
     @asynccontextmanager
     async def _asked(self) -> AsyncIterator[AsyncConnection]:
         try:
-            async with self._engine.connect() as connection:
+            async with asyncio.timeout(TIMEOUT), self._engine.connect() as connection:
                 yield connection
         except (SQLAlchemyError, OSError) as error:
             raise self.unavailable(error) from error
@@ -168,7 +171,7 @@ class SqlStore:
     def unavailable(self, error: BaseException) -> StoreUnavailable:
         # `orig`: without the statement and its parameters.
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-        return StoreUnavailable(f"{self!r}: {type(cause).__name__}: {cause}")
+        return StoreUnavailable(f"{self!r}: {type(cause).__name__}: {str(cause) or 'no answer in time'}")
 
 
 class _Work:
@@ -193,9 +196,10 @@ class _Work:
         await session.flush()  # what is wrong with the handler's own changes is its own failure
         self._ours = True
         try:
-            if not await self._store._mark(session, self._key, self._token):
-                return False
-            await session.commit()
+            async with asyncio.timeout(LONGEST_COMMIT):
+                if not await self._store._mark(session, self._key, self._token):
+                    return False
+                await session.commit()
         except (OperationalError, InterfaceError, PoolTimeout, OSError) as error:
             raise self._store.unavailable(error) from error
         except DBAPIError as error:
