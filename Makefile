@@ -20,7 +20,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo demo-all test unit saboteurs contracts integration chaos fuzz brokers-up brokers-down lint types bench checks lock clean
+.PHONY: help demo demo-all test unit saboteurs contracts integration chaos fuzz brokers-up brokers-down cluster-up cluster-down lint types bench checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -70,6 +70,12 @@ brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_U
 
 brokers-down: $(STAMP) ## stop what brokers-up started
 	@$(SUPPLY) down
+
+cluster-up: $(STAMP) ## start three that are one: BROKER=rabbitmq, kafka or redis; prints the URL with all hosts
+	@$(SUPPLY) cluster-up --only $(BROKER)
+
+cluster-down: $(STAMP) ## stop what cluster-up started
+	@$(SUPPLY) cluster-down
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check $(CODE)

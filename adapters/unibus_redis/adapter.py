@@ -103,7 +103,7 @@ class RedisAdapter:
         found = []
         for link in self.links.all:
             name = f"Redis {self.capabilities.version}{f' at {link.where}' if self.links.cluster else ''}"
-            found.append(Inspected("server", name, True, risk=_risk(await link.info())))
+            found.append(Inspected("server", name, True, risk=self._risk(await link.info())))
         for address, place in places.items():
             for stream, group, _ in place.made():
                 name = f"{stream}, group {group}" if group else stream
@@ -141,6 +141,20 @@ class RedisAdapter:
         if shared and "unibus" in others:
             raise ConfigError(f"{place.address}: the stream {stream!r} is a queue on Redis; one name is one kind")
         return None if kind != b"none" and (not group or group in there) else (place, stream, group, start)
+
+    def _risk(self, info: dict[str, str]) -> str:
+        """Of what `Link.info` says: by what messages may be lost."""
+        risks = []
+        if info.get("aof_enabled") == "0":
+            risks.append("appendonly is off: what came since the last snapshot is lost with the server")
+        if (policy := info.get("maxmemory_policy", "noeviction")) != "noeviction":
+            risks.append(f"maxmemory-policy {policy}: when memory is short it deletes messages that nobody has read")
+        if info.get("connected_slaves", "0") != "0" and not self.settings.wait_replicas:
+            risks.append(
+                "replication is asynchronous: a failover loses confirmed messages that had not reached the replica; set "
+                "redis.wait_replicas"
+            )
+        return "; ".join(risks)
 
     def _place(self, address: Address) -> Place:
         return topology.inbox(address.name) if isinstance(address, Inbox) else place_of(self._places, address)
@@ -199,7 +213,8 @@ class RedisAdapter:
             arguments += one
         results: list[TransportError | None] = [None] * len(batch)
         try:
-            bad = await self._linked(place).script(scripts.PUT, keys, arguments, "send", timeout)
+            link, replicas = self._linked(place).sending, self.settings.wait_replicas
+            bad = await link.script(scripts.PUT, keys, arguments, "send", timeout, replicas)
         except ConnectionLost:
             raise
         except TransportError as error:  # of the script as a whole
@@ -262,25 +277,19 @@ class RedisAdapter:
 
     async def check(self) -> Health:
         """At its maxmemory a server takes no message until there is room."""
-        links = self.links.all
-        if not links or any(link.lost is not None for link in links):
+        links, wanted = self.links.all, self.settings.wait_replicas
+        if not links or any(one.lost is not None for link in links for one in (link, link.sending)):
             return Health(False)
         for link in links:
             info = await link.info()
             used, limit = int(info["used_memory"]), int(info["maxmemory"])
             if 0 < limit <= used:
                 return Health(True, f"Redis at {link.where} uses {used} bytes, and its maxmemory is {limit}")
+            if (count := int(info["connected_slaves"])) < wanted:
+                return Health(
+                    True, f"Redis at {link.where} has {count} replicas, and redis.wait_replicas asks for {wanted}"
+                )
         return Health(True)
 
     def reply_to(self, text: str) -> Address:
         return wire.reply_address(text)
-
-
-def _risk(info: dict[str, str]) -> str:
-    """Of what `Link.info` says: by what messages may be lost."""
-    risks = []
-    if info.get("aof_enabled") == "0":
-        risks.append("appendonly is off: what came since the last snapshot is lost with the server")
-    if (policy := info.get("maxmemory_policy", "noeviction")) != "noeviction":
-        risks.append(f"maxmemory-policy {policy}: when memory is short it deletes messages that nobody has read")
-    return "; ".join(risks)

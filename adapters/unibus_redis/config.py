@@ -28,6 +28,7 @@ class Settings(TlsTable):
     lease: float = Field(LEASE, ge=1, le=43200)  # the same in every process that consumes from one server
     retention: float = Field(0.0, ge=0)  # how long topics keep what all groups have read
     allow_eviction: bool = False
+    wait_replicas: int = Field(0, ge=0, le=100)  # a send is confirmed once so many replicas have it
 
 
 class QueueOptions(DriverTable):

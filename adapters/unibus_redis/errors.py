@@ -49,6 +49,8 @@ def refusal(text: str, doing: str) -> TransportError:
     code, _, rest = text.partition(" ")
     if "ACL failure" in text or "can't run this command" in text or "permissions" in text:  # inside a script
         code = "NOPERM"
+    elif text.startswith("ERR WAIT cannot"):  # it has become a replica since it took the message
+        code = "READONLY"
     elif text.startswith("ERR AUTH"):  # a password for a user who has none
         code = "WRONGPASS"
     elif text.removeprefix("ERR ").startswith("no such key"):  # what XINFO says of a stream that is not there

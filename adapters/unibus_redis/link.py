@@ -42,6 +42,7 @@ class Link(asyncio.Protocol):
         self.lost: ConnectionLost | None = None
         self.number = 0  # by which the server knows the connection
         self.version: tuple[int, ...] = ()
+        self.sending = self  # to the same server, for what waits for its replicas
         self._ended = asyncio.get_running_loop().create_future()
         self._reader = Reader()
         self._waiting: deque[tuple[asyncio.Future[list[Reply]], int]] = deque()
@@ -109,17 +110,31 @@ class Link(asyncio.Protocol):
         return reply
 
     async def script(
-        self, script: Script, keys: Sequence[Any], arguments: Sequence[Any], doing: str, timeout: float = TIMEOUT
+        self,
+        script: Script,
+        keys: Sequence[Any],
+        arguments: Sequence[Any],
+        doing: str,
+        timeout: float = TIMEOUT,
+        replicas: int = 0,
     ) -> Reply:
-        """The reply of a script. Raises what it answered."""
-        command = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
-        (reply,) = await self.run(command, timeout=timeout)
-        if isinstance(reply, Exception) and str(reply).startswith("NOSCRIPT"):
+        """The reply of a script, once so many replicas have what it did. Raises what it answered; Timeout."""
+        commands: list[tuple[Any, ...]] = [("EVALSHA", script.sha, len(keys), *keys, *arguments)]
+        if replicas:
+            commands.append(("WAIT", replicas, max(1, round(timeout * 1000))))  # 0 would be for ever
+        replies = await self.run(*commands, timeout=timeout)
+        if isinstance(replies[0], Exception) and str(replies[0]).startswith("NOSCRIPT"):
             await self.load()  # the server has restarted, or flushed them; nothing was done
-            (reply,) = await self.run(command, timeout=timeout)
-        if isinstance(reply, Exception):
-            raise errors.translate(reply, doing) from reply
-        return reply
+            replies = await self.run(*commands, timeout=timeout)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise errors.translate(reply, doing) from reply
+        if replicas and replies[1] < replicas:
+            raise Timeout(
+                f"{doing}: Redis at {self.where} has it, but within {timeout:g} s {replies[1]} replicas of the {replicas} that "
+                "redis.wait_replicas asks for"
+            )
+        return replies[0]
 
     async def load(self) -> None:
         """Make the server know the scripts."""
@@ -156,6 +171,7 @@ class Links:
         self._hosts = url.targets(26379 if given.sentinel else 6379)
         self._sentinel = given.sentinel
         self._allow_eviction = given.allow_eviction
+        self._apart = bool(given.wait_replicas)  # WAIT holds up all that comes behind it on its connection
         self.cluster = False
         self.all: list[Link] = []
         self._last_slots: list[int] = []  # parallel to `_by_slot`
@@ -221,6 +237,8 @@ class Links:
                 "read; set it to noeviction, or accept the loss with redis.allow_eviction = true"
             )
         await link.load()
+        if self._apart:
+            link.sending = await Link.open(login, host, port)
         return link, info
 
     def slot(self, key: str) -> int:
@@ -239,6 +257,7 @@ class Links:
 
     async def close(self) -> None:
         links, self.all, self._last_slots, self._by_slot = self.all, [], [], []
+        links = [*links, *(link.sending for link in links if link.sending is not link)]
         for link in links:  # at once: whoever is cancelled below does not come back
             link.lose(ConnectionLost(f"the connection to Redis at {link.where} is closed"))
         for link in links:

@@ -17,18 +17,24 @@ from typing import Any
 
 import pytest
 
-from .cleanup import read, remove
-from .harness import Harness, UrlHarness
+from .channels import AssumingHarness, Listed, NotingHarness
+from .cleanup import Removal, not_deleted, read, remove
+from .harness import UrlHarness
 
 JOURNAL, DELETED = ".journal", ".deleted"  # files of one process: what it makes; how much it has deleted
 DEFAULT = "ctr-"
 
 
 class Cleaner:
-    """`deleted`, `left`: what came of it, once the session has finished."""
+    """`deleted`, `left`: what came of it, once the session has finished.
 
-    def __init__(self, config: pytest.Config, url: str, more: Mapping[str, Any]) -> None:
-        self.url, self._more = url, more
+    `noting`: what the contracts need is noted; `listed`: in place of making anything, what that lists is used.
+    """
+
+    def __init__(
+        self, config: pytest.Config, url: str, more: Mapping[str, Any], *, noting: bool, listed: Listed | None
+    ) -> None:
+        self.url, self._more, self._noting, self._listed = url, more, noting, listed
         given: dict[str, Any] | None = getattr(config, "workerinput", None)  # of xdist, in a worker
         self._main = given is None
         if given is None:
@@ -44,18 +50,23 @@ class Cleaner:
         node.workerinput |= {"unibus_beginning": self.beginning, "unibus_folder": str(self._folder)}
 
     def pytest_report_header(self) -> str:
+        if self._listed is not None:
+            return f"unibus: what {self._listed.path} lists is used; nothing is made, and nothing but messages deleted"
         return (
             f"unibus: every name on the broker begins with {self.beginning!r}; all that is made is deleted at the end"
         )
 
     def harness(self) -> UrlHarness:
         """For this process."""
-        return UrlHarness(self.url, self.beginning, more=self._more, journal=self._folder / f"{os.getpid()}{JOURNAL}")
+        if self._listed is not None:
+            return AssumingHarness(self.url, self._listed, more=self._more)
+        kind = NotingHarness if self._noting else UrlHarness
+        return kind(self.url, self.beginning, more=self._more, journal=self._folder / f"{os.getpid()}{JOURNAL}")
 
-    def note(self, harness: Harness) -> None:
-        """A harness has cleaned up."""
-        if isinstance(harness, UrlHarness) and harness.removal is not None and harness.removal.left is None:
-            (self._folder / f"{os.getpid()}{DELETED}").write_text(str(harness.removal.deleted))
+    def note(self, removal: Removal) -> None:
+        """A harness of this process has cleaned up."""
+        if removal.left is None:
+            (self._folder / f"{os.getpid()}{DELETED}").write_text(str(removal.deleted))
 
     # The innermost: after the fixtures of this process and the workers of xdist have ended, before the summary.
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -74,14 +85,10 @@ class Cleaner:
                     try:
                         removal = asyncio.run(remove(self.harness().bus(), made))
                     except KeyboardInterrupt:
-                        self.left.append(f"not deleted: what begins with {made.prefix!r}: interrupted")
+                        self.left.append(not_deleted(made.prefix, "interrupted"))
                         return
                     self.deleted += removal.deleted
                     if removal.left is not None:
-                        self.left.append(f"not deleted: what begins with {made.prefix!r}: {removal.left}")
+                        self.left.append(not_deleted(made.prefix, removal.left))
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    def lines(self) -> list[str]:
-        """What came of it, for people."""
-        return [*([f"deleted on the broker: {self.deleted} objects"] if self.deleted else []), *self.left]

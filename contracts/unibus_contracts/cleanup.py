@@ -18,11 +18,14 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unibus import Bus
 from unibus.adapter import Topology
 from unibus.tooling import settings_of
+
+if TYPE_CHECKING:
+    from unibus.session import Session
 
 GROUP = "unibus.cleanup"
 SECONDS = 120.0  # a removal may take; hundreds of queues take their time on small machines
@@ -75,6 +78,18 @@ class Made:
             self.journal.unlink(missing_ok=True)
 
 
+class NotingBus(Bus):
+    """A bus that says what it will make, before it does."""
+
+    made: Made | None = None
+
+    def _prepare(self) -> Session:
+        session = super()._prepare()
+        if self.made is not None:
+            self.made.topology(session.topology)
+        return session
+
+
 def read(journal: Path) -> list[Made]:
     """What a process that was killed had made, by prefix."""
     found: dict[str, Made] = {}
@@ -95,6 +110,11 @@ class Removal:
 
     deleted: int = 0
     left: str | None = None
+
+
+def not_deleted(prefix: str, why: str) -> str:
+    """A line for people."""
+    return f"not deleted: what begins with {prefix!r}: {why}"
 
 
 async def remove(bus: Bus, made: Made) -> Removal:

@@ -17,26 +17,33 @@ import re
 import secrets
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, urlencode
 
 from unibus import Bus, ConfigError
+from unibus.adapter import Topology
 from unibus.config import load
 from unibus.url import parse
 
-from .cleanup import Made, Removal, remove
+from .cleanup import Made, NotingBus, Removal, remove
 
-if TYPE_CHECKING:
-    from unibus.session import Session
-
+CREDENTIALS = (
+    "UNIBUS_PASSWORD",
+    "UNIBUS_PASSWORD_FILE",
+    "UNIBUS_USERNAME",
+)  # what a unibus.toml may leave to the environment
 _USERINFO = re.compile(r"://.*@")
 
 
-class FaultUnavailable(Exception):
-    """This harness can't inject the fault. A contract that needs it is reported as not run, never as passed."""
+class NotTried(Exception):
+    """The contract can't be tried here. It is reported as such, with this reason, and never as passed."""
+
+
+class FaultUnavailable(NotTried):
+    """This harness can't inject the fault."""
 
 
 class Harness(Protocol):
@@ -59,16 +66,19 @@ class Harness(Protocol):
     async def cleanup(self) -> None: ...
 
 
-class _Bus(Bus):
-    """A bus that says what it will make, before it does."""
+class TestedBus(NotingBus):
+    """`opened` hears what it works with, once it is open."""
 
-    made: Made | None = None
+    opened: Callable[[TestedBus, Topology], Awaitable[None]] | None = None
 
-    def _prepare(self) -> Session:
-        session = super()._prepare()
-        if self.made is not None:
-            self.made.topology(session.topology)
-        return session
+    async def _open(self, only: Iterable[str] | None = None) -> None:
+        await super()._open(only)
+        if self.opened is not None and self._tool is None:  # a tool looks at what may not be there
+            try:
+                await self.opened(self, self._opened().topology)
+            except BaseException:
+                await self.close()
+                raise
 
 
 def of_file(path: Path) -> tuple[str, dict[str, Any]]:
@@ -83,8 +93,7 @@ def of_file(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(url, str):
         raise ConfigError(f"{path}: there is no url")
-    names = ("UNIBUS_PASSWORD", "UNIBUS_PASSWORD_FILE", "UNIBUS_USERNAME")
-    environ = {name: os.environ[name] for name in names if name in os.environ}
+    environ = {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
     found = load({}, file=path, environ=environ)
     more: dict[str, Any] = {"settings": dict(found.driver)} if found.driver else {}
     if parse(url).username is None and found.url.username is not None:
@@ -112,14 +121,14 @@ class UrlHarness:
         self._token = secrets.token_hex(2)
         self._count = itertools.count(1)
 
-    def bus(self, **settings: Any) -> Bus:
+    def bus(self, **settings: Any) -> TestedBus:
         """A bus that reads no file and no environment: what is tested is what is written here."""
         given: dict[str, Any] = {"service": "svc", "prefix": self.prefix, "config": False, "environ": {}}
         if "url" in settings:  # another place, another user
             given |= {name: value for name, value in self.more.items() if name == "settings"}
         else:
             given |= self.more
-        bus = _Bus(settings.pop("url", self.url), **(given | settings))
+        bus = TestedBus(settings.pop("url", self.url), **(given | settings))
         bus.made = self.made
         return bus
 

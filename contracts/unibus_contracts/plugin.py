@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from .channels import Listed
     from .cleaner import Cleaner
     from .contract import Terms
     from .harness import Harness
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("unibus_contracts.kit", "unibus_contracts.refusals", "unibus_contracts.spi")
 
 MOST_SAID = 2000  # characters of an error in the report
+LEFT = "unibus_left"  # in what a worker of xdist tells at its end
 SECONDS = 60  # a test, setup and teardown included; the contracts' own limit is shorter and says more
 
 
@@ -31,7 +33,9 @@ class _Run:
         self.outcomes: dict[str, tuple[str, float]] = {}
         self.errors: dict[str, str] = {}
         self.capabilities: dict[str, Any] | None = None
+        self.noted: dict[str, Any] = {}  # contract -> the channels it had
         self.cleaner: Cleaner | None = None  # where there is a broker to clean
+        self.left: list[str] = []  # what a harness of the adapter's own could not delete, and why
 
 
 _RUN = pytest.StashKey[_Run]()
@@ -45,6 +49,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--unibus-config", metavar="FILE", help="a unibus.toml with url, user and settings of the broker")
     group.addoption("--unibus-pin", metavar="FOLDER", help="fail where a run differs from the answers pinned in FOLDER")
     group.addoption(
+        "--unibus-channels",
+        metavar="FILE",
+        help="write what the contracts need to FILE; with assume, use what it lists",
+    )
+    group.addoption(
+        "--unibus-declare", choices=("create", "assume"), default="create", help="assume: make nothing on the broker"
+    )
+    group.addoption(
         "--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; something random follows"
     )
 
@@ -53,13 +65,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RUN] = run = _Run()
     config.option.unibus_url = config.getoption("--unibus-url") or os.environ.get("UNIBUS_CONTRACTS_URL")
-    report = config.getoption("--unibus-report")
-    if report and not hasattr(config, "workerinput"):
-        try:  # now, not after ten minutes of contracts
-            Path(report).parent.mkdir(parents=True, exist_ok=True)
-            Path(report).open("a").close()
-        except OSError as error:
-            raise pytest.UsageError(f"--unibus-report {report} can't be written: {error}") from error
+    assume, channels = config.getoption("--unibus-declare") == "assume", config.getoption("--unibus-channels")
+    if not hasattr(config, "workerinput"):
+        _check_writable(config, "--unibus-report")
+        if channels and not assume:
+            _check_writable(config, "--unibus-channels")
+        if assume and not channels:
+            raise pytest.UsageError(
+                "--unibus-declare assume needs --unibus-channels FILE; a run without --unibus-declare writes it"
+            )
+        if assume and config.getoption("--unibus-prefix"):
+            raise pytest.UsageError(f"--unibus-prefix: under assume the prefix is the one in {channels}")
     url, file = config.getoption("--unibus-url"), config.getoption("--unibus-config")
     if url or file:
         # It warns who has no configuration of its own, and whoever runs this suite alone has none.
@@ -72,9 +88,31 @@ def pytest_configure(config: pytest.Config) -> None:
                 raise pytest.UsageError("give --unibus-url or --unibus-config, not both")
             url, more = _of_file(Path(file))
         config.option.unibus_url = url
-        run.cleaner = Cleaner(config, url, more)
+        listed = _listed(Path(channels)) if assume else None
+        run.cleaner = Cleaner(config, url, more, noting=bool(channels), listed=listed)
         config.pluginmanager.register(run.cleaner, "unibus-contracts-cleaner")
     config.pluginmanager.register(_Recorder(config), "unibus-contracts-recorder")
+
+
+def _check_writable(config: pytest.Config, option: str) -> None:
+    """Now, not after ten minutes of contracts."""
+    if path := config.getoption(option):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).open("a").close()
+        except OSError as error:
+            raise pytest.UsageError(f"{option} {path} can't be written: {error}") from error
+
+
+def _listed(path: Path) -> Listed:
+    from unibus import ConfigError
+
+    from .channels import read
+
+    try:
+        return read(path)
+    except ConfigError as error:
+        raise pytest.UsageError(f"--unibus-channels: {error}") from None
 
 
 def _of_file(path: Path) -> tuple[str, dict[str, Any]]:
@@ -124,20 +162,44 @@ def unibus_harness(request: pytest.FixtureRequest) -> Harness:
 def _unibus_shared(request: pytest.FixtureRequest, unibus_harness: Harness) -> Iterator[dict[str, Any]]:
     import asyncio
 
+    from .cleanup import Removal, not_deleted
+    from .harness import UrlHarness
+
     yield {}
-    asyncio.run(unibus_harness.cleanup())
-    if (cleaner := request.config.stash[_RUN].cleaner) is not None:
-        cleaner.note(unibus_harness)
+    try:
+        asyncio.run(unibus_harness.cleanup())
+        removal = getattr(unibus_harness, "removal", None)
+    except Exception as error:  # no contract has failed by it
+        removal = Removal(0, f"{type(error).__name__}: {error}")
+    if removal is None:
+        return
+    run = request.config.stash[_RUN]
+    if run.cleaner is not None:
+        run.cleaner.note(removal)
+    mine = isinstance(unibus_harness, UrlHarness) and unibus_harness.made.journal is not None
+    if removal.left is not None and not mine:  # else the main process tries once more, and tells
+        run.left.append(not_deleted(unibus_harness.prefix, removal.left))
+        if hasattr(request.config, "workeroutput"):
+            request.config.workeroutput[LEFT] = run.left
 
 
 @pytest.fixture
-def kit(request: pytest.FixtureRequest, unibus_harness: Harness, _unibus_shared: dict[str, Any]) -> Kit:
+def kit(request: pytest.FixtureRequest, unibus_harness: Harness, _unibus_shared: dict[str, Any]) -> Iterator[Kit]:
+    from .channels import NamedHarness, NotingHarness
     from .kit import Kit
+
+    terms = _terms(request.node)
+    if isinstance(unibus_harness, NamedHarness):
+        unibus_harness.begin(terms.id if terms is not None else request.node.name)
+    elif request.config.getoption("--unibus-channels"):
+        raise pytest.UsageError(f"--unibus-channels: give --unibus-url, since {unibus_harness} makes names of its own")
 
     def note(name: str, value: object) -> None:
         request.node.user_properties.append((name, value))
 
-    return Kit(unibus_harness, _unibus_shared, note)
+    yield Kit(unibus_harness, _unibus_shared, note)
+    if isinstance(unibus_harness, NotingHarness):
+        note("unibus_noted", unibus_harness.noted)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
@@ -170,12 +232,15 @@ class _Recorder:
         self._run.contracts.setdefault(id, terms)
         if "unibus_capabilities" in properties:
             self._run.capabilities = properties["unibus_capabilities"]  # type: ignore[assignment] # our own note
+        if "unibus_noted" in properties:
+            self._run.noted[id] = properties["unibus_noted"]
         outcome, seconds = self._run.outcomes.get(id, (NOT_RUN, 0.0))
         if report.failed:
             outcome = FAILED
             self._run.errors.setdefault(id, _said(report))
         elif report.skipped and "unibus_not_tried" in properties:
             outcome = NOT_TRIED
+            self._run.errors[id] = str(properties["unibus_not_tried"])
         elif report.when == "call" and report.passed and outcome != FAILED:
             outcome = REFUSED if "unibus_refused" in properties else PASSED
         self._run.outcomes[id] = (outcome, seconds + report.duration)
@@ -202,13 +267,20 @@ class _Recorder:
             contracts = {id: terms.as_dict() for id, (terms, _) in suite.items()} | contracts
         outcomes, capabilities, errors = self._run.outcomes, self._run.capabilities, self._run.errors
         report = build(
-            shown(url or "harness"), contracts, outcomes, capabilities, finished=self._finished, errors=errors
+            *(shown(url or "harness"), contracts, outcomes, capabilities),
+            finished=self._finished,
+            errors=errors,
+            declare=self._config.getoption("--unibus-declare"),
         )
         if folder := self._config.getoption("--unibus-pin"):
             from .pins import differences
 
             report["differs"] = differences(Path(folder), report)
         return report
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._run.left += (getattr(node, "workeroutput", None) or {}).get(LEFT, ())
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -218,25 +290,44 @@ class _Recorder:
         wrong = report is not None and (report["unexercised"] or report["differs"])
         if wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        self._write_channels()
         if report is not None and path:  # before anything is cleaned up, which may take its time, or be broken off
             _write(Path(path), report)
+
+    def _write_channels(self) -> None:
+        """Of a part of the contracts, only of those; of a run that was broken off, none: it would look like all."""
+        path, assume = (
+            self._config.getoption("--unibus-channels"),
+            self._config.getoption("--unibus-declare") == "assume",
+        )
+        if not path or assume or not self._run.noted or not self._finished:
+            return
+        from .channels import write
+        from .cleaner import DEFAULT
+
+        known, noted = self._run.contracts, self._run.noted
+        prefix = self._config.getoption("--unibus-prefix") or DEFAULT
+        write(Path(path), prefix, [(id, known[id]["promise"], noted[id]) for id in sorted(noted)])
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         report = self._report()
         if report is None:
             return
-        from .report import line, problems
+        from .report import line, problems, untried
 
+        cleaner = self._run.cleaner
+        deleted = cleaner.deleted if cleaner else 0
+        report["left"] = [*self._run.left, *(cleaner.left if cleaner else ())]
+        report["cleanup"] = [*([f"deleted on the broker: {deleted} objects"] if deleted else []), *report["left"]]
         terminalreporter.write_sep("=", "unibus contracts")
         terminalreporter.write_line(line(report))
-        for problem in problems(report):
-            terminalreporter.write_line(f"  {problem}")
+        for said in [*problems(report), *untried(report)]:
+            terminalreporter.write_line(f"  {said}")
         if folder := self._config.getoption("--unibus-pin"):
             from .pins import unpinned
 
             if note := unpinned(Path(folder), report):
                 terminalreporter.write_line(f"  {note}")
-        report["cleanup"] = self._run.cleaner.lines() if self._run.cleaner else []
         for said in report["cleanup"]:
             terminalreporter.write_line(said)
         if path := self._config.getoption("--unibus-report"):

@@ -83,6 +83,7 @@ async def attempt(kit: Kit) -> None:
 
 async def replay(kit: Kit) -> None:
     """At start, and by the SPI as well: a group that silently began now would miss what it asked for."""
+    kit.creates()
     topic = kit.topic()
     group = Group(topic, "g")
     async with kit.bus((topic, "g")) as bus:

@@ -20,29 +20,37 @@ def build(
     *,
     finished: bool = True,
     errors: Mapping[str, str] | None = None,
+    declare: str = "create",
 ) -> dict[str, Any]:
     """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off.
 
-    `errors`: id -> what a failed one said.
+    `errors`: id -> what a failed one said, or why one was not tried. `declare`: under `assume`, where nothing may be made, a feature of which not
+    all contracts could be tried may stay unproven.
     """
     entries = []
     for id, terms in contracts.items():
         outcome, seconds = outcomes.get(id, (NOT_RUN, 0.0))
-        said = {"error": text} if (text := (errors or {}).get(id)) and outcome == FAILED else {}
+        why = {FAILED: "error", NOT_TRIED: "reason"}.get(outcome)
+        said = {why: text} if why and (text := (errors or {}).get(id)) else {}
         entries.append({**terms, "outcome": outcome, "duration": round(seconds, 3), **said})
     told = capabilities or {}
     report = {
         "suite": 1,
         "url": url,
         "finished": finished,
+        "declare": declare,
         "adapter": told.get("adapter"),
         "version": told.get("version"),
         "features": told.get("features", {}),
         "numbers": told.get("numbers", {}),
         "contracts": entries,
     }
-    report["unexercised"] = unexercised(report["features"], entries)
+    unused = unexercised(report["features"], entries)
+    untried = {entry["capability"] for entry in entries if entry["outcome"] == NOT_TRIED} if declare == "assume" else ()
+    report["unexercised"] = [name for name in unused if name not in untried]
+    report["unproven"] = [name for name in unused if name in untried]
     report["differs"] = []  # from what is pinned, where that was asked for
+    report["left"] = []  # what could not be deleted at the end, and why: known once the run has cleaned up
     return report
 
 
@@ -68,6 +76,17 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def untried(report: Mapping[str, Any]) -> list[str]:
+    """What could not be tried and why, a line each reason, and what is not proven by that. No problems."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in report.get("contracts", []):
+        if entry["outcome"] == NOT_TRIED:
+            by_reason.setdefault(entry.get("reason", ""), []).append(entry["id"])
+    found = [f"not tried, {reason}: {', '.join(ids)}" for reason, ids in by_reason.items()]
+    unproven = report.get("unproven")
+    return [*found, *([f"declared, but not proven by this run: {', '.join(unproven)}"] if unproven else [])]
+
+
 def line(report: Mapping[str, Any]) -> str:
     """One line for people."""
     outcomes = [entry["outcome"] for entry in report.get("contracts", [])]
@@ -75,4 +94,5 @@ def line(report: Mapping[str, Any]) -> str:
     counts = f"{outcomes.count(PASSED)} passed, {outcomes.count(REFUSED)} refused as declared"
     tried = f", {outcomes.count(NOT_TRIED)} not tried" if NOT_TRIED in outcomes else ""
     left = f"{outcomes.count(FAILED)} failed{tried}, {outcomes.count(NOT_RUN)} not run"
-    return f"{name} at {report.get('url')}: {counts}, {left}"
+    behind = "; not all that it made is deleted" if report.get("left") else ""
+    return f"{name} at {report.get('url')}: {counts}, {left}{behind}"

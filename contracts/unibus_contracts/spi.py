@@ -14,9 +14,11 @@ from .kit import Kit, eventually
 
 
 @asynccontextmanager
-async def subscribed(bus: Bus, queue: Queue[Any], prefetch: int = 20) -> AsyncIterator[Subscription]:
+async def subscribed(
+    bus: Bus, queue: Queue[Any], prefetch: int = 20, *, early: bool = False
+) -> AsyncIterator[Subscription]:
     """A subscription of the SPI itself, for what the public interface hides."""
-    subscription = await bus.adapter.subscribe(Source(queue, prefetch=prefetch))
+    subscription = await bus.adapter.subscribe(Source(queue, prefetch=prefetch, early=early))
     try:
         yield subscription
     finally:

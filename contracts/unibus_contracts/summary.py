@@ -19,10 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in paths:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            text, wrong = line(report), problems(report)
+            text, wrong, left = line(report), problems(report), report.get("left", [])
         except (OSError, ValueError, KeyError) as error:
-            text, wrong = f"{path}: no report of the contract suite", [f"{type(error).__name__}: {error}"]
-        print("\n".join([text, *(f"  {problem}" for problem in wrong)]))
+            text, wrong, left = f"{path}: no report of the contract suite", [f"{type(error).__name__}: {error}"], []
+        print("\n".join([text, *(f"  {problem}" for problem in [*wrong, *left])]))
         status |= bool(wrong)
     return status
 

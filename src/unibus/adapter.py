@@ -12,7 +12,7 @@ Rules
 - `receive` is called only when there is room, and may be cancelled: what had arrived comes with the next call or goes
   back at `stop`. On brokers with leases nothing stays in a buffer of the driver.
 - `stop`: take no more, hand back what was not given out; settle and extend still work. `close` afterwards; it gives
-  back what is still held.
+  back what is still held. Then `receive` raises, and `check` says `gone`.
 - `Source.losing(deliveries, grace)` is awaited before a driver gives deliveries up, with grace 0 when they are gone
   already. Afterwards the driver marks the rest `lost`; settling those returns LeaseLost.
 - Objects that belong to one process (inboxes, ephemeral groups) are made by `subscribe`, under every declare mode.

@@ -501,7 +501,7 @@ class Bus(Handlers):
         if not link.is_up or link.failure is not None:
             return BusHealth("down", (str(link.failure or link.trouble),))
         epoch = link.epoch
-        reasons = [complaint for intake in session.intakes if (complaint := intake.complaint())]
+        reasons = await session.complaints()
         try:
             state = await link.adapter.check()
         except Exception as error:

@@ -25,6 +25,7 @@ from unibus.telemetry import OVERDUE
 
 log = logging.getLogger("unibus")
 
+SLOW = 60.0  # seconds that every handler has run, until the health tells that nothing else is begun
 LAST_WORD = 1.0  # seconds that a cancelled handler has to end
 
 Batch = list[Delivery[Any]]
@@ -283,15 +284,26 @@ class Consumer:
         """Slots with a handler at work."""
         return sum(slot.started is not None for slot in self._slots)
 
+    def complaint(self) -> str | None:
+        """Messages wait, and no handler has ended for a long time."""
+        waiting, now = len(self.intake.lanes.ready), self._clock.monotonic()
+        runs = [now - slot.started for slot in self._slots if slot.started is not None]
+        if not waiting or len(runs) < self._concurrency or (shortest := min(runs)) < SLOW:
+            return None
+        return (
+            f"{self.intake.address}: {waiting} messages wait: each of {len(runs)} handlers has run for {shortest:.0f} s"
+        )
+
     async def drain(self, timeout: float) -> None:
         """Take no more, let what runs finish within `timeout` seconds, cancel the rest; settle, and end the subscription."""
         self._draining = True
+        until = self._clock.monotonic() + timeout  # to stop may take seconds, and the handlers have them too
         try:
             await self.intake.stop()
             if self.intake.at_most_once:
                 await self.intake.idle()  # what is being settled first has still to run
             try:
-                await within(self._clock, timeout, self._until_quiet())
+                await within(self._clock, max(0.0, until - self._clock.monotonic()), self._until_quiet())
             except TimeoutError:
                 await self._cut_short()
         finally:  # also when we are cancelled: nothing of ours stays behind

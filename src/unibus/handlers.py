@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections.abc
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, Never, NoReturn, get_args, get_origin, get_type_hints
 
 from unibus.channel import Queue, Topic
@@ -21,6 +21,7 @@ Kind = Literal["consumer", "subscriber", "responder"]
 
 _MISSING: Any = inspect.Parameter.empty
 _ALLOWED = "use Delivery, Message or Annotated[T, Header('name')]"
+_PROVIDED = "or what the store of idempotency=... provides"
 _ALLOWED_IN_BATCH = "use list[Delivery] or list[Message]"
 
 
@@ -52,19 +53,34 @@ class Handler:
     name: str
     batch: int = 0
     headers: tuple[str, ...] = ()
+    asks: frozenset[type] = frozenset()  # which of the provided types
 
 
-def resolve(func: Callable[..., object], *, kind: Kind, channel: Queue[Any] | Topic[Any], batch: int = 0) -> Handler:
-    """Read the signature of a handler once. Raises ConfigError that names function, parameter and what is allowed."""
+Getter = Callable[[Any], Any]
+
+
+def resolve(
+    func: Callable[..., object],
+    *,
+    kind: Kind,
+    channel: Queue[Any] | Topic[Any],
+    batch: int = 0,
+    provided: Mapping[type, Getter] = MappingProxyType({}),
+) -> Handler:
+    """Read the signature of a handler once. Raises ConfigError that names function, parameter and what is allowed.
+
+    `provided`: what a parameter annotated with this type, or with a base of it, gets at each call.
+    """
     target = _target(func)
     name = _name_of(func)
     where = f"{kind} {name} of {channel}"
     _check_kind(func, target, kind, channel, batch, where)
-    hints = _hints(target, channel, where)
+    hints = _hints(target, channel, where, provided)
     body, extras = _parameters(func, where)
     is_async = _check_return(hints.pop("return", _MISSING), kind, channel, where) or _is_async(target)
     _check_body(body, hints.get(body.name, _MISSING), channel, batch, where)
     headers: list[str] = []
+    asks: set[type] = set()
     positional: list[Callable[[Any], Any]] = []
     keyword: list[tuple[str, Callable[[Any], Any]]] = []
     for parameter in extras:
@@ -74,6 +90,9 @@ def resolve(func: Callable[..., object], *, kind: Kind, channel: Queue[Any] | To
         if header is not None and not batch:
             get = _header_getter(header, get_args(annotation)[0], parameter.default, spot)
             headers.append(header.name)
+        elif (type_ := _provided_as(annotation, provided)) is not None:
+            get = provided[type_]
+            asks.add(type_)
         else:
             get = _getter(annotation, channel, batch, spot)
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -81,7 +100,9 @@ def resolve(func: Callable[..., object], *, kind: Kind, channel: Queue[Any] | To
         else:
             positional.append(get)
     call = _compose(func, _body_list if batch else _body, positional, keyword)
-    return Handler(call if is_async else _not_awaitable(call, where), is_async, name, batch, tuple(headers))
+    return Handler(
+        call if is_async else _not_awaitable(call, where), is_async, name, batch, tuple(headers), frozenset(asks)
+    )
 
 
 # The call. `func(delivery.body)` is by far the most common one, and nothing is put between.
@@ -223,7 +244,7 @@ def _check_kind(func: Any, target: Any, kind: Kind, channel: Any, batch: int, wh
             raise ConfigError(f"{where}: batch={batch}, but a responder answers one request at a time")
 
 
-def _hints(target: Any, channel: Any, where: str) -> dict[str, Any]:
+def _hints(target: Any, channel: Any, where: str, provided: Iterable[type]) -> dict[str, Any]:
     try:
         return get_type_hints(target, include_extras=True)
     except Exception:
@@ -232,6 +253,7 @@ def _hints(target: Any, channel: Any, where: str) -> dict[str, Any]:
         known: dict[str, Any] = {
             t.__name__: t for t in (channel.body, getattr(channel, "reply", None)) if isinstance(t, type)
         }
+        known |= {t.__name__: t for t in provided}
         known |= {"Annotated": Annotated, "Any": Any, "Delivery": Delivery, "Header": Header, "Message": Message}
     try:
         return get_type_hints(target, None, known, include_extras=True)
@@ -311,7 +333,9 @@ def _getter(annotation: Any, channel: Any, batch: int, spot: str) -> Callable[[A
     if role is Message:
         return _message_list if batch else _message
     said = "has no annotation" if annotation is _MISSING else f"is a {type_name(annotation)}"
-    raise ConfigError(f"{spot} {said}, which unibus can't fill; {_ALLOWED_IN_BATCH if batch else _ALLOWED}")
+    raise ConfigError(
+        f"{spot} {said}, which unibus can't fill; {_ALLOWED_IN_BATCH if batch else f'{_ALLOWED}, {_PROVIDED}'}"
+    )
 
 
 def _any_body(channel: Any) -> bool:
@@ -322,6 +346,13 @@ def _any_body(channel: Any) -> bool:
 def _role(annotation: Any) -> Any:
     plain = get_origin(annotation) or annotation
     return plain if plain in (Delivery, Message) else None
+
+
+def _provided_as(annotation: Any, provided: Iterable[type]) -> type | None:
+    plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    if not isinstance(plain, type) or plain is object:
+        return None
+    return next((type_ for type_ in provided if issubclass(type_, plain)), None)
 
 
 def _header_in(annotation: Any) -> Header | None:

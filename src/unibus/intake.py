@@ -20,6 +20,7 @@ from unibus.clock import within
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Throttled, Timeout, TransportError, UnibusError
 from unibus.guard import CrashGuard
+from unibus.idempotency import Once
 from unibus.lanes import Lanes
 from unibus.lease import Heartbeat
 from unibus.report import Report
@@ -27,15 +28,21 @@ from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settlement import Place, Step, beyond, onward, plan
 from unibus.settler import Kit, Settler
 from unibus.supervisor import FATAL, back_off
+from unibus.watchdog import Watchdog, standing
 
 log = logging.getLogger("unibus")
 
 POLL = 5.0  # seconds a receive waits: only how often an idle loop turns
 POLL_ALONE = 1.0  # the same while the crash guard is at work: an empty receive ends that
+LONGEST_CLOSE = 30.0  # seconds, of a driver that doesn't come to an end with its subscription
 
 
 class _Again(Exception):
     """Leave the receive loop and subscribe anew."""
+
+
+class _Silent(Exception):
+    """The watchdog has ended the receive loop."""
 
 
 class Intake:
@@ -79,12 +86,19 @@ class Intake:
         self.runs_handlers = False  # then each delivery's run ends with `finish`, also one that was settled by hand
         self.cancel: Callable[[set[Delivery[Any]]], None] | None = None  # the handlers of what is lost while they run
         self.trouble: str | None = None
+        self.protection: Once | None = None  # of a handler that is effectively once
         self._settler = Settler(kit, address, self)
         self._stopping = False
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
+        self._watchdog: Watchdog | None = None
+        self._failures = 0  # to subscribe, in a row
+        self._receiving: asyncio.Task[None] | None = None  # by one subscription
+        self._silent: str | None = None  # why that was cancelled, to subscribe anew
+        self._deaf = False  # it was silent before, and nothing was received since
         self._moving: set[Delivery[Any]] = set()  # ordered: the next of the key waits until the move is through
         self._decided: dict[Delivery[Any], bool] = {}  # settled by hand, their run not over; True: due again then
+        self._postponed: dict[Delivery[Any], float] = {}  # held uncounted, and since when, monotonic
         self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
         self._gone: set[Delivery[Any]] = set()  # lost while their handlers run, and that was said
         self._room = asyncio.Event()
@@ -103,15 +117,16 @@ class Intake:
 
     async def _run(self) -> None:
         """Subscribe, pull, and again after whatever broke; until stopped, or the link is given up."""
-        failures = epoch = 0
+        epoch = 0
         while True:
             try:
                 epoch = await self.kit.link.up()
-                await self._subscribe()
-                failures = 0
-                await self._pull_all(epoch)
+                self._receiving = asyncio.create_task(self._receive(epoch))
+                await self._ended(self._receiving)
             except _Again:
                 await self._hand_over()
+            except _Silent:
+                await self._revive(epoch)
             except ConnectionLost as error:
                 self.trouble = str(error)
                 self.kit.link.lost(epoch, error)
@@ -130,8 +145,8 @@ class Intake:
                     self.refusal = error  # at the start it is said to the caller, who waits for it
                     self.begun.set()
                     return
-                wait = back_off(failures)
-                failures += 1
+                wait = back_off(self._failures)
+                self._failures += 1
                 known = isinstance(error, UnibusError)
                 log.warning(
                     "receiving from %s failed, again in %.1f s: %s", self.address, wait, error, exc_info=not known
@@ -139,6 +154,23 @@ class Intake:
                 await self.kit.clock.sleep(wait)
                 if isinstance(error, NotFound):
                     await self.kit.link.redeclare()
+
+    async def _receive(self, epoch: int) -> None:
+        await self._subscribe()
+        await self._pull_all(epoch)
+
+    async def _ended(self, receiving: asyncio.Task[None]) -> None:
+        """Wait for the end of a subscription; what it ended by is raised."""
+        try:
+            await asyncio.wait([receiving])
+        finally:
+            receiving.cancel()
+            await asyncio.wait([receiving])
+        if self._silent is not None:
+            raise _Silent
+        if receiving.cancelled():
+            raise TransportError("the adapter cancelled its own call")  # else nobody would receive any more
+        receiving.result()
 
     async def _subscribe(self) -> None:
         self.source.prefetch = 1 if self._guard.alone else self.prefetch
@@ -148,6 +180,9 @@ class Intake:
         if lease and lease.limit:
             self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock, self._lease_lost)
             self._heartbeat.start()
+        self._watchdog = Watchdog(subscription, self.kit.clock, self._fell_silent)
+        self._watchdog.begin()
+        self._failures = 0
         self.trouble = None
         self.subscribed.set()
         self.begun.set()
@@ -163,19 +198,38 @@ class Intake:
         try:
             await asyncio.wait(pulls, return_when=asyncio.FIRST_EXCEPTION)
         finally:
+            stray = [pull for pull in pulls if pull.cancelled()]
             for pull in pulls:
                 pull.cancel()
             await asyncio.wait(pulls)
         failed = [error for pull in pulls if not pull.cancelled() and (error := pull.exception()) is not None]
         if failed:  # all of them were looked at; the first is as good as any
             raise failed[0]
+        if stray:
+            raise asyncio.CancelledError
+
+    def _fell_silent(self, why: str) -> None:
+        if self._receiving is not None and self._silent is None and self._receiving.cancel():
+            log.error("%s: %s; it is subscribed to anew", self.address, why)
+            self.kit.counts.add(telemetry.RESUBSCRIBED, self.address)
+            self._silent = self.trouble = why
+
+    async def _revive(self, epoch: int) -> None:
+        """Leave a silent subscription. If that was not the first time since anything was received, it may be the link."""
+        if self._deaf:
+            self.kit.link.lost(epoch, ConnectionLost(f"{self.address}: {self._silent}"))
+        self._deaf = True
+        await self._abandon()
+        self._silent = None
 
     async def _pull(self, epoch: int) -> None:
         link, guard, subscription = self.kit.link, self._guard, self._subscription
         assert subscription is not None  # noqa: S101  # _subscribe came first
+        assert self._watchdog is not None  # noqa: S101  # the same
+        receiving = self._watchdog.loop()
         receive_batch = link.adapter.capabilities.receive_batch
         failures = 0
-        while True:
+        while self._silent is None:
             if link.epoch != epoch or not link.is_up:  # it may have broken while there was no room to receive
                 raise ConnectionLost(link.trouble or "the link to the broker was lost")
             room = min(self.source.prefetch - len(self.holding) - self._reserved, receive_batch)
@@ -184,6 +238,7 @@ class Intake:
                 await self._room.wait()
                 continue
             self._reserved += room
+            receiving.looks = 0
             try:
                 deliveries = await subscription.receive(room, POLL_ALONE if guard.alone else POLL)
             except (Throttled, Timeout) as error:  # of this call alone: what is held is still ours
@@ -195,6 +250,8 @@ class Intake:
                 continue
             finally:
                 self._reserved -= room
+                receiving.looks = None
+            self._deaf = False
             if failures:
                 failures, self.trouble = 0, None
             if deliveries:
@@ -332,6 +389,8 @@ class Intake:
         if verdict.action is Action.RETRY and (too_long := beyond(verdict.delay, step, capabilities)):
             verdict = Verdict(Action.DEAD_LETTER, reason=retry.NON_RETRYABLE, error=too_long)
             step = plan(verdict, self.place, capabilities)
+        if verdict.action is Action.WAIT and self._held_too_long(delivery, verdict.delay):
+            step = Step.RELEASE
         if step is Step.PARK and self._stopping:
             step = Step.RELEASE  # no time to wait for it: it comes again, elsewhere
         if step is Step.PARK:
@@ -390,9 +449,10 @@ class Intake:
     def _park(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Hold it here until its next attempt is due; of the others only its key waits."""
         self._report.verdict(delivery, verdict)
-        headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
-        delivery.message.headers = MappingProxyType(headers)
-        delivery.failures += 1
+        if verdict.action is not Action.WAIT:
+            headers = deadletter.failed(delivery, verdict.error, self.kit.clock.time())
+            delivery.message.headers = MappingProxyType(headers)
+            delivery.failures += 1
         if not self.runs_handlers:
             delivery.settled = True
             self._kept.add(delivery)
@@ -401,6 +461,11 @@ class Intake:
             self._due(delivery)
         else:
             self.lanes.parked[delivery] = self.kit.clock.call_later(verdict.delay, lambda: self._unpark(delivery))
+
+    def _held_too_long(self, delivery: Delivery[Any], delay: float) -> bool:
+        """Would this wait be longer than the broker lets a message be held? Then it gives it out anew, its count unchanged."""
+        limit, now = self.kit.link.adapter.capabilities.park_limit, self.kit.clock.monotonic()
+        return limit is not None and now + delay - self._postponed.setdefault(delivery, now) > limit
 
     def _unpark(self, delivery: Delivery[Any]) -> None:
         del self.lanes.parked[delivery]
@@ -430,6 +495,9 @@ class Intake:
         drop = self.holding.pop
         for delivery in deliveries:
             drop(delivery, None)
+        if self._postponed:
+            for delivery in deliveries:
+                self._postponed.pop(delivery, None)
         self._room.set()
 
     def settled(self, delivery: Delivery[Any], error: TransportError | None) -> None:
@@ -446,6 +514,7 @@ class Intake:
 
     def _forget(self, delivery: Delivery[Any]) -> None:
         self._kept.discard(delivery)
+        self._postponed.pop(delivery, None)
         self._gone.discard(delivery)
         self.holding.pop(delivery, None)
         self._room.set()
@@ -554,13 +623,22 @@ class Intake:
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
+        self._end_watch()
         if subscription is not None:
             try:
-                await subscription.close()
+                await within(self.kit.clock, LONGEST_CLOSE, subscription.close())
             except Exception as error:  # it is over in any case
                 self._disorder("close", error)
 
+    def _end_watch(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+
     def _disorder(self, what: str, error: Exception) -> None:
+        if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
+            log.error("%s: the subscription did not %s within %g s; left behind", self.address, what, LONGEST_CLOSE)
+            return
         level = logging.DEBUG if isinstance(error, TransportError) else logging.ERROR
         trace = None if isinstance(error, TransportError) else error
         log.log(level, "%s: the subscription did not %s in order: %s", self.address, what, error, exc_info=trace)
@@ -568,6 +646,7 @@ class Intake:
     async def stop(self) -> None:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
         self._stopping = self._settler.stopping = True
+        self._end_watch()
         self.kit.link.on_lost.discard(self._room.set)
         # Out of the lanes at once, since the driver may take long to stop, and a handler that ends meanwhile would make room
         # for the next message. Given back only afterwards: this consumer could still get it again.
@@ -578,7 +657,7 @@ class Intake:
         waiting += self._take_waiting()
         if self._subscription is not None:
             try:
-                await self._subscription.stop()
+                await within(self.kit.clock, LONGEST_CLOSE, self._subscription.stop())
             except Exception as error:
                 self._disorder("stop", error)
         self._give_back([*waiting, *self._take_waiting()])
@@ -610,6 +689,15 @@ class Intake:
         """Until all that was finished so far is settled."""
         await self._settler.idle()
 
-    def complaint(self) -> str | None:
+    async def complaint(self) -> str | None:
         """Why this intake doesn't receive as it should, or None."""
-        return self.trouble or self._settler.trouble
+        unprotected = self.protection.trouble if self.protection else None
+        if (trouble := self.trouble or self._settler.trouble or unprotected) or self._stopping:
+            return trouble
+        if self._emptying:
+            return f"{self.address}: nothing is received until its handlers end: the next message may have killed its consumers"
+        if (subscription := self._subscription) is None:
+            return f"{self.address}: not subscribed to yet"
+        if await standing(subscription, self.kit.clock) == "gone":
+            return f"{self.address}: its subscription is gone"
+        return None

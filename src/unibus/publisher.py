@@ -16,7 +16,7 @@ from unibus import telemetry
 from unibus.adapter import Outgoing
 from unibus.capabilities import Capabilities
 from unibus.channel import Address, Group, Inbox, Topic
-from unibus.clock import Clock, Timer
+from unibus.clock import Clock, Timer, within
 from unibus.errors import Closed, ConnectionLost, MessageTooLarge, Timeout, TransportError, UnibusError, Unroutable
 from unibus.message import Message
 from unibus.supervisor import Link, back_off
@@ -25,6 +25,8 @@ from unibus.telemetry import Counts
 log = logging.getLogger("unibus")
 
 CLOSED = "the bus is closed; nothing was sent"
+SILENT = 5.0  # seconds without an answer, until the health tells
+_ANSWER = 1.0  # seconds that the adapter has to say why nothing is confirmed
 
 
 class _Many:
@@ -115,6 +117,10 @@ class Publisher:
     def busy(self) -> bool:
         return any(lane.pending or lane.flying for lane in self._lanes.values())
 
+    def complaints(self) -> list[str]:
+        """Of each destination that takes no messages now."""
+        return [text for lane in self._lanes.values() if (text := lane.complaint())]
+
     async def drain(self) -> None:
         """Until all that was submitted has its result; each has a deadline, so this ends."""
         while waiting := {e.future for lane in self._lanes.values() for e in lane.outstanding() if e.open()}:
@@ -148,7 +154,9 @@ class Lane:
         self._scheduled = False
         self._waiting = False  # after a failure: nothing is sent until its back-off is over
         self._failures = 0
+        self._heard = 0.0  # when a call last began with none under way, or came back; monotonic
         self._behind: dict[str, deque[_Entry]] = {}  # one by one: by key, as long as one of the key is on its way
+        self._asking: set[asyncio.Task[None]] = set()  # why what is late was not confirmed
         self._timer: Timer | None = None
         self._timer_at = float("inf")
         self._said_unrouted = False
@@ -196,6 +204,8 @@ class Lane:
             batch = self._take(capabilities)
             if not batch:
                 return
+            if not self.flying:
+                self._heard = self._monotonic()
             task = self.loop.create_task(self._fly(batch))
             self.flying[task] = batch
             task.add_done_callback(self._landed)
@@ -240,6 +250,18 @@ class Lane:
             yield from batch
         for behind in self._behind.values():
             yield from behind
+
+    def complaint(self) -> str | None:
+        """Why messages wait here, or None."""
+        waiting = [entry for entry in self.outstanding() if entry.open()]
+        if not waiting:
+            return None
+        if (error := waiting[0].error) is not None:
+            return f"{len(waiting)} messages to {self.address} wait: {error}"
+        silent = self._monotonic() - self._heard
+        if silent < SILENT:
+            return None
+        return f"{len(waiting)} messages to {self.address} wait: none was confirmed for {silent:.0f} s"
 
     async def _fly(self, batch: list[_Entry]) -> None:
         """One call of the adapter, and what becomes of each message."""
@@ -316,6 +338,7 @@ class Lane:
 
     def _landed(self, task: asyncio.Task[None]) -> None:
         batch = self.flying.pop(task)
+        self._heard = self._monotonic()
         if task.cancelled():
             self._fail(
                 batch, Closed("the bus was closed before the broker confirmed; the message may or may not be there")
@@ -351,19 +374,41 @@ class Lane:
         now = self._publisher.clock.monotonic()
         self._timer, self._timer_at = None, float("inf")
         earliest = float("inf")
+        late = []
         for entry in list(self.outstanding()):
             if not entry.open():
                 continue
             if entry.deadline <= now:
-                entry.done(self._timed_out(entry))
+                late.append(entry)
             else:
                 earliest = min(earliest, entry.deadline)
+        if any(entry.error is None for entry in late) and self._link.is_up:
+            task = asyncio.get_running_loop().create_task(self._ask_why(late))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        else:
+            for entry in late:
+                entry.done(self._timed_out(entry))
         if earliest < float("inf"):
             self._arm(earliest)
 
-    def _timed_out(self, entry: _Entry) -> Timeout:
-        detail = f"; last error: {entry.error}" if entry.error is not None else ""
-        if entry.error is None and not self._link.is_up:
+    async def _ask_why(self, late: list[_Entry]) -> None:
+        """Nobody has said why these were not confirmed. An alarm of the broker, by which it takes none, should be named."""
+        why = ""
+        try:
+            health = await within(self._publisher.clock, _ANSWER, self._link.adapter.check())
+            why = health.blocked or ""
+        except (TimeoutError, UnibusError) as error:
+            log.debug("%s: no word on why nothing is confirmed: %s", self.address, error)
+        finally:
+            for entry in late:
+                entry.done(self._timed_out(entry, why))
+
+    def _timed_out(self, entry: _Entry, why: str = "") -> Timeout:
+        detail = f"; {why}" if why else ""
+        if entry.error is not None:
+            detail = f"; last error: {entry.error}"
+        elif not self._link.is_up:
             detail = f"; no link to the broker: {self._link.trouble}"
         error = Timeout(
             f"{entry.outgoing.message!r} to {self.address} was not confirmed in time; it may or may not be there{detail}"
@@ -374,7 +419,7 @@ class Lane:
     async def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        flying = list(self.flying)
+        flying = [*self.flying, *self._asking]
         for task in flying:
             task.cancel()
         if flying:

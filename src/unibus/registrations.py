@@ -12,6 +12,7 @@ from unibus.adapter import Start
 from unibus.channel import Queue, Topic
 from unibus.errors import ConfigError
 from unibus.handlers import Kind
+from unibus.idempotency import Store
 from unibus.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Registration:
     broadcast: bool = False
     start: Start = "new"
     batch: int = 0
+    idempotency: Store | None = None
 
     def __str__(self) -> str:
         name = getattr(self.function, "__qualname__", repr(self.function))
@@ -67,6 +69,7 @@ class Handlers:
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
         on_lease_lost: OnLeaseLost | None = None,
+        idempotency: Store | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
         """Handle the messages of a queue; all its consumers, in all processes, compete.
@@ -75,6 +78,7 @@ class Handlers:
         handler may run (900; 0: no limit). `batch=n`: the handler takes a list of up to n bodies, settled one by one.
         `on_lease_lost`: when the message is no longer ours while its handler runs, and so is handled again, "mark" sets
         `delivery.lost` and lets it finish; "cancel" also cancels the handler, which is refused for a plain function.
+        `idempotency`: a store of `unibus.stores`, which makes the handler effectively once.
         """
         options = _given(
             concurrency=concurrency,
@@ -84,7 +88,7 @@ class Handlers:
             guarantee=guarantee,
             on_lease_lost=on_lease_lost,
         )
-        return self._register("consumer", queue, options, batch=batch)
+        return self._register("consumer", queue, options, batch=batch, idempotency=idempotency)
 
     def subscriber(
         self,
@@ -99,6 +103,7 @@ class Handlers:
         retry: RetryPolicy | None = None,
         guarantee: Guarantee | None = None,
         on_lease_lost: OnLeaseLost | None = None,
+        idempotency: Store | None = None,
         batch: int = 0,
     ) -> Callable[[Function], Function]:
         """Handle the messages of a topic, as a member of `group` (default: the service's name).
@@ -108,6 +113,7 @@ class Handlers:
         still has; a datetime with its time zone, or seconds since the epoch: with what was published since then; a list of
         positions (`Delivery.position`): with these messages in their parts of the topic, "new" in all others.
         `broadcast`: no group; each process gets every message while it runs, and keeps no backlog and no dead letters.
+        `idempotency`: a store of `unibus.stores`, which makes the handler effectively once.
         """
         begin = _start(start, f"subscriber of {topic}")
         if broadcast and group is not None:
@@ -122,7 +128,8 @@ class Handlers:
             guarantee=guarantee,
             on_lease_lost=on_lease_lost,
         )
-        return self._register("subscriber", topic, options, group=group, broadcast=broadcast, start=begin, batch=batch)
+        more = {"group": group, "broadcast": broadcast, "start": begin, "batch": batch, "idempotency": idempotency}
+        return self._register("subscriber", topic, options, **more)
 
     def responder(
         self,
@@ -133,16 +140,17 @@ class Handlers:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         on_lease_lost: OnLeaseLost | None = None,
+        idempotency: None = None,
     ) -> Callable[[Function], Function]:
         """Answer the requests of a queue with what the function returns.
 
         An exception is answered at once, as RemoteError. With `retry` the request is tried again first, as long as its
-        requester still waits.
+        requester still waits. `idempotency`: refused at start, since a request that comes again needs its answer again.
         """
         options = _given(
             concurrency=concurrency, prefetch=prefetch, timeout=timeout, retry=retry, on_lease_lost=on_lease_lost
         )
-        return self._register("responder", queue, options)
+        return self._register("responder", queue, options, idempotency=idempotency)
 
     def _register(
         self, kind: Kind, channel: Queue[Any] | Topic[Any] | str, options: dict[str, Any], **more: Any

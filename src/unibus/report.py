@@ -49,15 +49,22 @@ class Report:
         self._private = private
 
     def verdict(self, delivery: Delivery[Any], verdict: Verdict) -> None:
-        """Everything but an ack, which is only counted."""
+        """Everything but the ack of a run, which is only counted."""
         error, reason, action = verdict.error, verdict.reason, verdict.action
         what = describe(error)
         by_word = isinstance(error, (retry.Retry, retry.DeadLetter, retry.Discard))
         traceback = None if by_word else error
         where, message_id = self._address, delivery.message.id
-        delay = verdict.delay if action is Action.RETRY else None
+        delay = verdict.delay if action in {Action.RETRY, Action.WAIT} else None
         more = extra(where, delivery, action.value, error, delay=delay, reason=reason)
-        if action is Action.RETRY:
+        if action is Action.ACK:
+            self.count(telemetry.REPEATED)
+            text = "%s: message %s was handled before; acked without its handler"
+            log.info(text, where, message_id, extra=more)
+        elif action is Action.WAIT:
+            self.count(telemetry.POSTPONED)
+            log.debug("%s: message %s waits for %g s: %s", where, message_id, verdict.delay, reason, extra=more)
+        elif action is Action.RETRY:
             self.count(telemetry.RETRIED)
             text = "%s: attempt %d of message %s failed, again in %g s: %s"
             log.warning(text, where, delivery.attempt, message_id, delay, what, exc_info=traceback, extra=more)
@@ -111,7 +118,8 @@ class Report:
         """Before it was settled."""
         self.count(telemetry.LEASE_LOST)
         text = "%s: message %s is no longer ours and comes again, here or elsewhere; %s"
-        log.warning(text, self._address, delivery.message.id, consequence)
+        more = extra(self._address, delivery, LOST, None, reason=consequence)
+        log.warning(text, self._address, delivery.message.id, consequence, extra=more)
 
     def suspect(self, delivery: Delivery[Any]) -> None:
         self.count(telemetry.SUSPECTED)

@@ -44,6 +44,18 @@ class BatchFailed(Exception):  # says which messages failed; the others succeede
         self.errors = dict(errors)
 
 
+class Postponed(Exception):
+    """Raised around a handler, by the core: it did not run, or it can't be recorded that it did. Again after `delay` seconds, uncounted."""
+
+    def __init__(self, delay: float, reason: str) -> None:
+        super().__init__(reason)
+        self.delay = delay
+
+
+class Repeated(Exception):
+    """Raised around a handler, by the core: this message was handled before, so its handler did not run. An ack."""
+
+
 class Action(Enum):
     """The fates of a delivery. The first four are the user's words; the others are the core's."""
 
@@ -53,6 +65,7 @@ class Action(Enum):
     DISCARD = "discard"
     RELEASE = "release"  # given back, uncounted
     INVALID = "invalid"  # can't be decoded: to the invalid-message channel
+    WAIT = "wait"  # held here and offered again, uncounted
 
 
 # Values of x-dlq-reason.
@@ -76,6 +89,7 @@ class Verdict:
 
 ACK = Verdict(Action.ACK)
 RELEASE = Verdict(Action.RELEASE)
+REPEATED = Verdict(Action.ACK, reason="handled before")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +158,10 @@ def decide(
     """The verdict on one run. `failures`: failed runs before this one. Pure but for `random`, used for jitter only."""
     if error is None:
         return ACK
+    if isinstance(error, Repeated):
+        return REPEATED
+    if isinstance(error, Postponed):
+        return Verdict(Action.WAIT, delay=error.delay, reason=str(error))
     if isinstance(error, Discard):
         return Verdict(Action.DISCARD, reason=str(error), error=error)
     if isinstance(error, DeadLetter):

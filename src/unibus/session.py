@@ -17,7 +17,8 @@ from unibus.consumer import Consumer
 from unibus.correlation import correlate, handling
 from unibus.delivery import Delivery
 from unibus.errors import CodecError, ConfigError, Timeout, UnknownChannel, Unsupported
-from unibus.handlers import Handler, resolve
+from unibus.handlers import Getter, Handler, resolve
+from unibus.idempotency import Once, Store
 from unibus.intake import Intake
 from unibus.layers import Handling, Layer, compose
 from unibus.message import NO_HEADERS, Message, check_headers, new_id
@@ -81,10 +82,13 @@ class Session:
         self._draining = asyncio.Lock()
         self._layers = layers
         self._threads: list[Threads] = []
+        self._stores = _stores(stations)
+        self._open_stores: list[Store] = []
         self._routes: dict[Queue[Any] | Topic[Any] | str, Route] = {}
         self._requester = Requester(self.kit, Inbox(f"{settings.service}.reply.{instance}"))
         # Mistakes in handlers come out here, before any I/O.
-        self._handlers = [_resolved(station, layers) for station in stations]
+        self._once = [_once(station, settings, clock) for station in stations]
+        self._handlers = [_resolved(*both, layers) for both in zip(stations, self._once, strict=True)]
         self._chosen = list(range(len(stations)))
 
     def choose(self, only: Iterable[str] | None) -> None:
@@ -109,11 +113,37 @@ class Session:
         capabilities = link.adapter.capabilities
         try:
             check(self.channels, self._stations, capabilities)
+            for store in self._stores:
+                store.open(self.kit.clock)
+                self._open_stores.append(store)
+            if self.settings.declare == "create":
+                await self.create_stores()
+            elif self.settings.declare == "verify":
+                await self.verify_stores()
         except BaseException:
+            await self._close_stores()
             await link.close()
             raise
         limits = (capabilities.max_body, capabilities.max_key, capabilities.max_headers, capabilities.max_header_bytes)
         self._limited = any(limit is not None for limit in limits)
+
+    async def create_stores(self) -> None:
+        """Make what the stores of effectively-once handlers need. Raises StoreUnavailable."""
+        for store in self._stores:
+            await store.create()
+
+    async def verify_stores(self) -> None:
+        """Raises ConfigError for what they lack, StoreUnavailable."""
+        for store in self._stores:
+            await store.verify()
+
+    async def _close_stores(self) -> None:
+        while self._open_stores:
+            store = self._open_stores.pop()
+            try:
+                await store.close()
+            except Exception as error:  # the end of the bus is not hindered by it
+                log.warning("%r did not close in order: %s", store, error, exc_info=True)
 
     # Sending
 
@@ -225,7 +255,7 @@ class Session:
         """Start the handlers."""
         self.running = True
         for n in self._chosen:
-            consumer = self._consumer(self._stations[n], self._handlers[n])
+            consumer = self._consumer(self._stations[n], self._handlers[n], self._once[n])
             self.consumers.append(consumer)
             self.intakes.append(consumer.intake)
             consumer.begin()
@@ -246,7 +276,7 @@ class Session:
             if intake.refusal is not None:
                 raise intake.refusal
 
-    def _consumer(self, station: Station, handler: Handler) -> Consumer:
+    def _consumer(self, station: Station, handler: Handler, once: Once | None) -> Consumer:
         settings, registration = station.settings, station.registration
         requests = registration.kind == "responder"
         intake = Intake(
@@ -262,6 +292,10 @@ class Session:
         if not handler.is_async:
             call = self._in_threads(handler, settings.concurrency)
         call = compose(call, self._layers)
+        if once is not None:
+            call = once.around(call, transactional=bool(handler.asks), in_thread=not handler.is_async)
+            intake.protection = once
+            once.start()
         undecodable = timed_out = None
         if requests and isinstance(station.address, Queue):
             policy = settings.retry if "retry" in registration.options else None
@@ -320,6 +354,9 @@ class Session:
                 for threads in self._threads:
                     threads.close()
                 self._threads.clear()
+                for consumer in consumers:
+                    if consumer.intake.protection is not None:
+                        await consumer.intake.protection.stop()
             for consumer in consumers:
                 self.intakes.remove(consumer.intake)
 
@@ -333,6 +370,7 @@ class Session:
             log.warning("messages were not confirmed before the end; their senders are told")
         await self._requester.close()
         await self.kit.publisher.close()
+        await self._close_stores()
         await self.kit.link.close()
 
     async def end(self, intake: Intake) -> None:
@@ -341,6 +379,12 @@ class Session:
             self.intakes.remove(intake)
             await intake.stop()
             await intake.close()
+
+    async def complaints(self) -> list[str]:
+        """What is wrong with receiving, handling or sending, as far as this process knows."""
+        told = [await intake.complaint() for intake in self.intakes]
+        told += [consumer.complaint() for consumer in self.consumers]
+        return [text for text in (*told, *self.kit.publisher.complaints()) if text]
 
     def moving(self) -> bool:
         """Is anything under way besides handlers that wait for something? A thread may always be at work."""
@@ -355,9 +399,49 @@ class Session:
         return self.kit.publisher.busy() or any(intake.busy() for intake in self.intakes)
 
 
-def _resolved(station: Station, layers: Sequence[Layer]) -> Handler:
-    registration = station.registration
-    handler = resolve(registration.function, kind=registration.kind, channel=station.channel, batch=registration.batch)
+def _stores(stations: Sequence[Station]) -> list[Store]:
+    """Each one once, though several handlers may share it."""
+    return list({id(store): store for s in stations if (store := s.registration.idempotency) is not None}.values())
+
+
+def _once(station: Station, settings: Settings, clock: Clock) -> Once | None:
+    """What makes the handler effectively once, if it has a store. Raises ConfigError where that can't be."""
+    registration, store = station.registration, station.registration.idempotency
+    if store is None:
+        return None
+    what = f"{registration} of {station.address}: idempotency={store!r}"
+    if not callable(getattr(store, "begin", None)) or isinstance(store, type):
+        raise ConfigError(f"{what}; use a store of unibus.stores, such as MemoryStore()")
+    if registration.kind == "responder":
+        raise ConfigError(f"{what}, but a request that comes again needs its answer again, and no store keeps answers")
+    if registration.batch:
+        raise ConfigError(
+            f"{what}, but batch={registration.batch}: messages are told apart one by one; drop one of them"
+        )
+    if registration.broadcast:
+        raise ConfigError(
+            f"{what}, but a broadcast is handled in every process, and never comes again; drop one of them"
+        )
+    if station.settings.guarantee == "at-most-once":
+        raise ConfigError(f"{what}, but guarantee='at-most-once' never runs a message twice as it is; drop one of them")
+    return Once(store, settings.physical(station.address), clock)
+
+
+def _resolved(station: Station, once: Once | None, layers: Sequence[Layer]) -> Handler:
+    registration, store = station.registration, station.registration.idempotency
+    provided: dict[type, Getter] = {}
+    if once is not None and (type_ := getattr(store, "provides", None)) is not None:  # see Transactional
+        provided[type_] = once.resources.__getitem__
+    handler = resolve(
+        registration.function,
+        kind=registration.kind,
+        channel=station.channel,
+        batch=registration.batch,
+        provided=provided,
+    )
+    if handler.asks and not handler.is_async:
+        asked = ", ".join(type_.__name__ for type_ in handler.asks)
+        raise ConfigError(f"{registration}: it asks for {asked}, which a plain function can't use; make it async def")
     if registration.batch and layers:
         raise ConfigError(f"{registration}: batch={registration.batch}, but layers wrap the handling of one message")
     if station.settings.on_lease_lost == "cancel" and not handler.is_async:

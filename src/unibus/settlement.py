@@ -34,13 +34,15 @@ def plan(verdict: Verdict, place: Place, capabilities: Capabilities) -> Step:
     """How to carry out `verdict`.
 
     On an ordered place every retry parks: a copy would overtake, or be overtaken. A private place can't be sent to and
-    has no dead letters. Elsewhere a retry is a copy, durable with its count, unless it is due so soon that holding is better.
+    has no dead letters. What only waits is held anywhere. Elsewhere a retry is a copy, durable with its count, unless it is due so soon that holding is better.
     """
     match verdict.action:
         case Action.ACK | Action.DISCARD:
             return Step.SETTLE
         case Action.RELEASE:
             return Step.RELEASE
+        case Action.WAIT:
+            return Step.PARK
         case Action.RETRY:
             soon = verdict.delay <= 0 or verdict.delay < capabilities.park_below
             return Step.PARK if place.ordered or place.private or soon else Step.MOVE

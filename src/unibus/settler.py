@@ -70,6 +70,7 @@ class Settler:
         self._moves: list[Transfer] = []
         self._task: asyncio.Task[None] | None = None
         self._moving: set[asyncio.Task[None]] = set()
+        self._troubled: set[object] = set()  # those of them that have failed and are not through
 
     def accept(self, delivery: Delivery[Any]) -> None:
         self._done.append(delivery)
@@ -179,6 +180,14 @@ class Settler:
 
     async def _carry_out(self, moves: list[Transfer]) -> None:
         """Move, again until it succeeds; meanwhile the messages are kept, and `stuck` says to take in no more."""
+        try:
+            await self._keep_moving(moves)
+        finally:
+            self._troubled.discard(asyncio.current_task())
+            if not self._troubled:
+                self.trouble = None
+
+    async def _keep_moving(self, moves: list[Transfer]) -> None:
         failures = 0
         while True:
             for delivery, _ in moves:
@@ -203,14 +212,13 @@ class Settler:
             wait = back_off(failures + FIRST_MOVE_WAIT)
             failures += 1
             self.trouble = f"{to} takes no messages from {self._address}: {error}"
+            self._troubled.add(asyncio.current_task())
             log.error("%s; they are kept, again in %.1f s", self.trouble, wait)
             self.stuck += 1
             try:
                 await self._kit.clock.sleep(wait)
             finally:
                 self.stuck -= 1
-                if not self.stuck:
-                    self.trouble = None
                 self._holder.unstuck()
 
     async def _try(self, moves: list[Transfer]) -> list[UnibusError | None]:

@@ -14,6 +14,8 @@ SENT = "sent"  # confirmed by the broker, whatever it was
 UNROUTED = "unrouted"  # a publish that no group was there to get
 RECEIVED = "received"
 HANDLED = "handled"  # acked after its handler succeeded
+REPEATED = "repeated"  # acked without its handler: its store says that it was handled before
+POSTPONED = "postponed"  # waits uncounted, since another run of it is in progress, or its store can't be asked
 RETRIED = "retried"
 DEAD_LETTERED = "dead_lettered"
 DISCARDED = "discarded"
@@ -29,6 +31,7 @@ LATE_REPLIES = "late_replies"
 REDRIVEN = "redriven"
 PURGED = "purged"
 RECONNECTED = "reconnected"
+RESUBSCRIBED = "resubscribed"  # by the watchdog, which found that nothing is received any more
 
 
 class Counter:

@@ -19,6 +19,7 @@ from unibus.config import Settings
 from unibus.deadletter import MOST_HELD, PAGE, look, readable
 from unibus.delivery import Delivery
 from unibus.errors import ConfigError, UnknownChannel
+from unibus.idempotency import Store
 
 Kind = Literal["queue", "topic"]
 
@@ -86,8 +87,15 @@ async def inspect(bus: Bus) -> Sequence[Inspected]:
 
 
 async def declare(bus: Bus) -> None:
-    """Make what is missing, whatever the setting `declare` says."""
+    """Make what is missing, on the broker and in the stores of handlers, whatever the setting `declare` says."""
     await bus.adapter.declare(replace(topology_of(bus), mode="create"))
+    await bus._opened().create_stores()
+
+
+def stores_of(bus: Bus) -> list[tuple[str, Store]]:
+    """Of an open bus: each handler that is effectively once, in words, and its store."""
+    found = [(s, s.registration.idempotency) for s in bus._opened()._stations]
+    return [(f"{s.registration} of {s.address}", store) for s, store in found if store is not None]
 
 
 async def peek(bus: Bus, address: Queue[Any] | Group, limit: int) -> AsyncGenerator[Delivery[Any], None]:

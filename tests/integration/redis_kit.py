@@ -150,6 +150,29 @@ class Cluster:
         raise AssertionError(f"nobody has slot {slot}")
 
 
+class Pair:
+    """A primary and its replica. `url` names both, the primary first."""
+
+    def __init__(self, servers: list[Server], folder: Path) -> None:
+        ports = list(free_ports("12").values())
+        self.primary, self.replica = (Server(folder, port) for port in ports)
+        servers += (self.primary, self.replica)
+        self.follow(self.replica, self.primary)
+        self.url = f"redis://:{PASSWORD}@{LOOPBACK}:{ports[0]},{LOOPBACK}:{ports[1]}"
+
+    @staticmethod
+    def follow(replica: Server, primary: Server) -> None:
+        primary.raw.replicaof("NO", "ONE")
+        replica.raw.replicaof(LOOPBACK, primary.port)
+        wait(lambda: primary.raw.info("replication").get("slave0", {}).get("state") == "online", "the replica is there")
+
+
+@contextmanager
+def pair(folder: Path) -> Iterator[Pair]:
+    with _installation() as servers:
+        yield Pair(servers, folder)
+
+
 @contextmanager
 def sentinels(folder: Path) -> Iterator[Sentinels]:
     with _installation() as servers:

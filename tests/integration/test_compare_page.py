@@ -151,9 +151,51 @@ CONTRASTS = """(() => {
 })()"""
 
 
+@pytest.mark.parametrize("width", [320, 390, 768])
+def test_nothing_is_wider_than_the_screen(chromium: Page, written: Path, width: int) -> None:
+    """Nor with all of it open. Text in a plot stays large enough to read, and within the plot."""
+    chromium.open(written, width=width)
+    for _ in range(2):
+        assert chromium.run("document.body.scrollWidth") <= width
+        assert chromium.run("document.documentElement.scrollWidth") <= width
+        chromium.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    for text, left, right, height in chromium.run(PLOT_TEXTS):
+        assert left >= 0, text
+        assert right >= 0, text
+        assert height >= 9, text
+
+
+# What each text of a plot leaves free on both sides of it, and its height, in pixels of the screen.
+PLOT_TEXTS = """[...document.querySelectorAll('svg.plot text')].map(text => {
+  const [own, all] = [text.getBoundingClientRect(), text.closest('svg').getBoundingClientRect()];
+  return [text.textContent, own.left - all.left, all.right - own.right, Math.min(own.width, own.height) + 4];
+})"""
+
+
+@pytest.mark.parametrize("width", [DESK, 390])
+def test_dark_is_dark(chromium: Page, written: Path, width: int) -> None:
+    found = {}
+    for dark in (False, True):
+        chromium.open(written, width=width, dark=dark)
+        body = chromium.run("getComputedStyle(document.body).backgroundColor")
+        found[dark] = sum(map(int, body.removeprefix("rgb(").removesuffix(")").split(",")))
+    assert found[True] < 3 * 48
+    assert found[False] > 3 * 220
+
+
 def test_on_paper_all_is_open(chromium: Page, written: Path) -> None:
-    chromium.open(written)
+    """And afterwards what the reader had opened. On paper a table stays a table, though paper is narrow."""
+    chromium.open(written, width=717, media="print")
+    open_ones = "[...document.querySelectorAll('details')].filter(one => one.open).length"
+    chromium.run("document.querySelector('details').open = true")
     chromium.run("dispatchEvent(new Event('beforeprint'))")
     assert chromium.run("[...document.querySelectorAll('details')].every(one => one.open)") is True
+    assert chromium.run("getComputedStyle(document.querySelector('tbody td')).display") == "table-cell"
+    assert chromium.run("document.querySelector('.paper').offsetHeight") > 0
+    assert chromium.run("document.documentElement.scrollWidth") <= 717
     printed = chromium.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
     assert len(printed["data"]) > 10_000
+    chromium.run("dispatchEvent(new Event('afterprint'))")
+    assert chromium.run(open_ones) == 1
+    chromium.open(written)
+    assert chromium.run("document.querySelector('.paper').offsetHeight") == 0

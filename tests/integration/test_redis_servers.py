@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.crc import key_slot
 from tests.integration import redis_kit
-from tests.integration.redis_kit import Cluster, Sentinels
+from tests.integration.redis_kit import Cluster, Pair, Sentinels
 
 from unibus import Bus, ConfigError, DeadLetter, Delivery, Queue, RetryPolicy, Topic, deadletter
 from unibus.adapter import Declared, Move, Outgoing, Source, Topology
 from unibus.channel import dead_letter_queue
-from unibus.errors import ConnectionLost, Unsupported
+from unibus.errors import ConnectionLost, Timeout, Unsupported
 from unibus.message import Message, new_id
+from unibus.tooling import inspect
 
 SOON = 60.0
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    with redis_kit.pair(tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +68,55 @@ def on_three_masters() -> list[str]:
         name = f"int-{new_id()}"
         names.setdefault(key_slot(name.encode()) // 5462, name)
     return [names[third] for third in range(3)]
+
+
+# Several hosts
+
+
+async def test_a_primary_that_has_become_a_replica_is_left_and_later_used_again(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = Queue(f"int-{new_id()}")
+    async with make(pair.url, queue, send_timeout=SOON) as bus:
+        await bus.send(queue, b"before")
+        pair.follow(pair.primary, pair.replica)  # connections stay open, but take nothing any more
+        await bus.send(queue, b"after")
+        assert "read only replica" in caplog.text
+        assert pair.replica.raw.xlen(queue.name) == 2
+        pair.follow(pair.replica, pair.primary)
+        pair.replica.kill()
+        await bus.send(queue, b"again")
+    assert pair.primary.raw.xlen(queue.name) == 3
+
+
+async def test_a_send_is_confirmed_once_the_replicas_have_it(pair: Pair) -> None:
+    queue = Queue(f"int-{new_id()}")
+    async with make(pair.url, queue, settings={"wait_replicas": 1}) as bus:
+        await bus.send(queue, b"first")
+        pair.replica.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(Timeout, match="may or may not be there"):
+            await bus.send(queue, b"second", timeout=1)
+        waiting = asyncio.create_task(bus.send(queue, b"third", timeout=SOON))
+        await until(lambda: pair.primary.raw.xlen(queue.name) == 3, "the primary has it")
+        assert (await bus.backlog(queue)).ready == 3, "nothing else waits for the replica"
+        assert not waiting.done()
+        pair.replica.process.send_signal(signal.SIGCONT)
+        await waiting
+        assert pair.replica.raw.xlen(queue.name) == 3
+        assert not [one for one in await inspect(bus) if "asynchronous" in one.risk]
+
+        pair.replica.kill()
+
+        async def told() -> bool:
+            return any("redis.wait_replicas asks for 1" in reason for reason in (await bus.health()).reasons)
+
+        await eventually(told, "health says that nothing is confirmed")
+
+
+async def test_that_a_failover_may_lose_messages_is_said(pair: Pair) -> None:
+    async with make(pair.url) as bus:
+        [server] = [one for one in await inspect(bus) if one.kind == "server"]
+        assert "replication is asynchronous" in server.risk
 
 
 # Sentinel

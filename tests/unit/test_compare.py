@@ -72,6 +72,7 @@ def test_every_probe_of_the_memory_broker(measured: dict[str, Any]) -> None:
     assert said["sending.risks"] == "1 found"
     assert said["order.competing"] == "0 of 240 out of order"
     assert said["order.retrying"] == "kept; other keys went on"
+    assert said["requests.late"] == "an error for who replies, counted"
     assert said["failure.retry_told"] == "attempt, count, error, header, key"
     assert said["failure.letter"] == "body, id, key, header, correlation id"
     assert said["limits.key"] == "4,096 characters"
@@ -217,6 +218,12 @@ async def test_one_broker_twice_has_two_names() -> None:
     assert [target["settings"] for target in document["targets"]] == [{"lease": "5"}, {}]
 
 
+async def test_one_broker_twice_is_named_by_the_settings_that_differ() -> None:
+    urls = ("memory://one?lease=5&max_body=9", "memory://one?lease=7&max_body=9", "memory://one?max_body=9")
+    document = await run_of(probe(fine, name="fine"), names=urls)()
+    assert [target["name"] for target in document["targets"]] == ["memory (lease=5)", "memory (lease=7)", "memory"]
+
+
 # Targets
 
 
@@ -231,6 +238,66 @@ def test_a_target_may_be_a_file_for_its_url_and_settings(tmp_path: Path) -> None
     assert target.text() == "redis://me@localhost/3?retention=60"
     settings, channels = target.bus(prefix="x.")._load()
     assert (settings.prefix, settings.url.username, list(channels)) == ("x.", "me", [])
+
+
+def test_of_the_environment_a_file_takes_user_and_password_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files are two brokers, also where UNIBUS_URL names a third."""
+    monkeypatch.setenv("UNIBUS_URL", "redis://elsewhere")
+    monkeypatch.setenv("UNIBUS_USERNAME", "me")
+    monkeypatch.setenv("UNIBUS_PASSWORD", "hunter22")
+    file = tmp_path / "unibus.toml"
+    file.write_text('url = "redis://localhost/3"\n')
+    [target] = targets(str(file))
+    assert target.text() == "redis://me:hunter22@localhost/3"
+    environ = contracts._environment(target, str(tmp_path))
+    told = {name: value for name, value in environ.items() if name.startswith("UNIBUS_") and "_TEST_" not in name}
+    assert told == {"UNIBUS_USERNAME": "me", "UNIBUS_PASSWORD": "hunter22"}
+
+
+async def test_the_contracts_read_the_file_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table among the settings has no place in a URL. Whatever pytest finds where the comparison is made has no say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contracts, "QUICK", ("logs",))
+    (tmp_path / "conftest.py").write_text("raise RuntimeError('of somebody else')")
+    (tmp_path / "pytest.py").write_text("raise RuntimeError('no pytest')")
+    (tmp_path / "bus.toml").write_text('url = "memory://"\n[memory]\nlease = 7\n')
+    [target] = targets("bus.toml")
+    outcome = await contracts.run(target, "cmp-x.", [], quick=True)
+    assert outcome.error == ""
+    assert outcome.report["finished"] is True
+    assert outcome.report["features"]["lease"]["limit"] == 7
+
+
+async def test_what_is_left_on_a_broker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(probe(fine, name="fine"), names=("memory://one", "memory://two"))
+    run._labs[0].made[0].name(run._labs[0].prefix + "q")
+    monkeypatch.setattr("unibus_contracts.cleanup.delete_of", lambda scheme: None)
+    await run()
+    await run.remove()
+    left = [target["left"] for target in run.document["targets"]]
+    assert left[0].startswith(f"what begins with {run._labs[0].prefix!r}: the adapter of memory://")
+    assert left[1] is None  # nothing was made there
+
+
+async def test_a_removal_that_is_broken_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = asyncio.Event()
+
+    async def slow(*_: object) -> list[str]:
+        reached.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    run = run_of(probe(fine, name="fine"))
+    run._labs[0].made[0].name(run._labs[0].prefix + "q")
+    monkeypatch.setattr("unibus_contracts.cleanup.delete_of", lambda scheme: slow)
+    task = asyncio.ensure_future(run.remove())
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert run.document["targets"][0]["left"] == f"what begins with {run._labs[0].prefix!r}: broken off"
 
 
 def test_a_password_goes_to_the_child_and_nowhere_else() -> None:

@@ -8,7 +8,19 @@ import threading
 from typing import Annotated, Any
 
 import pytest
-from tests.unit.core_lab import DONE, EVENTS, ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
+from tests.unit.core_lab import (
+    DONE,
+    EVENTS,
+    ORDERED,
+    ORDERS,
+    SpySubscription,
+    lab,
+    later,
+    make_bus,
+    spy_of,
+    turns,
+    until,
+)
 
 from unibus import (
     BatchFailed,
@@ -672,6 +684,33 @@ async def test_the_end_of_a_drain_cuts_what_still_runs_and_gives_it_back() -> No
         broker, began = it.broker, it.clock.monotonic()
     assert cut == [3]
     assert [m.body for m in broker.waiting(ORDERS)] == [b"x"]
+
+
+async def test_what_the_driver_takes_to_stop_is_part_of_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = make_bus(shutdown_timeout=25)
+    begun, ended = asyncio.Event(), list[float]()
+    whole = SpySubscription.stop
+
+    async def stop(self: SpySubscription) -> None:
+        await self.spy.broker.clock.sleep(20)
+        await whole(self)
+
+    monkeypatch.setattr(SpySubscription, "stop", stop)
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(clock.monotonic())
+
+    async with lab(bus) as it:
+        clock = it.clock
+        await bus.send(ORDERS, "x")
+        await begun.wait()
+        before = clock.monotonic()
+    assert ended == [before + 25]
 
 
 async def test_a_handler_that_settles_during_the_drain_is_heard() -> None:

@@ -247,6 +247,51 @@ CONTRACTS = """
 """
 
 
+FAULTS = """
+    import asyncio
+    from unibus_contracts.contract import contract
+
+    @contract("a.fault", "It needs a fault.")
+    async def test_fault(kit):
+        async def inject():
+            FAULT
+        if WHERE:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(inject())
+        else:
+            await inject()
+"""
+
+LEFT = {
+    "tells": """
+        import pytest
+        from unibus_contracts.cleanup import Removal
+        from unibus_contracts.harness import UrlHarness
+
+        class Mine(UrlHarness):
+            async def cleanup(self):
+                self.prefix = "mine."
+                self.removal = Removal(0, "OSError: no rights")
+
+        @pytest.fixture(scope="session")
+        def unibus_harness():
+            return Mine("memory://")
+    """,
+    "raises": """
+        import pytest
+        from unibus_contracts.harness import UrlHarness
+
+        class Mine(UrlHarness):
+            async def cleanup(self):
+                self.prefix = "mine."
+                raise OSError("no rights")
+
+        @pytest.fixture(scope="session")
+        def unibus_harness():
+            return Mine("memory://")
+    """,
+}
+
 INI = "[pytest]\nasyncio_default_fixture_loop_scope = function\n"  # unset, it is a warning
 
 
@@ -314,6 +359,42 @@ class TestPlugin:
         written = json.loads((pytester.path / "report.json").read_text())
         assert not written["finished"]
         assert {entry["outcome"] for entry in written["contracts"]} >= {"passed", "not-run"}
+
+    @pytest.mark.parametrize("fault", ["await kit.harness.restart_broker()", "async with kit.harness.cut_link(): pass"])
+    @pytest.mark.parametrize("where", ["", "task group"])
+    def test_a_fault_that_cant_be_injected_is_not_tried(
+        self, fault: str, where: str, pytester: pytest.Pytester
+    ) -> None:
+        """Each hook that the harness leaves out; also out of a task group, where the error comes wrapped."""
+        pytester.makeini(INI)
+        pytester.makepyfile(test_them=FAULTS.replace("FAULT", fault).replace("WHERE", repr(where)))
+        result = pytester.runpytest_inprocess(
+            *("--unibus-url=memory://", "--unibus-report=report.json", "-p", "no:cacheprovider")
+        )
+        result.assert_outcomes(skipped=1)
+        written = json.loads((pytester.path / "report.json").read_text())
+        (entry,) = written["contracts"]
+        assert entry["outcome"] == "not-tried"
+        assert entry["reason"].startswith("a URL alone gives no way to ")
+        assert "no contract passed: an empty report proves nothing" in report.problems(written)
+        result.stdout.fnmatch_lines(["  not tried, a URL alone gives no way to *: a.fault"])
+
+    @pytest.mark.parametrize(("harness", "workers"), [("tells", []), ("raises", []), ("tells", ["-n", "1"])])
+    def test_a_removal_that_fails_is_told_and_fails_nothing(
+        self, harness: str, workers: list[str], pytester: pytest.Pytester
+    ) -> None:
+        """In the terminal, in the report and in the line of the summary; also what only a worker of xdist knows."""
+        pytester.makeini(INI)
+        pytester.makeconftest(LEFT[harness])
+        pytester.makepyfile(test_them=CONTRACTS)
+        arguments = ["-k", "good", "--unibus-report=report.json", "-p", "no:cacheprovider", *workers]
+        result = pytester.runpytest_subprocess(*arguments) if workers else pytester.runpytest_inprocess(*arguments)
+        written = json.loads((pytester.path / "report.json").read_text())
+        assert written["left"] == written["cleanup"] == ["not deleted: what begins with 'mine.': OSError: no rights"]
+        result.stdout.fnmatch_lines(["*1 passed, *; not all that it made is deleted", written["left"][0]])
+        if not workers:  # of which the main process would know no contract that was left out
+            assert result.ret == 0
+            assert summary.main([str(pytester.path / "report.json")]) == 0
 
     def test_a_capability_of_a_wrong_type(self) -> None:
         known = MemoryAdapter(Endpoint(Url("memory"), "svc", "1", SystemClock())).capabilities

@@ -8,10 +8,12 @@ import inspect
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from importlib.metadata import distribution
 from pathlib import Path
 from types import CodeType
@@ -182,6 +184,14 @@ def _redriven(section: Section) -> None:
     assert section.names["n"] == 1
 
 
+def _charged_once(section: Section) -> None:
+    with closing(sqlite3.connect("shop.db")) as database:
+        assert database.execute("SELECT id FROM charges").fetchall() == [("o-1",)]
+        assert database.execute("SELECT place, message_id, token FROM unibus_handled").fetchall() == [
+            ("orders", "m-1", None)
+        ]
+
+
 def _from_a_thread(section: Section) -> None:
     """Also while the bus is open, as in a handler that is a plain function."""
 
@@ -197,6 +207,7 @@ CHECKS: dict[str, Callable[[Section], None]] = {
     "Open and run": _all_ways_to_open,
     "Handle": _handled,
     "Retries and dead letters": _redriven,
+    "Effectively once": _charged_once,
     "Code without asyncio": _from_a_thread,
 }
 
@@ -297,8 +308,14 @@ def _imports(path: Path) -> set[str]:
 
 def test_the_core_imports_no_adapter_and_no_client() -> None:
     allowed = {"unibus", "pydantic", "pydantic_core", "pydantic_settings", *sys.stdlib_module_names}
-    for path in SRC.glob("*.py"):
-        assert {name.partition(".")[0] for name in _imports(path)} <= allowed, path.name
+    clients = {
+        "redis.py": {"redis"},
+        "sql.py": {"sqlalchemy"},
+    }  # of stores that nobody imports who does not ask for them
+    for path in (*SRC.glob("*.py"), *SRC.glob("stores/*.py")):
+        more = clients.get(path.name, set()) if path.parent.name == "stores" else set()
+        assert {name.partition(".")[0] for name in _imports(path)} <= allowed | more, path.name
+        assert not _imports(path) & {"unibus.stores.redis", "unibus.stores.sql"}, path.name
 
 
 def test_an_adapter_imports_nothing_that_drives_it() -> None:

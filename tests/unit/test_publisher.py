@@ -25,7 +25,7 @@ from unibus import (
     UnknownChannel,
     Unsupported,
 )
-from unibus.adapter import Outgoing, Results
+from unibus.adapter import Health, Outgoing, Results
 from unibus.testing import Lab
 
 
@@ -214,6 +214,49 @@ async def test_the_deadline_of_a_call_that_never_returns() -> None:
         await slow
         with pytest.raises(Timeout):
             await quick
+
+
+async def test_the_deadline_names_the_alarm_by_which_the_broker_takes_no_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = make_bus()
+    async with lab(bus) as it:
+        spy = spy_of(bus)
+
+        async def blocked() -> Health:
+            return Health(True, "the broker blocks publishing: low on memory")
+
+        monkeypatch.setattr(spy, "check", blocked)
+        spy.gate.clear()
+        first, behind = start(bus.send(ORDERS, "1", timeout=1)), start(bus.send(ORDERS, "2", timeout=2))
+        await later(it, 2)
+        for call in (first, behind):
+            with pytest.raises(Timeout, match=r"not confirmed in time.*; the broker blocks publishing: low on memory"):
+                await call
+        spy.gate.set()
+
+
+@pytest.mark.parametrize("answer", [ConnectionLost("gone"), None])
+async def test_the_deadline_needs_no_word_from_the_broker(
+    monkeypatch: pytest.MonkeyPatch, answer: Exception | None
+) -> None:
+    bus = make_bus()
+    async with lab(bus) as it:
+        spy = spy_of(bus)
+
+        async def silent() -> Health:
+            if answer is not None:
+                raise answer
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        monkeypatch.setattr(spy, "check", silent)
+        spy.gate.clear()
+        call = start(bus.send(ORDERS, "1", timeout=1))
+        await later(it, 2)
+        with pytest.raises(Timeout, match=r"not confirmed in time; it may or may not be there$"):
+            await call
+        spy.gate.set()
 
 
 async def test_the_deadline_without_a_link_says_so() -> None:

@@ -265,6 +265,7 @@ def test_wrong_settings_are_named(url: str, table: dict[str, object], text: str)
         ("MOVED 3999 127.0.0.1:6381", ConnectionLost),
         ("ASK 3999 127.0.0.1:6381", Throttled),
         ("READONLY You can't write against a read only replica.", ConnectionLost),
+        ("ERR WAIT cannot be used with replica instances.", ConnectionLost),
         ("OOM command not allowed when used memory > 'maxmemory'.", Throttled),
         ("ERR ACL failure in script: User u has no permissions to run the 'xadd' command", PermissionDenied),
         ("ERR something new", Refused),

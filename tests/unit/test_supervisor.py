@@ -200,7 +200,7 @@ async def test_what_trying_again_can_not_help_is_given_up(kind: type[TransportEr
         spy_of(bus).always["connect"] = kind("who are you?")
         waiting = asyncio.ensure_future(bus.send(ORDERS, "x"))
         it.broker.cut()
-        await turns(50)
+        await later(it, 1)
         with pytest.raises(kind):
             await bus.send(ORDERS, "y")
         with pytest.raises(kind):

@@ -22,6 +22,7 @@ from unibus_contracts import supply
 from unibus_contracts.supply import __main__ as command_line
 from unibus_contracts.supply import apt
 from unibus_contracts.supply.broker import Command, Kind, Record, Site, SupplyError, free_ports, wait_until
+from unibus_contracts.supply.clusters import Member
 from unibus_contracts.supply.elasticmq import ElasticMQ
 from unibus_contracts.supply.kafka import Kafka
 from unibus_contracts.supply.native import Native, processes
@@ -100,6 +101,8 @@ def kind(docker: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.chdir(tmp_path)
     for name in list(supply.KINDS):
         monkeypatch.delitem(supply.KINDS, name)
+    for name in list(supply.STORES):
+        monkeypatch.delitem(supply.STORES, name)
     monkeypatch.setitem(supply.KINDS, "fake", fake)
     monkeypatch.setattr(supply, "_SOURCES", (docker, Native()))
     monkeypatch.delenv("UNIBUS_TEST_FAKE_URL", raising=False)
@@ -111,6 +114,79 @@ def pid_of(broker: supply.Broker) -> int:
     """A fake broker answers before its process has become the `sleep` that it is."""
     assert wait_until(lambda: broker.pid is not None, 10)
     return broker.pid or 0
+
+
+def state_of(pid: int | None) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+class FakeThree:
+    """Two that start at once, and one that joins them."""
+
+    name = "fake"
+    shared: Sequence[str] = ("inner",)
+
+    def __init__(self, kind: FakeKind) -> None:
+        self.members = tuple(Member(str(n), kind, later=n == 3) for n in (1, 2, 3))
+        self.asked: list[list[str]] = []
+
+    def files(self, sites: Sequence[Site], at: int) -> Mapping[str, bytes]:
+        return {"secret": sites[0].password.encode()}
+
+    def url(self, sites: Sequence[Site]) -> str:
+        return "fake://" + ",".join(str(site.ports["main"]) for site in sites)
+
+    def formed(self, sites: Sequence[Site]) -> bool:
+        self.asked.append([site.name for site in sites])
+        if len(self.asked) == 1:
+            raise ConnectionRefusedError
+        return True
+
+
+@pytest.fixture
+def three(kind: FakeKind, monkeypatch: pytest.MonkeyPatch) -> FakeThree:
+    made = FakeThree(kind)
+    monkeypatch.setattr(supply, "ASSEMBLIES", {"fake": made})
+    monkeypatch.setattr(command_line, "ASSEMBLIES", {"fake": made})
+    return made
+
+
+def test_the_members_of_a_cluster_start_in_their_order_and_are_brokers(three: FakeThree, kind: FakeKind) -> None:
+    cluster = supply.cluster("fake", instance="mine")
+    names = [f"fake-cluster-mine-{n}" for n in (1, 2, 3)]
+    assert [node.name for node in cluster.nodes] == names
+    assert three.asked == [names[:2], names[:2], names]
+    sites = [node.record.site for node in cluster.nodes if node.record is not None]
+    assert len({site.ports["main"] for site in sites}) == len({site.node for site in sites}) == 3
+    assert len({site.ports["inner"] for site in sites}) == len({site.password for site in sites}) == 1
+    assert all((node.home / "secret").stat().st_mode & 0o777 == 0o600 for node in cluster.nodes)
+    pids = [pid_of(node) for node in cluster.nodes]
+    cluster.nodes[1].kill()
+    cluster.nodes[1].restart()
+    assert [pid_of(node) == pid for node, pid in zip(cluster.nodes, pids, strict=True)] == [True, False, True]
+    assert supply.cluster("fake", instance="mine").url == cluster.url, "the same, while all of it answers"
+    kind.alive.discard(cluster.nodes[2].url)
+    assert supply.cluster("fake", instance="mine").url != cluster.url
+    cluster.stop()
+    assert [processes(node.home) for node in cluster.nodes] == [{}, {}, {}]
+
+
+def test_a_cluster_on_the_command_line(three: FakeThree, kind: FakeKind, capsys: pytest.CaptureFixture[str]) -> None:
+    supply.start("fake")
+    assert command_line.main(["cluster-up", "--only", "fake"]) == 0
+    assert capsys.readouterr().out == f"UNIBUS_TEST_FAKE_CLUSTER_URL={supply.cluster('fake').url}\n"
+    assert command_line.main(["cluster-down"]) == 0
+    assert "fake: stopped" not in capsys.readouterr().err
+    assert supply.stop() == ["fake"], "that was none of the cluster's"
+
+
+def test_a_cluster_that_does_not_come_together_says_so(three: FakeThree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supply, "_READY", 0.5)
+    monkeypatch.setattr(three, "formed", lambda sites: False)
+    with pytest.raises(SupplyError, match="fake-cluster-1 and the others answer, but are no cluster"):
+        supply.cluster("fake")
+    with pytest.raises(SupplyError, match="no cluster of 'sqs'; there are: fake"):
+        supply.cluster("sqs")
 
 
 def test_docker_comes_before_native(kind: FakeKind, docker: FakeDocker) -> None:
@@ -127,7 +203,7 @@ def test_the_environment_comes_first_and_is_left_alone(kind: FakeKind, monkeypat
     broker = supply.start("fake")
     assert (broker.source, broker.url, broker.native) == ("environment", "fake://elsewhere/", False)
     assert broker.variables == {"UNIBUS_TEST_FAKE_URL": "fake://elsewhere/", "UNIBUS_TEST_FAKE_CA": "/their/ca.pem"}
-    for disturb in (broker.kill, broker.restart, broker.stop):
+    for disturb in (broker.kill, broker.restart, broker.pause, broker.unpause, broker.stop):
         with pytest.raises(SupplyError, match=r"UNIBUS_TEST_FAKE_URL .*instance="):
             disturb()
     assert supply.start("fake", instance="mine").source == "docker"
@@ -213,6 +289,22 @@ def test_kill_and_restart_keep_files_and_ports(kind: FakeKind) -> None:
     assert len({first, second, pid_of(broker)}) == 3
     assert (broker.home / "data").exists()
     assert supply.start("fake", instance="faults").url == broker.url
+
+
+def test_one_that_is_paused_does_nothing_and_can_be_killed_and_restarted(kind: FakeKind) -> None:
+    broker = supply.start("fake", instance="faults")
+    pid = pid_of(broker)
+    for end in (broker.unpause, broker.restart, broker.kill):
+        broker.pause()
+        assert wait_until(lambda: state_of(broker.pid) == "T", 10)
+        end()
+        if end == broker.unpause:
+            assert wait_until(lambda: state_of(pid) == "S", 10)
+            assert broker.pid == pid
+        elif end == broker.restart:
+            assert pid_of(broker) != pid
+    with pytest.raises(SupplyError, match="fake-faults isn't running, so it gets no SIGSTOP"):
+        broker.pause()
 
 
 def test_only_processes_with_the_mark_are_ours(kind: FakeKind) -> None:
@@ -416,11 +508,11 @@ def test_only_an_amqp_broker_counts_as_one(answer: bytes, well: bool) -> None:
 def test_compose_and_supply_use_the_same_version_on_loopback_only() -> None:
     compose = (ROOT / "docker-compose.test.yml").read_text()
     images = re.findall(r"image: (\S+)", compose)
-    wanted = {kind.name: kind.image for kind in supply.KINDS.values()}
+    wanted = {kind.name: kind.image for kind in (*supply.KINDS.values(), *supply.STORES.values())}
     wanted["rabbitmq"] += "-management"
-    assert sorted(images) == sorted(wanted.values())
-    published = re.findall(r'- "(.*:\d+)"', compose)
-    assert published
+    assert set(images) == set(wanted.values())
+    published = re.findall(r'"([^"]*:\d+:\d+)"', compose)
+    assert len(published) == 5 + 1 + 3 + 3, "single brokers, PostgreSQL, RabbitMQ's nodes, Kafka's"
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 

@@ -1,4 +1,4 @@
-"""`python -m unibus_contracts.chaos BROKER [--seed N] [--messages N] [--faults N | --only FAULT…] [--folder DIR]`.
+"""`python -m unibus_contracts.chaos BROKER [--seed N] [--messages N] [--faults N | --only FAULT…] [--minutes N] [--folder DIR]`.
 
 Exit status: 0 all promises kept, 1 one was broken, 2 wrong usage, 3 the run proves nothing (inconclusive, invalid, broken off).
 The same seed draws the same faults; what happens between them is the machine's doing, so the history of a failed run is kept.
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from unibus_contracts.chaos.faults import FAULTS, NOT_ON, schedule
+from unibus_contracts.chaos.faults import FAULTS, NOT_ON, possible, schedule
 from unibus_contracts.chaos.run import Plan, Result, Run
 from unibus_contracts.history.__main__ import lines
 from unibus_contracts.supply import KINDS, SupplyError
@@ -27,16 +27,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--messages", type=int, default=10_000, help="default 10000")
     parser.add_argument("--faults", type=int, default=3, help="how many; default 3")
+    parser.add_argument("--minutes", type=float, help="go on for so long, with messages / (faults + 1) for each fault")
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), help="these, in this order; may be repeated")
     parser.add_argument("--hold", type=float, default=3.0, help="seconds that a fault lasts; default 3")
     parser.add_argument("--folder", type=Path, help="for the history; default: a new one, kept if the run is no pass")
     given = parser.parse_args(arguments)
     faults = given.only or schedule(given.broker, given.seed, given.faults)
     for name in faults:
-        if why := NOT_ON.get(given.broker, {}).get(name):
+        if name not in possible(given.broker):
+            why = NOT_ON.get(given.broker, {}).get(name, "it is a fault of another kind of broker")
             parser.error(f"{name} can't be made on {given.broker}: {why}")
     folder = given.folder or Path(tempfile.mkdtemp(prefix=f"chaos-{given.broker}-"))
-    plan = Plan(given.broker, given.seed, given.messages, faults, given.hold)
+    plan = Plan(given.broker, given.seed, given.messages, faults, given.hold, given.minutes)
     print(f"{given.broker}, seed {given.seed}: {given.messages} messages, {', '.join(faults)}", flush=True)
     began = time.monotonic()
     try:

@@ -6,44 +6,20 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from unibus_contracts.chaos.proxy import Proxy
-from unibus_contracts.chaos.workers import Worker
-from unibus_contracts.supply import Broker
+from unibus_contracts.chaos import http_faults, kafka_faults, process_faults, rabbitmq_faults, redis_faults
+from unibus_contracts.chaos.stage import Fault, NoBite, Stage, bit, reaches
 
-Hold = Callable[[float], Awaitable[None]]  # waits that long while the work goes on
-
-
-class NoBite(Exception):
-    """The fault was injected and nothing shows an effect. The run proves nothing about it."""
-
-
-@dataclass
-class Stage:
-    """What faults can get at."""
-
-    broker: Broker
-    proxy: Proxy
-    consumers: list[Worker]
-    random: random.Random
-    pause: float  # seconds that a fault lasts
-    proof: str = ""  # how the last fault is known to have bitten
-
-
-def _bit(stage: Stage, count: int, what: str) -> None:
-    if not count:
-        raise NoBite(f"no {what}")
-    stage.proof = f"{count} {what}"
+__all__ = ["FAULTS", "NOT_ON", "NoBite", "Stage", "possible", "schedule"]
 
 
 @asynccontextmanager
 async def cut(stage: Stage) -> AsyncIterator[None]:
     """All connections are reset."""
-    _bit(stage, stage.proxy.cut(), "links were cut that had work in flight")
+    bit(stage, stage.proxy.cut(), "links were cut that had work in flight")
     yield
 
 
@@ -52,8 +28,8 @@ async def torn(stage: Stage) -> AsyncIterator[None]:
     """A connection is reset in the middle of what a client sends."""
     before = stage.proxy.torn
     stage.proxy.tear()
-    await _reaches(lambda: stage.proxy.torn > before, stage.pause)
-    _bit(stage, stage.proxy.torn - before, "links were reset within a request")
+    await reaches(lambda: stage.proxy.torn > before, stage.pause)
+    bit(stage, stage.proxy.torn - before, "links were reset within a request")
     yield
 
 
@@ -66,7 +42,7 @@ async def silent(stage: Stage) -> AsyncIterator[None]:
         yield
     finally:
         stage.proxy.silent = False
-    _bit(stage, stage.proxy.withheld - before, "bytes were held back")
+    bit(stage, stage.proxy.withheld - before, "bytes were held back")
 
 
 @asynccontextmanager
@@ -79,7 +55,7 @@ async def unanswered(stage: Stage) -> AsyncIterator[None]:
         stage.proxy.cut()
     finally:
         stage.proxy.mute = False
-    _bit(stage, stage.proxy.withheld - before, "bytes of answers were lost")
+    bit(stage, stage.proxy.withheld - before, "bytes of answers were lost")
 
 
 @asynccontextmanager
@@ -91,7 +67,7 @@ async def late(stage: Stage) -> AsyncIterator[None]:
         yield
     finally:
         stage.proxy.delay = 0.0
-    _bit(stage, stage.proxy.late - before, "chunks were late")
+    bit(stage, stage.proxy.late - before, "chunks were late")
 
 
 @asynccontextmanager
@@ -103,7 +79,7 @@ async def narrow(stage: Stage) -> AsyncIterator[None]:
         yield
     finally:
         stage.proxy.rate = 0.0
-    _bit(stage, stage.proxy.late - before, "chunks were slowed")
+    bit(stage, stage.proxy.late - before, "chunks were slowed")
 
 
 @asynccontextmanager
@@ -154,7 +130,7 @@ async def consumer_hangs(stage: Stage) -> AsyncIterator[None]:
 async def _stopped(stage: Stage, pid: int) -> AsyncIterator[None]:
     os.kill(pid, signal.SIGSTOP)
     try:
-        await _reaches(lambda: _state(pid) == "T", 1.0)
+        await reaches(lambda: _state(pid) == "T", 1.0)
         state = _state(pid)
         yield
     finally:
@@ -168,42 +144,66 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-async def _reaches(condition: Callable[[], bool], seconds: float) -> None:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
-    while not condition() and loop.time() < deadline:  # noqa: ASYNC110  # what is waited for has no event
-        await asyncio.sleep(0.01)
-
-
-Fault = Callable[[Stage], AbstractAsyncContextManager[None]]
-
-FAULTS: Mapping[str, Fault] = {
-    fault.__name__.replace("_", "-"): fault
-    for fault in (
-        cut,
-        torn,
-        silent,
-        unanswered,
-        late,
-        narrow,
-        broker_killed,
-        broker_hangs,
-        consumer_killed,
-        consumer_hangs,
-    )
+_OWN: tuple[Fault, ...] = (
+    cut,
+    torn,
+    silent,
+    unanswered,
+    late,
+    narrow,
+    broker_killed,
+    broker_hangs,
+    consumer_killed,
+    consumer_hangs,
+)
+_ANYWHERE: Mapping[str, Fault] = {
+    **{fault.__name__.replace("_", "-"): fault for fault in _OWN},
+    **process_faults.FAULTS,
 }
 
-# A fault that proves nothing there: the emulator keeps its data in memory only, unlike the service it stands for.
+_OF: Mapping[str, Mapping[str, Fault]] = {
+    "kafka": kafka_faults.FAULTS,
+    "rabbitmq": rabbitmq_faults.FAULTS,
+    "redis": redis_faults.FAULTS,
+    "sqs": http_faults.FAULTS,
+}  # those that only one kind of broker knows
+
+FAULTS: Mapping[str, Fault] = {**_ANYWHERE, **{name: fault for own in _OF.values() for name, fault in own.items()}}
+
+# What one would look for there, and why it isn't tried.
+_NOT_ANYWHERE = {
+    "broker-clock": "a wrong time for one process alone needs libfaketime; consumers get theirs without it"
+}
 NOT_ON: Mapping[str, Mapping[str, str]] = {
+    "kafka": {
+        **_NOT_ANYWHERE,
+        "kafka-leader-moved": "one node has no other leader",
+        "kafka-disk-full": "with its only folder gone a node ends itself, as by broker-killed; that needs three of them",
+    },
+    "rabbitmq": {**_NOT_ANYWHERE, "rabbitmq-disk-full": "its disk alarm comes before, and that is tried"},
+    "redis": {
+        **_NOT_ANYWHERE,
+        "consumer-killed-copied": "a copy and the end of its original are one step there",
+        "redis-replica-promoted": "one node has no replica",
+        **({"redis-disk-full": why} if (why := redis_faults.cannot_mount()) else {}),
+    },
     "sqs": {"broker-killed": "the emulator keeps nothing over a kill, and AWS has no server that we could kill"},
 }
+NOT_ANYWHERE = {
+    "broker-clock": "the wrong time of one process alone needs libfaketime, and consumers have theirs without it"
+}
+
+
+def possible(kind: str) -> list[str]:
+    """The faults that are tried on this kind of broker."""
+    return [name for name in (*_ANYWHERE, *_OF.get(kind, ())) if name not in NOT_ON.get(kind, {})]
 
 
 def schedule(kind: str, seed: int, count: int) -> list[str]:
     """`count` faults, drawn from the seed: each kind once before any comes again."""
     draws = random.Random(seed)  # noqa: S311  # it has to be repeatable, not secret
     drawn: list[str] = []
-    names = [name for name in FAULTS if name not in NOT_ON.get(kind, {})]
+    names = possible(kind)
     while len(drawn) < count:
         draws.shuffle(names)
         drawn += names

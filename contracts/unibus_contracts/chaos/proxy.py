@@ -6,8 +6,10 @@ import asyncio
 import socket
 import struct
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Self
 
 _CHUNK = 65536
@@ -31,6 +33,31 @@ class Link:
             writer.transport.abort()
 
 
+@dataclass(frozen=True)
+class Request:
+    """Of HTTP. Names of headers are in lower case."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of HTTP. `torn`: half of it is sent, then the connection is reset."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    torn: bool = False
+
+    def written(self) -> bytes:
+        told = {**self.headers, "Content-Length": str(len(self.body))}
+        head = "".join(f"{name}: {value}\r\n" for name, value in told.items())
+        return f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n{head}\r\n".encode() + self.body
+
+
 class Proxy:
     """Listens on 127.0.0.1:`port` (0: any) and passes on to `target`, until told otherwise.
 
@@ -39,10 +66,12 @@ class Proxy:
     - `delay`: seconds that every chunk waits; `late` counts chunks. `rate`: bytes a second at most, each way of each link.
     - `tear()`: of the next chunk that a client sends, only the first half is passed on, then the link is reset; `torn` counts.
     - `cut()`: resets all links.
+    - `judge`: what is HTTP is asked of it, request by request; an `Answer` is given in place of the server's, None passes on.
     """
 
     def __init__(self, target: tuple[str, int], port: int = 0) -> None:
-        self._target, self._port = target, port
+        self.target, self._port = target, port
+        self.judge: Callable[[Request], Awaitable[Answer | None]] | None = None
         self.links: set[Link] = set()
         self.accepted = 0
         self.withheld = 0
@@ -101,6 +130,7 @@ class Proxy:
         self.delay = self.rate = 0.0
         self._tearing = False
         self.silent = self.mute = False
+        self.judge = None
 
     def cut(self) -> int:
         """How many links were reset that had been used within the last second: those had work in flight."""
@@ -120,7 +150,7 @@ class Proxy:
 
     async def _serve(self, requests: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         try:
-            answers, server = await asyncio.open_connection(*self._target)
+            answers, server = await asyncio.open_connection(*self.target)
         except OSError:  # the server is down, and so are we for this client
             client.transport.abort()
             return
@@ -140,6 +170,10 @@ class Proxy:
     ) -> None:
         with suppress(OSError):
             while data := await reader.read(_CHUNK):
+                if from_client and self.judge is not None and data.startswith(b"POST "):
+                    data, judged = await self._judged(link, data, reader)
+                    if judged:
+                        continue
                 if not await self._misbehave(link, data, from_client):
                     break
                 link.used = time.monotonic()
@@ -148,6 +182,29 @@ class Proxy:
         with suppress(OSError, RuntimeError):  # RuntimeError: the transport is closed already
             if writer.can_write_eof():
                 writer.write_eof()
+
+    async def _judged(self, link: Link, data: bytes, reader: asyncio.StreamReader) -> tuple[bytes, bool]:
+        """The whole request, and whether it got its answer here. A client sends one when it has the answer to the last."""
+        while b"\r\n\r\n" not in data and (more := await reader.read(_CHUNK)):
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        missing = int(headers.get("content-length", 0)) - len(body)
+        if missing > 0:
+            body += (rest := await reader.readexactly(missing))
+            data += rest
+        method, path, _ = first.split(" ", 2)
+        answer = None if self.judge is None else await self.judge(Request(method, path, headers, body))
+        if answer is None:
+            return data, False
+        link.used = time.monotonic()
+        written = answer.written()
+        link.client.write(written[: len(written) // 2] if answer.torn else written)
+        await link.client.drain()
+        if answer.torn:
+            link.reset()
+        return data, True
 
     async def _misbehave(self, link: Link, data: bytes, from_client: bool) -> bool:
         """What the faults of now do to this chunk; False: it ends here."""

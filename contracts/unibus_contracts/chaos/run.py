@@ -7,9 +7,10 @@ import json
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
@@ -20,27 +21,30 @@ from unibus_contracts.chaos import service
 from unibus_contracts.chaos.faults import FAULTS, NOT_ON, NoBite, Stage
 from unibus_contracts.chaos.proxy import Proxy
 from unibus_contracts.chaos.workers import Worker
-from unibus_contracts.history import Recorder, Tail, Verdict, check, read
+from unibus_contracts.history import History, Operation, Recorder, Tail, Verdict, check
 from unibus_contracts.history.check import DEAD, INVALID, STORED
 
 _WARM = 60.0  # seconds until the first message must have been handled
 _CONSUMERS = 2
 _LOOKED_AT = 1000  # messages still in their channel that are written down; there should be none
+_AT_ONCE = 500  # lines of the history that are read without looking up
+_BACKLOG = 5000  # messages that may wait when the next fault comes: what is struck is work, not a heap
 _PROBE = 200  # messages sent after each fault: something has to be there that flows again
-
-# What may still show after a fault has ended: leases of this many seconds, a rebalance, and as long again for a busy machine.
-ECHO = 90.0
 
 
 @dataclass
 class Plan:
-    """What to do. `progress`: seconds in which messages must flow again; `drain`: until nothing is left."""
+    """What to do. `progress`: seconds in which messages must flow again; `drain`: until nothing is left.
+
+    `minutes`: begin no fault after that; the faults are repeated until then, with as many messages for each.
+    """
 
     kind: str
     seed: int
     messages: int
     faults: Sequence[str]
     hold: float = 3.0
+    minutes: float | None = None
     progress: float = 60.0
     drain: float = 180.0
 
@@ -97,27 +101,43 @@ async def proxied(broker: supply.Broker) -> AsyncIterator[tuple[Proxy, str]]:
 
 
 class Progress:
-    """What the processes have written so far."""
+    """What the processes have written so far. `read` is done bit by bit: the proxy works in the same loop."""
 
     def __init__(self, folder: Path) -> None:
         self._tail = Tail(folder)
         self.handled = 0
-        self.owed: dict[
-            tuple[str, str], str
-        ] = {}  # value and group of confirmed sends that nobody has handled: the place
-        self._done: set[tuple[str, str]] = set()
+        self.owed: set[tuple[str, str]] = set()  # value and group of confirmed sends that nobody has handled
+        self._early: set[tuple[str, str]] = set()  # handled, and not owed: not confirmed yet, or a repetition
+        self._begun: dict[tuple[str, int], Operation] = {}
 
-    def read(self) -> None:
-        for operation in self._tail.new():
-            if operation.what == "handle" and operation.kind in {"ok", "fail"}:
-                self.handled += operation.kind == "ok"
-                if operation.kind == "ok" or operation.attempt > service.POLICY.max_retries:  # then it is a dead letter
-                    self._done.add((operation.value, operation.group))
-                    self.owed.pop((operation.value, operation.group), None)
-            elif operation.kind == "ok" and operation.what == "send":
-                for group in service.GROUPS if operation.place == service.told.name else ("",):
-                    if (operation.value, group) not in self._done:
-                        self.owed[operation.value, group] = operation.place
+    async def read(self) -> None:
+        for count, operation in enumerate(self._tail.new(), 1):
+            if operation.what in {"handle", "send"}:
+                self._take(operation)
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    def _take(self, operation: Operation) -> None:
+        call = operation.process, operation.call
+        if operation.kind == "invoke":
+            self._begun[call] = operation
+            return
+        begun = self._begun.pop(call)
+        if operation.what == "handle":
+            done = operation.kind == "ok"
+            self.handled += done
+            if done or begun.attempt > service.POLICY.max_retries:  # then it is a dead letter
+                self._match(self.owed, self._early, (begun.value, begun.group))
+        elif operation.kind == "ok":
+            for group in service.GROUPS if begun.place == service.told.name else ("",):
+                self._match(self._early, self.owed, (begun.value, group))
+
+    @staticmethod
+    def _match(waiting: set[tuple[str, str]], others: set[tuple[str, str]], name: tuple[str, str]) -> None:
+        if name in waiting:
+            waiting.discard(name)
+        else:
+            others.add(name)
 
 
 class Run:
@@ -163,10 +183,9 @@ class Run:
                     for worker in workers:
                         await worker.kill()
                 await self._look(bus, recorder)
-                expected = service.expected(bus, ECHO)
+                expected = service.expected(bus)
                 able = bus.capabilities
-        history = await asyncio.to_thread(read, self.folder)
-        verdict = await asyncio.to_thread(check, history, expected)
+        verdict = await asyncio.to_thread(check, History(self.folder), expected)
         result = Result(self.plan, verdict, self.faults, able.adapter, able.version)
         result.seconds, result.unclean = round(time.monotonic() - began, 1), self.unclean
         result.not_tried = dict(NOT_ON.get(self.plan.kind, {}))
@@ -180,7 +199,7 @@ class Run:
         sending = asyncio.create_task(producer.send(share, self.plan.hold))
         await self._flows(progress, _WARM)
         await sending
-        for name in self.plan.faults:
+        for name in self._schedule():
             # Sent over the time of the fault and beyond, so that it strikes work.
             sending = asyncio.create_task(producer.send(share, self.plan.hold + 2.0))
             await self._flows(progress, self.plan.progress)
@@ -189,6 +208,7 @@ class Run:
             await sending
             await producer.send(_PROBE, 0.5)
             self.faults[-1].recovery = await recovery
+            await self._drain(progress, _BACKLOG)
             self.say(f"{name}: {self.faults[-1].proof}; {self.faults[-1].recovery} s until work went on")
         with recorder.during("drain") as ending:
             self.say("drain")
@@ -201,6 +221,16 @@ class Run:
             status = await consumer.end()
             if status:
                 self.unclean.append(f"{consumer.name} ended with status {status} after SIGTERM")
+
+    def _schedule(self) -> Iterator[str]:
+        if self.plan.minutes is None:
+            yield from self.plan.faults
+            return
+        end = time.monotonic() + 60 * self.plan.minutes
+        for name in cycle(self.plan.faults):
+            if time.monotonic() > end:
+                return
+            yield name
 
     async def _strike(self, stage: Stage, name: str, recorder: Recorder) -> Fault:
         stage.proof = ""
@@ -216,21 +246,21 @@ class Run:
     async def _flows(self, progress: Progress, within: float) -> float:
         """Seconds until something more has been handled. TimeoutError: nothing was."""
         began = time.monotonic()
-        progress.read()
+        await progress.read()
         goal = progress.handled + 1
         while progress.handled < goal:
             if time.monotonic() > began + within:
                 raise TimeoutError(f"nothing was handled for {within:.0f} s; see the logs in {self.folder}")
             await asyncio.sleep(0.02)
-            progress.read()
+            await progress.read()
         return round(time.monotonic() - began, 2)
 
-    async def _drain(self, progress: Progress) -> int:
-        """Until everything confirmed was handled or is dead; how much is missing after `drain` seconds without any more."""
+    async def _drain(self, progress: Progress, to: int = 0) -> int:
+        """Until all but `to` of what was confirmed was handled or is dead; how much is missing after `drain` seconds without any more."""
         seen, since = -1, time.monotonic()
         while True:
-            progress.read()
-            if not progress.owed:
+            await progress.read()
+            if len(progress.owed) <= to:
                 return 0
             if progress.handled != seen:
                 seen, since = progress.handled, time.monotonic()

@@ -11,60 +11,111 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from unibus import Bus, Topic
+from unibus import Bus, Queue, SendFailed, Topic
 from unibus_contracts.chaos import service
+from unibus_contracts.chaos.traps import Traps
+from unibus_contracts.chaos.watched import watch
 from unibus_contracts.history import Recorder
+from unibus_contracts.history.record import outcome
 
 URL = "UNIBUS_CHAOS_URL"
-_IN_FLIGHT = 200
+_IN_FLIGHT = 800
+_BATCH = 40
+
+Place = Queue[Any] | Topic[Any]
 
 
 async def produce(bus: Bus, recorder: Recorder) -> None:
     loop = asyncio.get_running_loop()
-    slots = asyncio.Semaphore(_IN_FLIGHT)
+    slots = asyncio.Semaphore(_IN_FLIGHT // _BATCH)
     count = 0
     async with bus, asyncio.TaskGroup() as group:
         print("ready", flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             _, messages, seconds = line.split()
-            began, tasks = loop.time(), []
-            for index in range(int(messages)):
+            began, tasks, total = loop.time(), [], int(messages)
+            for index in range(0, total, _BATCH):
                 # Paced, so that there is work for as long as a fault lasts.
-                await asyncio.sleep(max(0.0, began + float(seconds) * index / int(messages) - loop.time()))
+                await asyncio.sleep(max(0.0, began + float(seconds) * index / total - loop.time()))
                 await slots.acquire()
-                count += 1
-                task = group.create_task(_send(bus, recorder, count))
+                batch = range(count + 1, count + 1 + min(_BATCH, total - index))
+                count += len(batch)
+                # One batch in ten goes message by message, since that is how most services send.
+                send = _one_by_one if (index // _BATCH) % 10 == 0 else _together
+                task = group.create_task(send(bus, recorder, batch))
                 task.add_done_callback(lambda _: slots.release())
                 tasks.append(task)
             await asyncio.gather(*tasks)
             print("done", flush=True)
+        recorder.note("bye")
 
 
-async def _send(bus: Bus, recorder: Recorder, count: int) -> None:
-    place = service.PLACES[count % len(service.PLACES)]
+def _item(recorder: Recorder, count: int) -> tuple[Place, service.Item]:
     turn = count // len(service.PLACES)
     key, seq = f"{recorder.process}.k{turn % service.KEYS}", turn // service.KEYS
-    item = service.Item(value=f"{recorder.process}-{count}", key=key, seq=seq)
+    return service.PLACES[count % len(service.PLACES)], service.Item(
+        value=f"{recorder.process}-{count}", key=key, seq=seq
+    )
+
+
+async def _one_by_one(bus: Bus, recorder: Recorder, batch: Iterable[int]) -> None:
+    await asyncio.gather(*(_send(bus, recorder, *_item(recorder, count)) for count in batch))
+
+
+async def _send(bus: Bus, recorder: Recorder, place: Place, item: service.Item) -> None:
+    key = item.key
     try:
-        with recorder.during("send", value=item.value, place=place.name, key=key, seq=seq):
+        with recorder.during("send", value=item.value, place=place.name, key=key, seq=item.seq):
             await (bus.publish(place, item, key=key) if isinstance(place, Topic) else bus.send(place, item, key=key))
     except Exception as error:  # it is written down; the next one may go
         print(f"{item.value}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-async def consume(bus: Bus, recorder: Recorder) -> None:
+async def _together(bus: Bus, recorder: Recorder, batch: Iterable[int]) -> None:
+    items: dict[Place, list[service.Item]] = {}
+    for count in batch:
+        place, item = _item(recorder, count)
+        items.setdefault(place, []).append(item)
+    await asyncio.gather(*(_send_many(bus, recorder, place, several) for place, several in items.items()))
+
+
+async def _send_many(bus: Bus, recorder: Recorder, place: Place, items: list[service.Item]) -> None:
+    with ExitStack() as stack:
+        ends = [
+            stack.enter_context(recorder.during("send", value=i.value, place=place.name, key=i.key, seq=i.seq))
+            for i in items
+        ]
+        try:
+            await (
+                bus.publish_many(place, items, key=lambda item: item.key)
+                if isinstance(place, Topic)
+                else bus.send_many(place, items, key=lambda item: item.key)
+            )
+        except SendFailed as error:
+            for index, failure in error.failed.items():
+                ends[index].kind, ends[index].detail = outcome(failure), type(failure).__name__
+            print(f"{items[0].value} and others: {error}", file=sys.stderr, flush=True)
+
+
+async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
     handling = service.Handling(recorder)
     handling.register(bus)
-    async with bus:
-        print("ready", flush=True)
-        receiving = asyncio.create_task(handling.by_hand(bus))
-        try:
-            await bus.run()  # until SIGTERM
-        finally:
-            receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
+    with traps.listening():
+        async with bus:
+            traps.set_into(bus)
+            print("ready", flush=True)
+            receiving = asyncio.create_task(handling.by_hand(bus))
+            try:
+                await bus.run()  # until SIGTERM
+            finally:
+                receiving.cancel()
+                await asyncio.gather(receiving, return_exceptions=True)
+    recorder.note("bye")
 
 
 def main(arguments: list[str]) -> None:
@@ -73,8 +124,10 @@ def main(arguments: list[str]) -> None:
     if role == "produce":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its input tells it when to end
     with Recorder(Path(folder), name) as recorder:
+        watch(recorder, service.value_of)
         bus = service.make(os.environ[URL], prefix)
-        asyncio.run((produce if role == "produce" else consume)(bus, recorder))
+        traps = Traps(Path(folder), name)
+        asyncio.run(produce(bus, recorder) if role == "produce" else consume(bus, recorder, traps))
 
 
 if __name__ == "__main__":

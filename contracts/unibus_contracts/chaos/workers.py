@@ -17,7 +17,7 @@ class Worker:
     """One producer or consumer. Started again it has another name, as its history needs, and its log goes on."""
 
     def __init__(self, role: str, folder: Path, name: str, prefix: str, url: str) -> None:
-        self._role, self._folder, self._base, self._prefix, self._url = role, folder, name, prefix, url
+        self._role, self.folder, self._base, self.prefix, self._url = role, folder, name, prefix, url
         self._starts = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -34,13 +34,18 @@ class Worker:
     def pid(self) -> int:
         return self.process.pid
 
+    def another(self, name: str, setting: str = "") -> Worker:
+        """One more of the same, not started. `setting`: one more for its URL, as `lease=4`."""
+        url = self._url + (f"{'&' if '?' in self._url else '?'}{setting}" if setting else "")
+        return Worker(self._role, self.folder, name, self.prefix, url)
+
     async def start(self) -> None:
         """Returns once it is connected: a service that can't reach its broker at start ends, and its fault is another's."""
         self._starts += 1
-        with (self._folder / f"{self._base}.log").open("ab") as log:
+        with (self.folder / f"{self._base}.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "unibus_contracts.chaos.worker"),
-                *(self._role, str(self._folder), self.name, self._prefix),
+                *(self._role, str(self.folder), self.name, self.prefix),
                 env={**os.environ, URL: self._url},
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -58,7 +63,7 @@ class Worker:
         assert self.process.stdout is not None
         if (answer := await self.process.stdout.readline()) != line:
             raise RuntimeError(
-                f"{self.name} said {answer!r} instead of {line!r}; see {self._base}.log in {self._folder}"
+                f"{self.name} said {answer!r} instead of {line!r}; see {self._base}.log in {self.folder}"
             )
 
     async def end(self) -> int:

@@ -48,9 +48,12 @@ def _columns(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def against(document: Document, old: Mapping[str, Any]) -> list[str]:
-    """Mark the cells of `document` that have changed (`change`, `was`); a line for each. What is new is no change."""
+    """Mark the cells of `document` that have changed (`change`, `was`); a line for each. What is new is no change; of a target that is new
+    a line says so.
+    """
     document["against"] = old["at"]
-    before, lines = _columns(old), []
+    before = _columns(old)
+    lines = [f"{one['name']}: is not in the older run" for one in document["targets"] if one["name"] not in before]
     for row in document["rows"]:
         for target, cell in zip(document["targets"], row["cells"], strict=True):
             was = before.get(target["name"], {}).get(row["id"])

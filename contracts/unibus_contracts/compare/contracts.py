@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -14,7 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ..cleaner import JOURNAL
+from ..cleanup import Made, read
+from ..harness import CREDENTIALS
 from ..report import FAILED, NOT_RUN, NOT_TRIED, PASSED, REFUSED
+from ..runner import CACHE, NO_FILE, PATIENCE, URL
 from .model import Found, Row, State
 from .targets import Target
 
@@ -32,19 +35,18 @@ class Outcome:
     error: str = ""
 
 
-async def run(target: Target, *, quick: bool) -> Outcome:
-    """Run it. The URL is in the environment, not among the arguments, which everybody on the machine could read."""
+async def run(target: Target, prefix: str, left: list[Made], *, quick: bool) -> Outcome:
+    """Run it, with names that begin with `prefix`. It deletes what it makes; what it had no more time for is added to `left`."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         path = Path(folder, "report.json")
-        options = [f"--unibus-url={target.text()}", f"--unibus-report={path}", "-p", "no:cacheprovider", "-q"]
-        environ = {n: v for n, v in os.environ.items() if not n.startswith("UNIBUS_") or n.startswith("UNIBUS_TEST_")}
-        environ["PYTEST_ADDOPTS"] = shlex.join(options)
         packages = [f"unibus_contracts.suite.test_{name}" for name in QUICK] if quick else ["unibus_contracts"]
+        options = [f"--unibus-report={path}", f"--unibus-prefix={prefix}", "--rootdir", folder, "--noconftest", "-q"]
+        if target.file is not None:
+            options.append(f"--unibus-config={target.file}")
         child = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "pytest", "--pyargs", *packages),
-            cwd=folder,  # no pytest settings of whoever compares
-            env=environ,
+            *("-P", "-m", "pytest", *NO_FILE, *CACHE, *options, "--pyargs", *packages),
+            env=_environment(target, folder),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,
@@ -55,18 +57,44 @@ async def run(target: Target, *, quick: bool) -> Outcome:
         except TimeoutError:
             pass  # what it has done by then is in its report
         finally:
-            await _end(child)
+            try:
+                await _end(child)
+            finally:
+                left += _left_in(folder)
         return _read(path, output, child.returncode)
 
 
+def _left_in(folder: str) -> list[Made]:
+    """What a process made that was killed."""
+    return [made for journal in Path(folder).rglob(f"*{JOURNAL}") for made in read(journal)]
+
+
+def _environment(target: Target, folder: str) -> dict[str, str]:
+    """The URL is in it, not among the arguments, which everybody on the machine could read. Of the settings of a service in the
+    environment only those count that belong to a unibus.toml.
+    """
+    environ = {n: v for n, v in os.environ.items() if not n.startswith("UNIBUS_") or n.startswith("UNIBUS_TEST_")}
+    environ.pop("PYTEST_ADDOPTS", None)
+    environ["TMPDIR"] = folder
+    if target.file is None:
+        environ[URL] = target.text()
+    else:
+        environ |= {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
+    return environ
+
+
 async def _end(child: asyncio.subprocess.Process) -> None:
-    """By Ctrl-C, so that it writes its report and cleans up; by force if it does not."""
-    if child.returncode is None:
-        child.send_signal(signal.SIGINT)
-        try:
-            await asyncio.wait_for(child.wait(), 30)
-        except TimeoutError:
-            child.kill()
+    """By Ctrl-C, so that it writes its report and cleans up; by force if it does not, or if that is broken off too."""
+    if child.returncode is not None:
+        return
+    child.send_signal(signal.SIGINT)
+    try:
+        await asyncio.wait_for(child.wait(), PATIENCE)
+    except TimeoutError:
+        pass
+    finally:
+        if child.returncode is None:
+            os.killpg(child.pid, signal.SIGKILL)
             await child.wait()
 
 

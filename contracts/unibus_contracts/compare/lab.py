@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from unibus import Bus, Delivery, Queue, Topic
 from unibus.capabilities import Capabilities
 
+from ..cleanup import Made, Removal, remove
 from .model import Sizes
 from .targets import Target
 
@@ -25,12 +26,13 @@ class Missing(Exception):
 
 
 class Lab:
-    """Every name on the broker begins with `prefix`."""
+    """Every name on the broker begins with `prefix`. `made`: what will have to be deleted, by prefix; the contracts have their own."""
 
     def __init__(self, target: Target, sizes: Sizes, prefix: str | None = None) -> None:
         self.target = target
         self.sizes = sizes
         self.prefix = prefix or f"cmp-{secrets.token_hex(3)}."
+        self.made = [Made(self.prefix)]
         self.capabilities: Capabilities | None = None
         self._numbers = itertools.count(1)
 
@@ -47,7 +49,17 @@ class Lab:
 
     def bus(self, *channels: Queue[Any] | Topic[Any], **settings: Any) -> Bus:
         """A bus, not open."""
-        return self.target.bus(channels=channels, prefix=self.prefix, **settings)
+        return self.target.bus(made=self.made[0], channels=channels, prefix=self.prefix, **settings)
+
+    async def remove(self) -> Removal:
+        """Delete what was made. Raises nothing that the broker says."""
+        deleted, left = 0, []
+        for made in self.made:
+            removal = await remove(self.target.bus(prefix=made.prefix), made)
+            deleted += removal.deleted
+            if removal.left is not None:
+                left.append(f"what begins with {made.prefix!r}: {removal.left}")
+        return Removal(deleted, "; ".join(left) or None)
 
     def name(self, label: str) -> str:
         return f"{label}-{next(self._numbers)}"

@@ -58,6 +58,7 @@ class Probe:
     """Fills rows, on one broker at a time. `needs`: the feature without which there is nothing to measure.
 
     `waits`: it measures seconds, and mostly waits for them, so it runs beside those of other brokers; all others run alone.
+    `long`: one of these that waits for so long that the others of its broker run meanwhile.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Probe:
     measure: Measure
     needs: str | None = None
     waits: bool = False
+    long: bool = False
     limit: float = 60.0  # seconds, times UNIBUS_TEST_TIMEOUT_FACTOR
 
 

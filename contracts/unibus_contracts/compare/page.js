@@ -38,7 +38,12 @@
     body.append(...rows);
   }));
 
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
-  addEventListener("afterprint", () => document.querySelectorAll("details").forEach((one) => { one.open = false; }));
+  // On paper all is open; afterwards what the reader had opened still is, and nothing else.
+  const opened = [];
+  addEventListener("beforeprint", () => document.querySelectorAll("details:not([open])").forEach((one) => {
+    one.open = true;
+    opened.push(one);
+  }));
+  addEventListener("afterprint", () => opened.splice(0).forEach((one) => { one.open = false; }));
   filter();
 })();

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def page(document: Mapping[str, Any]) -> str:
             *_head(document, names),
             *_plots(document, names),
             *_table(document, names),
+            *_methods(document),
             *_foot(document),
             f"<script>{script}</script></body></html>",
         ]
@@ -66,6 +68,8 @@ def _head(document: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
         yield f"<code>{_e(target['url'])}</code>"
         if target["emulator"]:
             yield f"<em>An emulator: {_e(target['emulator'])}. What it does, the service may do otherwise.</em>"
+        if target.get("left"):
+            yield f"<em>Not deleted: {_e(target['left'])}</em>"
         if target["settings"]:
             yield f"<small>{_e(', '.join(f'{k}={v}' for k, v in target['settings'].items()))}</small>"
         yield "</li>"
@@ -168,6 +172,15 @@ def _cell(cell: Mapping[str, Any], name: str, column: int, top: float, feature: 
             "</td>",
         ]
     )
+
+
+def _methods(document: Mapping[str, Any]) -> Iterator[str]:
+    """For paper alone, where nothing opens: in the rows it would be a column of one word a line."""
+    yield '<section class="paper"><h2>How it is measured</h2><dl>'
+    for how, rows in groupby(document["rows"], lambda row: row["how"]):
+        yield from (f"<dt>{_e(row['chapter'])}: {_e(row['title'])}</dt>" for row in rows)
+        yield f"<dd>{_e(how)}</dd>"
+    yield "</dl></section>"
 
 
 def _foot(document: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT = 460.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 12.0, 44.0
+LEFT, RIGHT, TOP, BOTTOM = 66.0, 22.0, 12.0, 48.0
 _DASHES = ("", "6 4", "2 3", "8 3 2 3")
 
 
@@ -78,7 +78,7 @@ def _frame(x: Scale, y: Scale, axes: Sequence[str]) -> Iterator[str]:
     middle = (LEFT + WIDTH - RIGHT) / 2
     yield f'<text class="label" x="{middle:g}" y="{HEIGHT - 8:g}" text-anchor="middle">{escape(axes[0])}</text>'
     yield (
-        f'<text class="label" transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2:g}) rotate(-90)" text-anchor="middle">'
+        f'<text class="label" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2:g}) rotate(-90)" text-anchor="middle">'
         f"{escape(axes[1])}</text>"
     )
 

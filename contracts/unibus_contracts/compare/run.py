@@ -110,6 +110,18 @@ class Run:
             self.document["seconds"] = round(perf_counter() - begun, 1)
         return self.document
 
+    async def remove(self) -> None:
+        """Delete what the run has made on the brokers. To be awaited after it, however it ended; the document tells what is left."""
+        await asyncio.gather(*(self._remove(column) for column in range(len(self._labs))))
+
+    async def _remove(self, column: int) -> None:
+        lab, told, begun = self._labs[column], self.document["targets"][column], perf_counter()
+        told["left"] = f"what begins with {lab.prefix!r}: broken off"
+        removal = await lab.remove()
+        told |= {"deleted": removal.deleted, "left": removal.left}
+        if removal.deleted:
+            self._progress(told["name"], f"deleted {removal.deleted} objects", perf_counter() - begun)
+
     async def _connect(self, column: int) -> None:
         lab, told = self._labs[column], self.document["targets"][column]
         try:
@@ -126,7 +138,7 @@ class Run:
         taken: list[str] = []
         for lab, told in zip(self._labs, self.document["targets"], strict=True):
             if lab.capabilities is not None:
-                told["name"] = _name(lab, taken)
+                told["name"] = _name(lab, self._labs, taken)
             taken.append(told["name"])
 
     async def _run_contracts(self) -> None:
@@ -134,7 +146,8 @@ class Run:
             told, begun = self.document["targets"][column], perf_counter()
             if "error" in told:
                 return contracts.Outcome(error=told["error"])
-            outcome = await contracts.run(self._labs[column].target, quick=self._quick)
+            lab = self._labs[column]
+            outcome = await contracts.run(lab.target, lab.prefix, lab.made, quick=self._quick)
             self._progress(told["name"], contracts.CHAPTER, perf_counter() - begun)
             return outcome
 
@@ -145,9 +158,14 @@ class Run:
                 self._put(row.id, column, state, found)
 
     async def _wait(self, column: int) -> None:
-        for probe in self._probes:
-            if isinstance(probe, Probe) and probe.waits:
-                await self._measure(probe, column)
+        waiting = [probe for probe in self._probes if isinstance(probe, Probe) and probe.waits]
+
+        async def in_turn() -> None:
+            for probe in waiting:
+                if not probe.long:
+                    await self._measure(probe, column)
+
+        await asyncio.gather(*(self._measure(probe, column) for probe in waiting if probe.long), in_turn())
 
     def _declare(self, row: Row, column: int) -> None:
         if error := self.document["targets"][column].get("error"):
@@ -258,19 +276,38 @@ def _said(error: BaseException) -> str:
 
 def _told(lab: Lab) -> dict[str, Any]:
     told = lab.target.told()
-    return {"name": told["emulator"] or told["given"], "adapter": None, "version": None, "prefix": lab.prefix, **told}
+    return {
+        "name": told["emulator"] or told["given"],
+        "adapter": None,
+        "version": None,
+        "prefix": lab.prefix,
+        "deleted": 0,
+        "left": None,  # why what was made is still there
+        **told,
+    }
 
 
-def _name(lab: Lab, others: Collection[str]) -> str:
-    """Of a column: the emulator's name where there is one; the file's or the URL's where two would be the same."""
+def _name(lab: Lab, labs: Collection[Lab], others: Collection[str]) -> str:
+    """Of a column: the emulator's name where there is one; the file's, the settings' or the URL's where two would be the same."""
     known = lab.known
     name = lab.target.emulator or " ".join(filter(None, (known.adapter, known.version)))
-    if lab.target.given.endswith(".toml") or name in others:
+    if lab.target.given.endswith(".toml"):
+        name += f" ({lab.target.given})"
+    elif settings := _own_settings(lab, labs):
+        name += f" ({settings})"
+    elif name in others:
         name += f" ({lab.target.given})"
     number, unique = 2, name
     while unique in others:
         unique, number = f"{name} #{number}", number + 1
     return unique
+
+
+def _own_settings(lab: Lab, labs: Collection[Lab]) -> str:
+    """By which it differs from other columns of the same URL."""
+    own = lab.target.told()["settings"]
+    twins = [other.target.told()["settings"] for other in labs if other.target.shown == lab.target.shown]
+    return ", ".join(f"{key}={own[key]}" for key in own if any(twin.get(key) != own[key] for twin in twins))
 
 
 def machine() -> dict[str, Any]:

@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from unibus import Bus, ConfigError
+from unibus import ConfigError
 from unibus.adapter import Secret, Url
 from unibus.config import load
 from unibus.url import masked
 
 from .. import supply
+from ..cleanup import Made, NotingBus
+from ..harness import of_file
 from ..supply.broker import variable
 
 
 @dataclass(frozen=True)
 class Target:
-    """A broker with its settings. `given`: as it was asked for, without credentials; `emulator`: what it really is."""
+    """A broker with its settings. `given`: as it was asked for, without credentials; `emulator`: what it really is; `file`: the
+    unibus.toml that it was read from.
+    """
 
     given: str
     url: Url
@@ -29,14 +33,17 @@ class Target:
         default_factory=dict, repr=False
     )  # of the driver, the URL's query among them
     emulator: str | None = None
+    file: Path | None = None
 
-    def bus(self, **more: Any) -> Bus:
-        """A bus that reads no file and no environment: all there is to it is here."""
+    def bus(self, *, made: Made | None = None, **more: Any) -> NotingBus:
+        """A bus that reads no file and no environment: all there is to it is here. `made` notes what it will make."""
         url = self.url
         given: dict[str, Any] = {"service": "compare", "config": False, "environ": {}, "settings": dict(self.settings)}
         if url.username is not None:
             given |= {"username": url.username, "password": url.password.value if url.password else None}
-        return Bus(self._bare(), **(given | more))
+        bus = NotingBus(self._bare(), **(given | more))
+        bus.made = made
+        return bus
 
     @property
     def shown(self) -> str:
@@ -111,9 +118,11 @@ def _supplied(name: str, started: list[supply.Broker]) -> Target:
 
 def _given(text: str) -> Target:
     if text.endswith(".toml"):
-        if not Path(text).is_file():
+        file = Path(text)
+        if not file.is_file():
             raise ConfigError(f"{text}: there is no such file")
-        return _target(text, {}, None, Path(text))
+        url, more = of_file(file)
+        return _target(text, {"url": url, **more}, None, file)
     if "://" not in text:
         raise ConfigError(
             f"{text!r} is no URL, no file.toml and none of the brokers that can be started here: "
@@ -125,14 +134,14 @@ def _given(text: str) -> Target:
 
 
 def _target(given: str, code: Mapping[str, object], emulator: str | None, file: Path | None = None) -> Target:
-    """The settings that reach a broker; channels, prefix and all else of a file stay out of the comparison."""
-    settings = load(code, file=file or False, environ=os.environ if file else {})
+    """The settings that reach a broker."""
+    settings = load(code, file=False, environ={})
     driver = dict(settings.driver)
     server = driver.get("endpoint_url")
     if emulator is None and isinstance(server, str):
         host = urlsplit(server).netloc.rpartition("@")[2]
         emulator = f"{settings.broker} at {host}, not the service itself"
-    return Target(given or str(settings.url), settings.url, driver, emulator)
+    return Target(given or str(settings.url), settings.url, driver, emulator, file)
 
 
 def _known(url: str) -> str | None:

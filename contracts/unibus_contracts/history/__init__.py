@@ -5,6 +5,6 @@ prints the verdict.
 """
 
 from .check import Expected, Finding, Verdict, check
-from .record import Operation, Recorder, Tail, read
+from .record import History, Operation, Recorder, Tail
 
-__all__ = ["Expected", "Finding", "Operation", "Recorder", "Tail", "Verdict", "check", "read"]
+__all__ = ["Expected", "Finding", "History", "Operation", "Recorder", "Tail", "Verdict", "check"]

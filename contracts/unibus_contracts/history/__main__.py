@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from .check import Expected, Verdict, check
-from .record import read
+from .record import History
 
 _SHOWN = 20  # findings of one kind; the history has them all
 
@@ -31,12 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     groups = {topic: tuple(names.split(",")) for topic, _, names in (entry.partition("=") for entry in given.groups)}
     if not given.folder.is_dir():
         parser.error(f"{given.folder} is no folder")
+    expected = Expected(groups, frozenset(given.ordered), settle_confirmed=not given.unconfirmed)
     try:
-        history = read(given.folder)
+        verdict = check(History(given.folder), expected)
     except ValueError as error:
         parser.error(str(error))
-    expected = Expected(groups, frozenset(given.ordered), settle_confirmed=not given.unconfirmed)
-    verdict = check(history, expected)
     print("\n".join(lines(verdict)))
     return {"kept": 0, "broken": 1}.get(verdict.status, 3)
 

@@ -7,9 +7,9 @@
 | unexpected | something was handled that nobody has sent |
 | resurrected | something was handled whose send had certainly failed |
 | order | of two messages of one key, of which the first was confirmed before the second was sent, the second was handled first |
-| overlap | two messages of one key were handled at the same time, with no fault near |
-| duplicate | a message was handled with success twice, with no fault in between that explains it |
-| attempt_back | the attempt went down within a process |
+| overlap | two messages of one key were handled at the same time, and neither consumer had lost its delivery |
+| duplicate | a message was handled with success twice, and nothing in its history says why (`causes`) |
+| attempt_back | the attempt went down within a process that had not lost the delivery |
 | attempt_high | the attempt was higher than the failures before it allow |
 | reply | a requester got a reply to a request that was not its own |
 | came_back | a message was delivered again after its settlement had been confirmed |
@@ -22,21 +22,21 @@ drained to its end, or whose files don't fit together, is `invalid`. Neither is 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
+from sys import intern
 from typing import Literal
 
-from .record import Kind, Operation
-
-SECOND = 1_000_000_000
+from .causes import SECOND, Call, Causes, Name
+from .record import Operation
 
 # Where a value was seen at the end, in the `detail` of a `look`: in our channels, or by a client that is not ours.
 DEAD = "dead"
 INVALID = "invalid"
 STORED = "stored"
+LOGGED = "logged"  # the broker had it once: it stands in a log that keeps what was read
 
 Status = Literal["kept", "broken", "inconclusive", "invalid"]
 
@@ -45,15 +45,15 @@ Status = Literal["kept", "broken", "inconclusive", "invalid"]
 class Expected:
     """What this broker and these channels promise. `groups`: topic -> its subscriptions; a channel not named is a queue.
 
-    `ordered`: channels with order by key; `settle_confirmed`: a settlement that returned is on the broker; `echo`: seconds
-    after the end of a fault in which its consequences may still show (leases that have to run out); `least`: confirmed
-    sends without which a run proves nothing.
+    `ordered`: channels with order by key; `settle_confirmed`: a settlement that returned is on the broker; where it is not,
+    `settle_window`: seconds until the broker has seen it, unless something is broken; `least`: confirmed sends without which a
+    run proves nothing.
     """
 
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ordered: frozenset[str] = frozenset()
     settle_confirmed: bool = True
-    echo: float = 60.0
+    settle_window: float = 1.0
     least: int = 1
 
 
@@ -77,32 +77,18 @@ class Verdict:
     why: str = ""
 
 
-@dataclass(slots=True)
-class _Call:
-    """An operation with both its lines. `end` is None where only the invocation is there: nobody knows when it ended."""
-
-    begun: Operation
-    kind: Kind = "unknown"
-    end: int | None = None
-    detail: str = ""
-
-
 def check(history: Iterable[Operation], expected: Expected | None = None) -> Verdict:
-    """Never raises for what a history says: what doesn't fit together makes it `invalid`."""
+    """Reads the history twice. Never raises for what it says: what doesn't fit together makes it `invalid`."""
     promised = expected or Expected()
-    calls, broken = _pair(history)
-    if broken:
+    run = _Run(promised)
+    if broken := run.take(history):
         return Verdict("invalid", (), {}, broken)
-    by: dict[str, list[_Call]] = defaultdict(list)
-    for call in calls:
-        by[call.begun.what].append(call)
-    run = _Run(by, promised)
+    run.look_into(history)
     findings = [*run.losses(), *run.intruders(), *run.repetitions(), *run.order(), *run.overlaps(), *run.attempts()]
     findings += [*run.replies(), *run.faults()]
     counts = run.counts(findings)
-    drains = by["drain"]
-    if not drains or drains[-1].kind != "ok":
-        why = "the drain did not come to its end" if drains else "nothing was drained"
+    if run.drained != "ok":
+        why = "the drain did not come to its end" if run.drained else "nothing was drained"
         return Verdict("invalid", tuple(findings), counts, f"{why}: what is missing may only be late")
     if counts["confirmed"] < promised.least:
         why = f"{counts['confirmed']} of {counts['sent']} sends are known to have happened; {promised.least} are needed"
@@ -111,90 +97,159 @@ def check(history: Iterable[Operation], expected: Expected | None = None) -> Ver
     return Verdict("broken" if findings else "kept", tuple(findings), counts)
 
 
-def _pair(history: Iterable[Operation]) -> tuple[list[_Call], str]:
-    calls: dict[tuple[str, int], _Call] = {}
-    for operation in history:
-        name = (operation.process, operation.call)
-        call = calls.get(name)
-        if operation.kind == "invoke":
-            if call is not None:
-                return [], f"process {operation.process} has invoked call {operation.call} twice"
-            calls[name] = _Call(operation)
-        elif call is None and operation.what in {"look", "drain"}:
-            calls[name] = _Call(operation, operation.kind, operation.at, operation.detail)
-        elif call is None or call.end is not None:
-            return [], f"process {operation.process} has ended call {operation.call} without having invoked it"
-        else:
-            call.kind, call.end, call.detail = operation.kind, operation.at, operation.detail
-    return list(calls.values()), ""
+_CALLS = {"send", "request", "handle", "fault", "drain"}
 
 
 class _Run:
     """The calls, sorted by what the checks ask for."""
 
-    def __init__(self, by: Mapping[str, list[_Call]], promised: Expected) -> None:
+    def __init__(self, promised: Expected) -> None:
         self.promised = promised
-        self.requests = by["request"]
-        self.sends: dict[str, list[_Call]] = defaultdict(list)
-        for call in (*by["send"], *by["request"]):
-            self.sends[call.begun.value].append(call)
+        self.requests: list[Call] = []
+        self.sends: dict[str, list[Call]] = defaultdict(list)
         # Handlings of one message in one group, in the order in which they began.
-        self.handled: dict[tuple[str, str, str], list[_Call]] = defaultdict(list)
-        for call in by["handle"]:
-            self.handled[call.begun.value, call.begun.place, call.begun.group].append(call)
-        for tries in self.handled.values():
-            tries.sort(key=lambda call: call.begun.at)
-        self.settled: dict[tuple[str, str, str], list[_Call]] = defaultdict(list)
-        for call in by["settle"]:
-            self.settled[call.begun.value, call.begun.place, call.begun.group].append(call)
+        self.handled: dict[Name, list[Call]] = defaultdict(list)
         self.seen: dict[str, set[tuple[str, str]]] = defaultdict(set)
-        for call in by["look"]:
-            self.seen[call.begun.value].add((call.detail, call.begun.group))
-        self.injected = by["fault"]
-        self._windows = _merged(
-            (call.begun.at, (call.end if call.end is not None else call.begun.at) + int(promised.echo * SECOND))
-            for call in by["fault"]
-        )
-        self._starts = [start for start, _ in self._windows]
-        self._ends = [end for _, end in self._windows]
+        self.injected: list[Call] = []
+        self.drained = ""
+        self.causes = Causes(promised.settle_confirmed, int(promised.settle_window * SECOND))
+        self.explained: Counter[str] = Counter()
 
-    def faulty(self, since: int, until: int) -> bool:
-        """A fault, or what it leaves behind, touches this time."""
-        return bisect_right(self._starts, until) > bisect_left(self._ends, since)
+    def take(self, history: Iterable[Operation]) -> str:
+        """First reading: all but what adapters were told of single messages. What doesn't fit together, or nothing."""
+        open_calls: dict[tuple[str, int], Call | None] = {}
+        known: dict[str, bytearray] = defaultdict(bytearray)  # the calls of a process; one byte each
+        values: dict[str, str] = {}
+        last = self.causes.last
+        for operation in history:
+            process, number = intern(operation.process), operation.call
+            last[process] = max(operation.at, last.get(process, 0))
+            calls = known[process]
+            if len(calls) <= number:
+                calls.extend(bytes(max(64, number + 1 - len(calls))))
+            if operation.kind == "invoke":
+                if calls[number]:
+                    return f"process {process} has invoked call {number} twice"
+                calls[number] = 1
+                call = None
+                if operation.what in _CALLS:
+                    value = values.setdefault(operation.value, operation.value)
+                    call = _call(operation, process, value)
+                    self._sort(operation.what, call)
+                open_calls[process, number] = call
+            elif (process, number) in open_calls:
+                call = open_calls.pop((process, number))
+                if call is not None:
+                    call.kind, call.end, call.detail = operation.kind, operation.at, operation.detail
+                    if operation.what == "drain":
+                        self.drained = operation.kind
+            elif operation.what in _CALLS - {"drain"} or calls[number]:
+                return f"process {process} has ended call {number} without having invoked it"
+            else:
+                calls[number] = 1
+                self._note(operation, process)
+        for tries in self.handled.values():
+            if len(tries) > 1:
+                tries.sort(key=lambda call: call.at)
+        self.causes.faults = [(call.at, call.end or call.at) for call in self.injected]
+        return ""
+
+    def _sort(self, what: str, call: Call) -> None:
+        if what == "handle":
+            self.handled[call.value, call.place, call.group].append(call)
+        elif what in {"send", "request"}:
+            self.sends[call.value].append(call)
+            if what == "request":
+                self.requests.append(call)
+        elif what == "fault":
+            self.injected.append(call)
+        else:
+            self.drained = "unknown"
+
+    def _note(self, operation: Operation, process: str) -> None:
+        if operation.what == "look":
+            self.seen[operation.value].add((operation.detail, operation.group))
+        elif operation.what == "bye":
+            self.causes.ended.add(process)
+        elif operation.what == "drain":
+            self.drained = operation.kind
+
+    def look_into(self, history: Iterable[Operation]) -> None:
+        """Second reading: what became of the deliveries of which something is to be explained. Most of them need nothing."""
+        wanted = {name[0] for name, tries in self.handled.items() if len(tries) > 1}
+        for one, other, _ in self.overlapping():
+            wanted |= {one.value, other.value}
+        for place in self.lost():
+            wanted.add(place[0])
+        settles: dict[tuple[str, int], Call] = {}
+        for operation in history:
+            what = operation.what
+            if what not in {"settle", "settled", "try", "copied", "lost"}:
+                continue
+            number = operation.process, operation.call
+            if what in {"settle", "settled"} and operation.kind != "invoke":
+                if (call := settles.pop(number, None)) is None:
+                    continue
+                call.kind, call.end = operation.kind, operation.at
+                word = "accepted" if what == "settle" else call.detail
+                self.causes.settle(call, word, operation.value.split() if operation.kind == "unknown" else ())
+                continue
+            some = [value for value in operation.value.split() if value in wanted]
+            if some or (what == "lost" and not operation.value):
+                call = _call(operation, intern(operation.process), " ".join(some))
+                call.detail = operation.detail
+                if what in {"settle", "settled"}:
+                    settles[number] = call
+                else:
+                    self.causes.note(call, what)
+        for call in settles.values():  # begun, and nobody knows how they ended
+            self.causes.settle(call, call.detail or "accepted", call.value.split())
+        self.causes.prepare()
 
     def groups(self, place: str) -> Sequence[str]:
         return self.promised.groups.get(place, ("",))
 
-    def losses(self) -> Iterable[Finding]:
+    def lost(self) -> Iterable[Name]:
+        """What was confirmed, and neither handled with success nor seen where it may stay."""
         for value, sends in self.sends.items():
             sure = next((call for call in sends if call.kind == "ok"), None)
             if sure is None:
                 continue
-            place = sure.begun.place
-            for group in self.groups(place):
-                if any(call.kind == "ok" for call in self.handled.get((value, place, group), ())):
+            for group in self.groups(sure.place):
+                name = value, sure.place, group
+                if any(call.kind == "ok" for call in self.handled.get(name, ())):
                     continue
                 where = {detail for detail, at in self.seen.get(value, ()) if at in {group, ""}}
-                if where & {DEAD, INVALID}:
-                    continue
-                name = f"{place}.{group}" if group else place
-                if STORED in where:
-                    yield Finding("left", value, f"{name}: still on the broker after the drain, the consumer's doing")
-                elif (value, place, group) in self.handled:
-                    yield Finding(
-                        "lost", value, f"{name}: delivered, never handled with success, and gone: the consumer's doing"
-                    )
-                else:
-                    yield Finding(
-                        "lost",
-                        value,
-                        f"{name}: never delivered and not on the broker: lost by the sender or the broker",
-                    )
+                if not where & {DEAD, INVALID}:
+                    yield name
+
+    def losses(self) -> Iterable[Finding]:
+        for value, place, group in self.lost():
+            name = f"{place}.{group}" if group else place
+            where = {detail for detail, at in self.seen.get(value, ()) if at in {group, ""}}
+            settled = [s for s in self.causes.settled.get((value, place, group), ()) if s.end is not None]
+            if STORED in where:
+                yield Finding("left", value, f"{name}: still on the broker after the drain, the consumer's doing")
+            elif settled:
+                how = f"{settled[0].word} by {settled[0].process}"
+                yield Finding(
+                    "lost", value, f"{name}: {how}, never handled with success, and gone: the consumer's doing"
+                )
+            elif (value, place, group) in self.handled:
+                why = (
+                    f"{name}: delivered, never settled, and gone: lost by the broker, or settled by one that was killed"
+                )
+                yield Finding("lost", value, why)
+            elif LOGGED in where:
+                yield Finding("lost", value, f"{name}: the broker has had it, and nobody got it: the consumer's doing")
+            else:
+                why = f"{name}: never delivered and not on the broker: lost by the sender or the broker"
+                yield Finding("lost", value, why)
 
     def intruders(self) -> Iterable[Finding]:
         for (value, place, _), tries in self.handled.items():
-            first = tries[0].begun
-            sends = [call for call in self.sends.get(value, ()) if call.begun.place == place]
+            first = tries[0]
+            sends = [call for call in self.sends.get(value, ()) if call.place == place]
             if not sends:
                 yield Finding("unexpected", value, f"{place}: handled by {first.process}, sent by nobody", first.at)
             elif all(call.kind == "fail" for call in sends):
@@ -202,114 +257,121 @@ class _Run:
                 yield Finding("resurrected", value, why, first.at)
 
     def repetitions(self) -> Iterable[Finding]:
-        """Handled with success more than once, and delivered after a confirmed settlement."""
-        for (value, place, group), tries in self.handled.items():
+        """Handled with success more than once without a cause, or delivered after a confirmed settlement."""
+        for name, tries in self.handled.items():
             if len(tries) == 1:
                 continue
-            if not self.one_copy(value):
-                continue
+            value, place, _ = name
             done = [call for call in tries if call.kind == "ok"]
-            for earlier, later in pairwise(done):
-                if not self.faulty(earlier.begun.at, later.begun.at):
-                    why = (
-                        f"{place}: handled by {earlier.begun.process} and by {later.begun.process}, with no fault near"
-                    )
-                    yield Finding("duplicate", value, why, later.begun.at)
-            if self.promised.settle_confirmed:
-                yield from self._returns(value, tries, self.settled.get((value, place, group), ()))
-
-    def _returns(self, value: str, tries: Sequence[_Call], settles: Iterable[_Call]) -> Iterable[Finding]:
-        ends = [call.end for call in settles if call.kind == "ok" and call.end is not None]
-        # A retry that was moved while something was broken may have left two copies, of which one was settled.
-        if not ends or self.faulty(tries[0].begun.at, min(ends)):
-            return
-        late = next((call for call in tries if call.begun.at > min(ends)), None)
-        if late is not None:
-            why = f"{late.begun.place}: delivered to {late.begun.process} after its settlement had been confirmed"
-            yield Finding("came_back", value, why, late.begun.at)
-
-    def one_copy(self, value: str) -> bool:
-        """Sent once and in calm. In a fault the publisher may have sent it again, and both copies may be on the broker."""
-        sends = self.sends.get(value, ())
-        return len(sends) == 1 and sends[0].end is not None and not self.faulty(sends[0].begun.at, sends[0].end)
+            twice = self.causes.copies(name, self.sends.get(value, ()))
+            if twice:
+                self.explained["copies"] += max(0, len(done) - 1)
+                continue
+            later = {id(call): before for before, call in pairwise(done)}
+            for call in tries[1:]:
+                before = later.get(id(call))
+                over = self.causes.finished(name, call.at)
+                if over is not None:
+                    if not self.promised.settle_confirmed and self.causes.in_doubt(over, name, call.at):
+                        self.explained["ack"] += before is not None
+                    else:
+                        why = f"{place}: delivered to {call.process} after {over.process} had settled it"
+                        yield Finding("came_back", value, why, call.at)
+                        break
+                elif before is not None:
+                    if cause := self.causes.given_up(before, name, call.at):
+                        self.explained[cause] += 1
+                    else:
+                        why = f"{place}: handled by {before.process} and by {call.process}, and nothing says why"
+                        yield Finding("duplicate", value, why, call.at)
 
     def order(self) -> Iterable[Finding]:
         """Among first deliveries: nobody waited for a message that was confirmed before this one was sent."""
-        first: dict[tuple[str, str, str, str], list[tuple[int, _Call]]] = defaultdict(list)
+        first: dict[tuple[str, str, str, str], list[tuple[int, Call]]] = defaultdict(list)
         for (value, place, group), tries in self.handled.items():
             sends = self.sends.get(value, ())
             if place in self.promised.ordered and len(sends) == 1 and sends[0].kind == "ok":
-                begun = sends[0].begun
-                first[place, group, begun.key, begun.process].append((tries[0].begun.at, sends[0]))
+                first[place, group, sends[0].key, sends[0].process].append((tries[0].at, sends[0]))
         for (place, group, key, _), firsts in first.items():
             newest = 0
             for at, send in sorted(firsts, key=lambda one: one[0]):
                 if send.end is not None and send.end < newest:
                     name = f"{place}.{group}" if group else place
-                    yield Finding(
-                        "order", send.begun.value, f"{name}, key {key!r}: a later message was handled first", at
-                    )
-                newest = max(newest, send.begun.at)
+                    yield Finding("order", send.value, f"{name}, key {key!r}: a later message was handled first", at)
+                newest = max(newest, send.at)
 
-    def overlaps(self) -> Iterable[Finding]:
-        """Of one key only one is handled at a time. A consumer whose lease was lost in a fault can't know it, and is excused."""
-        lanes: dict[tuple[str, str, str], list[_Call]] = defaultdict(list)
+    def overlapping(self) -> Iterable[tuple[Call, Call, Name]]:
+        """Pairs of handlings of one key at the same time, and the name of the first."""
+        lanes: dict[tuple[str, str, str], list[Call]] = defaultdict(list)
         for (_, place, group), tries in self.handled.items():
             if place in self.promised.ordered:
                 for call in tries:
                     if call.end is not None:
-                        lanes[place, group, call.begun.key].append(call)
-        for (place, _, key), lane in lanes.items():
-            lane.sort(key=lambda call: call.begun.at)
+                        lanes[place, group, call.key].append(call)
+        for (place, group, _), lane in lanes.items():
+            lane.sort(key=lambda call: call.at)
             longest = lane[0]
             for call in lane[1:]:
                 end = longest.end or 0
-                if call.begun.at < end and not self.faulty(longest.begun.at, call.begun.at):
-                    why = f"{place}, key {key!r}: began while {longest.begun.value} was being handled"
-                    yield Finding("overlap", call.begun.value, why, call.begun.at)
+                if call.at < end:
+                    yield longest, call, (longest.value, place, group)
                 if (call.end or 0) > end:
                     longest = call
 
+    def overlaps(self) -> Iterable[Finding]:
+        """Of one key only one is handled at a time. A consumer whose delivery was taken away can't know it at once."""
+        for longest, call, name in self.overlapping():
+            own = call.value, *name[1:]
+            if self.causes.given_up(longest, name, call.at) or self.causes.given_up(call, own, call.at):
+                continue
+            why = f"{call.place}, key {call.key!r}: began while {longest.value} was being handled"
+            yield Finding("overlap", call.value, why, call.at)
+
     def attempts(self) -> Iterable[Finding]:
-        for (value, place, _), tries in self.handled.items():
-            last: dict[str, Operation] = {}
+        for name, tries in self.handled.items():
+            value, place, _ = name
+            last: dict[str, Call] = {}
             for call in tries:
-                told = call.begun.attempt
+                told = call.attempt
                 if not told:
                     continue
-                before = last.get(call.begun.process)
-                # Failures between two durable steps may be forgotten when a link or the broker dies, never else.
-                if before is not None and told < before.attempt and not self.faulty(before.at, call.begun.at):
-                    why = f"{place}: attempt {told} after attempt {before.attempt} in {call.begun.process}"
-                    yield Finding("attempt_back", value, why, call.begun.at)
-                last[call.begun.process] = call.begun
+                before = last.get(call.process)
+                # Failures between two durable steps may be forgotten with the delivery, never else.
+                if before is not None and told < before.attempt:
+                    lost = self.causes.given_up(before, name, call.at)
+                    if not lost and not self.causes.copies(name, self.sends.get(value, ())):
+                        why = f"{place}: attempt {told} after attempt {before.attempt} in {call.process}"
+                        yield Finding("attempt_back", value, why, call.at)
+                last[call.process] = call
                 # One that never ended may have failed before it could say so.
-                failed = sum(other.kind != "ok" and other.begun.at < call.begun.at for other in tries)
+                failed = sum(other.kind != "ok" and other.at < call.at for other in tries)
                 if told > failed + 1:
-                    why = f"{place}: attempt {told} in {call.begun.process} after {failed} failures"
-                    yield Finding("attempt_high", value, why, call.begun.at)
+                    why = f"{place}: attempt {told} in {call.process} after {failed} failures"
+                    yield Finding("attempt_high", value, why, call.at)
 
     def replies(self) -> Iterable[Finding]:
         for call in self.requests:
-            if call.kind == "ok" and call.detail != call.begun.value:
-                why = f"{call.begun.process} was answered with the reply to {call.detail!r}"
-                yield Finding("reply", call.begun.value, why, call.end or 0)
+            if call.kind == "ok" and call.detail != call.value:
+                why = f"{call.process} was answered with the reply to {call.detail!r}"
+                yield Finding("reply", call.value, why, call.end or 0)
 
     def faults(self) -> Iterable[Finding]:
         for call in self.injected:
             if call.kind != "ok":
-                why = f"{call.begun.value}: {call.detail or 'its end is not recorded'}"
-                yield Finding("no_bite", call.begun.value, why, call.begun.at)
+                yield Finding(
+                    "no_bite", call.value, f"{call.value}: {call.detail or 'its end is not recorded'}", call.at
+                )
 
     def counts(self, findings: Iterable[Finding]) -> dict[str, int]:
-        """Figures of the run; `duplicates` counts the explained ones too."""
-        kinds = Counter(call.kind for sends in self.sends.values() for call in sends)
+        """Figures of the run; `duplicates` counts the explained ones too, `by_…` say by what."""
+        kinds = Counter(call.kind for call in chain.from_iterable(self.sends.values()))
         done = [sum(call.kind == "ok" for call in tries) for tries in self.handled.values()]
         arrived = {value for value, _, _ in self.handled}
         recovered = sum(
             value in arrived and all(call.kind == "unknown" for call in sends) for value, sends in self.sends.items()
         )
         dead = {value for value, where in self.seen.items() if any(detail == DEAD for detail, _ in where)}
+        broken = Counter(finding.check for finding in findings)
         return {
             "sent": sum(kinds.values()),
             "confirmed": kinds["ok"],
@@ -317,20 +379,16 @@ class _Run:
             "unknown": kinds["unknown"],
             "recovered": recovered,
             "handled": sum(count > 0 for count in done),
+            "lost": broken["lost"],
             "duplicates": sum(count - 1 for count in done if count > 1),
-            "unexplained_duplicates": sum(finding.check == "duplicate" for finding in findings),
+            **{f"by_{cause}": count for cause, count in sorted(self.explained.items()) if count},
+            "unexplained_duplicates": broken["duplicate"] + broken["came_back"],
             "dead_letters": len(dead),
             "faults": len(self.injected),
-            "findings": sum(1 for _ in findings),
+            "findings": sum(broken.values()),
         }
 
 
-def _merged(windows: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Windows that don't overlap, in order."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(windows):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
+def _call(operation: Operation, process: str, value: str) -> Call:
+    o = operation
+    return Call(process, o.at, value, intern(o.place), intern(o.group), intern(o.key), o.attempt, seq=o.seq)

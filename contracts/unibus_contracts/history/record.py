@@ -16,16 +16,23 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from unibus import errors
 
 Kind = Literal["invoke", "ok", "fail", "unknown"]
-What = Literal["send", "request", "handle", "settle", "look", "drain", "fault"]
+
+# What a service sees: send, request, handle, settle. What its adapter is told, `value` naming many (`unibus_contracts.chaos.watched`):
+# try (a send that was not confirmed), copied (a retry's or a dead letter's copy, confirmed), settled (`detail`: accepted,
+# released, or moved when a copy has been made before), lost (no longer ours; without a `value`: all that came by the link).
+# Of the run: look, drain, fault, and bye, the last word of a process that was not killed.
+What = Literal[
+    "send", "request", "handle", "settle", "try", "copied", "settled", "lost", "look", "drain", "fault", "bye"
+]
 
 # The broker, or the client before a byte has left, said no: nobody will ever see the message. `Unroutable`: it was not stored.
 FINAL = (
@@ -41,12 +48,21 @@ FINAL = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+def outcome(error: BaseException) -> Kind:
+    """What is known of an operation that ended in this error."""
+    return "fail" if isinstance(error, FINAL) else "unknown"
+
+
+_quoted = json.encoder.encode_basestring_ascii
+
+
+@dataclass(slots=True)
 class Operation:
     """One line. `process` and `call` tie an ending to its invocation; `at`: nanoseconds, monotonic.
 
     `value`: what was sent, unique in the run; `place`: channel; `group`: subscription, empty on a queue; `seq`: its number
     among the messages of its key and sender; `attempt`: as the delivery told; `detail`: a word on why, where or what.
+    An ending says only what its invocation does not.
     """
 
     process: str
@@ -63,7 +79,7 @@ class Operation:
     detail: str = ""
 
 
-_DEFAULTS = {field.name: field.default for field in fields(Operation)}
+_ABOUT = {field.name: field.default for field in fields(Operation) if field.default is not MISSING}
 
 
 class Recorder:
@@ -88,49 +104,65 @@ class Recorder:
         self.close()
 
     def write(self, operation: Operation) -> None:
-        said = {name: value for name, value in asdict(operation).items() if value != _DEFAULTS[name]}
-        os.write(self._file, json.dumps(said, separators=(",", ":")).encode() + b"\n")
+        said = {name: getattr(operation, name) for name in _ABOUT}
+        about = {name: value for name, value in said.items() if value != _ABOUT[name]}
+        self._line(operation.call, operation.at, operation.what, operation.kind, about)
+
+    def _line(self, call: int, at: int, what: str, kind: str, about: Mapping[str, str | int]) -> None:
+        # By hand: there may be millions, and json.dumps takes four times as long.
+        more = "".join(
+            f',"{name}":{_quoted(value) if isinstance(value, str) else value}' for name, value in about.items()
+        )
+        os.write(self._file, f'{{"call":{call},"at":{at},"what":"{what}","kind":"{kind}"{more}}}\n'.encode())
 
     @contextmanager
-    def during(self, what: What, **about: Any) -> Iterator[Ending]:
+    def during(self, what: What, **about: str | int) -> Iterator[Ending]:
         """Invoke now, end when the block does: `ok`, or as its exception says, which goes on.
 
         The block may say otherwise by the `Ending`: `ending.kind = "fail"; ending.detail = "did not bite"`.
         """
         call = next(self._calls)
-        self.write(Operation(self.process, call, time.monotonic_ns(), what, "invoke", **about))
+        self._line(call, time.monotonic_ns(), what, "invoke", about)
         ending = Ending()
         try:
             yield ending
         except BaseException as error:
-            # A handler that raises has failed for certain; of everything else only what is FINAL has.
-            certain = isinstance(error, FINAL) or (what == "handle" and isinstance(error, Exception))
-            ending.kind = "fail" if certain else "unknown"
+            # A handler that raises has failed for certain.
+            ending.kind = "fail" if what == "handle" and isinstance(error, Exception) else outcome(error)
             ending.detail = ending.detail or type(error).__name__
             raise
         finally:
-            told = about | ({"detail": ending.detail} if ending.detail else {})
-            self.write(Operation(self.process, call, time.monotonic_ns(), what, ending.kind, **told))
+            told = {"detail": ending.detail} if ending.detail else {}
+            if ending.value:
+                told["value"] = ending.value
+            self._line(call, time.monotonic_ns(), what, ending.kind, told)
 
-    def note(self, what: What, kind: Kind = "ok", **about: Any) -> None:
+    def note(self, what: What, kind: Kind = "ok", **about: str | int) -> None:
         """Something that has no duration: `note("look", value=…, detail="dead")`."""
-        self.write(Operation(self.process, next(self._calls), time.monotonic_ns(), what, kind, **about))
+        self._line(next(self._calls), time.monotonic_ns(), what, kind, about)
 
 
 @dataclass(slots=True)
 class Ending:
-    """How an operation ends, unless an exception says otherwise."""
+    """How an operation ends, unless an exception says otherwise. `value`: which of many did not end well."""
 
     kind: Kind = "ok"
     detail: str = ""
+    value: str = ""
 
 
-def read(folder: Path) -> list[Operation]:
-    """All processes' operations in the order of their times. A last line cut off by a SIGKILL is left out.
+@dataclass(frozen=True, slots=True)
+class History:
+    """All operations, process by process, each in the order in which it wrote them; one at a time, since they may be millions.
 
-    Raises ValueError for any other line that is no operation: a history with holes proves nothing.
+    A last line cut off by a SIGKILL is left out. Raises ValueError for any other line that is no operation: a history with
+    holes proves nothing.
     """
-    return sorted(Tail(folder).new(), key=lambda operation: operation.at)
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[Operation]:
+        return Tail(self.folder).new()
 
 
 class Tail:
@@ -141,15 +173,20 @@ class Tail:
         self._read: dict[Path, tuple[int, int]] = {}  # how far, and how many lines that were
 
     def new(self) -> Iterator[Operation]:
-        """Raises ValueError, as `read` does."""
+        """Raises ValueError, as `History` does."""
         for path in sorted(self._folder.glob("*.jsonl")):
             offset, number = self._read.get(path, (0, 0))
+            process = path.stem
             with path.open("rb") as file:
                 file.seek(offset)
-                *lines, _ = file.read().split(b"\n")  # the rest is empty, or what is being written, or was cut off
-            self._read[path] = offset + sum(len(line) + 1 for line in lines), number + len(lines)
-            for at, line in enumerate(lines, number + 1):
-                try:
-                    yield Operation(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{path.name}, line {at} is no operation: {error}") from error
+                for line in file:
+                    if not line.endswith(b"\n"):  # it is being written, or was cut off
+                        break
+                    number += 1
+                    try:
+                        operation = Operation(**{"process": process, **json.loads(line)})
+                    except (ValueError, TypeError) as error:
+                        raise ValueError(f"{path.name}, line {number} is no operation: {error}") from error
+                    offset += len(line)
+                    self._read[path] = offset, number
+                    yield operation

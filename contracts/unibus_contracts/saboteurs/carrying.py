@@ -270,6 +270,7 @@ class AddsAReturnAddress(Adapter):
     "invalid.redrive_after_repair",
     "retry.message_is_unchanged",
     "corr.survives_retry_dead_letter_redrive",
+    "once.failed_runs_again",
 )
 class RenamesCopies(Adapter):
     count = itertools.count(1)

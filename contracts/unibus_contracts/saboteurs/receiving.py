@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from unibus.adapter import Backlog, Endpoint, Outcome, Outgoing, Source
+from unibus.adapter import Backlog, Endpoint, Outcome, Outgoing, Source, Standing
 from unibus.capabilities import native
 from unibus.channel import Group, Queue
 from unibus.delivery import Delivery
-from unibus.errors import Refused, Timeout
+from unibus.errors import ConnectionLost, Refused, Timeout
 from unibus.memory_subscription import MemorySubscription
 from unibus.message import RETRY_COUNT
 
@@ -264,6 +265,7 @@ class CountsFromZero(Adapter):
     "settle.timeout_is_a_failure",
     "dlq.redriven_may_die_again",
     "dlq.at_once",
+    "once.waits_uncounted",
 )
 class CountsTheFirstAttempt(Adapter):
     def receiving(self, delivery: Delivery[Any]) -> Delivery[Any]:
@@ -290,6 +292,19 @@ class CountsWhatIsGivenBack(Adapter):
         times = self.inner.broker.__dict__.setdefault("times", {})
         times[entry] = delivery.deliveries = times.get(entry, 0) + 1
         delivery.failures = delivery.deliveries - 1
+        return delivery
+
+
+@saboteur(
+    "What comes again has an id of its own, as where it is made of the delivery.",
+    "once.redelivered_does_not_run_again",
+)
+class RenamesWhatComesAgain(Adapter):
+    def receiving(self, delivery: Delivery[Any]) -> Delivery[Any]:
+        times = self.inner.broker.__dict__.setdefault("handed_out", {})
+        times[delivery.token] = times.get(delivery.token, 0) + 1
+        if times[delivery.token] > 1:
+            delivery.message = replace(delivery.message, id=f"{delivery.message.id}-{times[delivery.token]}")
         return delivery
 
 
@@ -362,3 +377,16 @@ class ForgetsOthersFailures(Adapter):
             rest = {name: value for name, value in message.headers.items() if name != RETRY_COUNT}
             message.headers = MappingProxyType(rest)
         return delivery
+
+
+@saboteur("A subscription that is closed goes on waiting, and says that it consumes.", "health.gone_is_not_ok")
+class WaitsAfterItsEnd(Subscription):
+    async def receive(self, limit: int, timeout: float) -> Deliveries:
+        try:
+            return await super().receive(limit, timeout)
+        except ConnectionLost:
+            await asyncio.Event().wait()
+            return []
+
+    async def check(self) -> Standing:
+        return "consuming"

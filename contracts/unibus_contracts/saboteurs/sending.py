@@ -198,6 +198,7 @@ class ThrottlesWhatItHasStored(Adapter):
     "corr.survives_retry_dead_letter_redrive",
     "reply.roundtrip",
     "settle.unsettled_returns",
+    "once.copies_run_once",
 )
 class GivesNewIds(Adapter):
     count = itertools.count(1)

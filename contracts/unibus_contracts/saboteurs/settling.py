@@ -292,7 +292,7 @@ class BuriesTwice(Subscription):
         return await super().move(twice, timeout)
 
 
-@saboteur("Extending a lease does nothing.", "settle.extend_prolongs")
+@saboteur("Extending a lease does nothing.", "settle.extend_prolongs", "lease.lost_is_told")
 class ExtendsNothing(Subscription):
     async def extend(self, deliveries: Deliveries, seconds: float) -> Results:
         return [None] * len(deliveries)
@@ -304,7 +304,7 @@ class ExtendsTooLittle(Subscription):
         return await self.inner.extend(deliveries, seconds / 10)
 
 
-@saboteur("What was settled can be extended, and is held again.", "settle.extend_prolongs")
+@saboteur("What was settled can be extended, and is held again.", "settle.extend_prolongs", "lease.lost_is_told")
 class ExtendsWhatIsGone(Subscription):
     async def extend(self, deliveries: Deliveries, seconds: float) -> Results:
         await self.inner.extend(deliveries, seconds)
@@ -320,3 +320,74 @@ class BuriesNoExpired(Subscription):
         now = self.inner._broker.clock.time()
         late = [Move(m.delivery, []) if (m.delivery.message.expires_at or now) < now else m for m in moves]
         return await super().move(late, timeout)
+
+
+@saboteur("A lease that is gone is said of all that are extended with it.", "lease.lost_is_told")
+class LosesAllLeasesWithOne(Subscription):
+    async def extend(self, deliveries: Deliveries, seconds: float) -> Results:
+        results = await self.inner.extend(deliveries, seconds)
+        return [next((error for error in results if error is not None), None)] * len(deliveries)
+
+
+@saboteur("To ack what is somebody else's by now breaks the link.", "lease.late_ack_is_harmless")
+class BreaksOnALateAck(Subscription):
+    async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
+        if any(delivery not in self.inner.held for delivery in deliveries):
+            raise ConnectionLost("a delivery that is not known closes the channel")
+        return await self.inner.settle(outcome, deliveries, delays=delays)
+
+
+@saboteur("A late ack settles the message that has come again.", "lease.late_ack_is_harmless")
+class SettlesTheNextRun(Subscription):
+    async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
+        now = {delivery.token: delivery for delivery in self.inner.held}
+        return await self.inner.settle(outcome, [now.get(d.token, d) for d in deliveries], delays=delays)
+
+
+@saboteur(
+    "What is taken before it is due and given back is delivered at once.",
+    "delay.early_goes_back_to_its_time",
+)
+class ForgetsThatItWasEarly(Subscription):
+    async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
+        if outcome is Outcome.RELEASED:
+            self.inner._early.clear()
+        return await self.inner.settle(outcome, deliveries, delays=delays)
+
+
+@saboteur(
+    "What was taken before it was due is delivered at once when its subscription is closed.",
+    "delay.early_goes_back_to_its_time",
+)
+class HurriesWhatItHeldEarly(Subscription):
+    async def close(self) -> None:
+        self.inner._early.clear()
+        await self.inner.close()
+
+
+@saboteur(
+    "What is accepted before it is due comes all the same when it is.",
+    "delay.early_accepted_is_gone",
+)
+class KeepsWhatWasAcceptedEarly(Subscription):
+    async def settle(self, outcome: Outcome, deliveries: Deliveries, *, delays: Sequence[float] = ()) -> Results:
+        early = [delivery for delivery in deliveries if delivery in self.inner._early]
+        if outcome is Outcome.ACCEPTED and early:
+            await self.inner.settle(Outcome.RELEASED, early)
+            rest = await self.inner.settle(outcome, [d for d in deliveries if d not in early])
+            results = iter(rest)
+            return [None if delivery in early else next(results) for delivery in deliveries]
+        return await self.inner.settle(outcome, deliveries, delays=delays)
+
+
+@saboteur(
+    "A message that is taken before it is due does not tell how long it has to wait.",
+    "delay.early_goes_back_to_its_time",
+    "delay.early_accepted_is_gone",
+)
+class HidesTheRestOfTheWait(Subscription):
+    async def receive(self, limit: int, timeout: float) -> Deliveries:
+        found = await super().receive(limit, timeout)
+        for delivery in found:
+            delivery.message.delay = None
+        return found

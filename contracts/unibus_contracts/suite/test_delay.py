@@ -7,10 +7,13 @@ import time
 import pytest
 
 from unibus import Bus, ConfigError, Delivery, Message, Queue, Unsupported
+from unibus.adapter import Outcome, Subscription
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import Kit, Seen, bodies, leftover, take, until
+from unibus_contracts.spi import subscribed
 
 SLACK = 4.0
+WAIT = 4.0  # for what is taken before it is due
 
 
 @contract(
@@ -81,6 +84,76 @@ async def test_undeclared(kit: Kit) -> None:
             await bus.publish(topic, b"x", delay=1)
         assert await leftover(bus, queue) == []
         assert await leftover(bus, (topic, "g")) == []
+
+
+async def taken_early(subscription: Subscription, count: int, begun: float) -> list[Delivery[bytes]]:
+    """Up to `count` that were sent at `begun`, as far as the broker hands them out before they are due, and says so."""
+    found: list[Delivery[bytes]] = []
+    while len(found) < count and time.monotonic() - begun < WAIT - 1:
+        more = await subscription.receive(count - len(found), 0.2)
+        waited = time.monotonic() - begun
+        for delivery in more:
+            rest = delivery.message.delay or 0
+            assert waited >= WAIT or WAIT - waited <= rest <= WAIT + 1, (
+                f"{rest:g} s to go, after {waited:g} of {WAIT:g}"
+            )
+        found += more
+    return found
+
+
+@contract(
+    "delay.early_goes_back_to_its_time",
+    "What an early source has taken and given back comes when it is due, not before; or that source is refused.",
+    needs="delay",
+)
+async def test_early_back(kit: Kit) -> None:
+    queue = kit.queue(delayed=True)
+    async with kit.bus(queue) as bus:
+        begun = time.monotonic()
+        for body in (b"released", b"held at the end"):
+            await bus.send(queue, body, delay=WAIT)
+        try:
+            async with subscribed(bus, queue, early=True) as subscription:
+                found = await taken_early(subscription, 2, begun)
+                released = [delivery for delivery in found if delivery.message.body == b"released"]
+                assert list(await subscription.settle(Outcome.RELEASED, released)) == [None] * len(released)
+        except Unsupported:
+            pass  # then nothing has happened to them
+        async with bus.receiver(queue) as receiver:
+            for _ in range(2):
+                (delivery,) = await take(receiver)
+                assert time.monotonic() - begun >= WAIT, f"{delivery.body!r} came before it was due"
+                assert delivery.attempt == 1
+                await delivery.ack()
+        assert await leftover(bus, queue) == []
+
+
+@contract(
+    "delay.early_accepted_is_gone",
+    "What an early source has accepted is not delivered when it would have been due; or that source is refused.",
+    needs="delay",
+)
+async def test_early_accepted(kit: Kit) -> None:
+    queue = kit.queue(delayed=True)
+    async with kit.bus(queue) as bus:
+        begun, gone = time.monotonic(), list[bytes]()
+        for body in (b"0", b"1", b"last"):
+            await bus.send(queue, body, delay=WAIT)
+        try:
+            async with subscribed(bus, queue, early=True) as subscription:
+                found = [d for d in await taken_early(subscription, 3, begun) if d.message.body != b"last"]
+                assert list(await subscription.settle(Outcome.ACCEPTED, found)) == [None] * len(found)
+                gone = [delivery.message.body for delivery in found]
+        except Unsupported:
+            pass
+        seen = list[bytes]()
+        async with bus.receiver(queue) as receiver:
+            while b"last" not in seen or len(seen) + len(gone) < 3:
+                (delivery,) = await take(receiver)
+                seen.append(delivery.body)
+                await delivery.ack()
+        assert sorted([*seen, *gone]) == [b"0", b"1", b"last"]
+        assert await leftover(bus, queue) == []
 
 
 @contract("ttl.expired_is_not_handled", "A message that expired before it was handled is not handled, and is counted.")

@@ -298,6 +298,8 @@ async def test_receiver_ends(kit: Kit) -> None:
 )
 async def test_sigterm(kit: Kit) -> None:
     name = kit.harness.channel("q")
+    async with kit.bus(kit.named_queue(name)):
+        pass
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "unibus_contracts.child", kit.harness.prefix, name),
         stdin=asyncio.subprocess.PIPE,

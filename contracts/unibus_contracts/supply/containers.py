@@ -84,6 +84,14 @@ class Docker:
         with _container(record) as container:
             container.stop(timeout=30)
 
+    def pause(self, kind: Kind, record: Record, home: Path) -> None:
+        with _container(record) as container:
+            container.pause()
+
+    def unpause(self, kind: Kind, record: Record, home: Path) -> None:
+        with _container(record) as container:
+            container.unpause()
+
     def remove(self, record: Record | None, home: Path) -> None:
         from docker.errors import NotFound
 

@@ -1,4 +1,4 @@
-"""Apache Kafka, one KRaft node: SASL on one port, the same over TLS on another, and an authorizer that refuses by default."""
+"""Apache Kafka, KRaft, one node unless it is part of a cluster: SASL on one port, the same over TLS on another, and an authorizer that refuses by default."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _TIMEOUT = 5.0
 # Automatic creation of topics stays on, as it is by default: a client that looks a name up must not make a topic by it.
 CONFIG = """\
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller}
+node.id={node}
+controller.quorum.voters={voters}
 controller.listener.names=CONTROLLER
 listeners=SASL_PLAINTEXT://{address}:{sasl},SASL_SSL://{address}:{tls},BEHIND://{address}:{behind},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls},BEHIND://127.0.0.1:{front}
@@ -44,13 +44,15 @@ ssl.keystore.location={folder}/server.pem
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:{user};User:ANONYMOUS
 log.dirs={data}
+default.replication.factor={replicas}
+min.insync.replicas={in_sync}
 offsets.topic.num.partitions=4
-offsets.topic.replication.factor=1
+offsets.topic.replication.factor={replicas}
 transaction.state.log.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
+transaction.state.log.replication.factor={replicas}
+transaction.state.log.min.isr={in_sync}
+share.coordinator.state.topic.replication.factor={replicas}
+share.coordinator.state.topic.min.isr={in_sync}
 group.initial.rebalance.delay.ms=0
 group.min.session.timeout.ms=1000
 """
@@ -62,11 +64,13 @@ class Kafka:
     image = f"apache/kafka:{VERSION}"
     ports: Sequence[str] = ("sasl", "tls", "behind")
     private_ports: Sequence[str] = ("controller", "front")
+    heap = "512m"
 
     def install(self) -> None:
         maven.install(_NAME, f"org.apache.kafka:kafka_2.13:{VERSION}", f"org.apache.kafka:kafka-tools:{VERSION}")
 
-    def files(self, site: Site) -> Mapping[str, bytes]:
+    def files(self, site: Site, among: Sequence[Site] = ()) -> Mapping[str, bytes]:
+        """`among`: all nodes of its cluster."""
         import trustme  # heavy, and only a first start needs it
         from cryptography.hazmat.primitives import serialization
 
@@ -81,8 +85,16 @@ class Kafka:
             f'org.apache.kafka.common.security.plain.PlainLoginModule required username="{site.user}" '
             f'password="{site.password}" user_{site.user}="{site.password}" user_{_limited(site)}="{site.password}";'
         )
+        nodes = among or [site]
+        ports = {"controller": 9093, "front": 9094, **site.ports}
         config = CONFIG.format(
-            **{"controller": 9093, "front": 9094, **site.ports},
+            **ports,
+            node=nodes.index(site) + 1,
+            voters=",".join(
+                f"{n}@{LOOPBACK}:{other.ports.get('controller', 9093)}" for n, other in enumerate(nodes, 1)
+            ),
+            replicas=len(nodes),
+            in_sync=len(nodes) // 2 + 1,
             address=site.address,
             folder=site.folder,
             data=f"{site.folder}/data" if site.address == LOOPBACK else "/tmp/data",  # noqa: S108  # in a container
@@ -98,7 +110,9 @@ class Kafka:
 
     def native(self, site: Site) -> Command:
         # Two processors and C1 code only: it starts in half the time, and tests share the machine.
-        java = f"java -Xms128m -Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp '{maven.folder(_NAME)}/libs/*'"
+        java = (
+            f"java -Xms128m -Xmx{self.heap} -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp '{maven.folder(_NAME)}/libs/*'"
+        )
         run = f"exec {java} kafka.Kafka {site.folder}/server.properties"
         return Command(["/bin/sh", "-c", f"{_format(site, java + ' kafka.tools.StorageTool')} && {run}"])
 

@@ -75,8 +75,21 @@ class Native:
         pid = self.pid(kind, record, home)
         if pid is not None:
             _signal(pid, signal.SIGTERM)
+            _signal(pid, signal.SIGCONT)  # one that is paused would not hear of it
             if not wait_until(lambda: _dead(pid), _GRACE):
                 self.kill(kind, record, home)
+
+    def pause(self, kind: Kind, record: Record, home: Path) -> None:
+        self._send(signal.SIGSTOP, kind, record, home)
+
+    def unpause(self, kind: Kind, record: Record, home: Path) -> None:
+        self._send(signal.SIGCONT, kind, record, home)
+
+    def _send(self, number: signal.Signals, kind: Kind, record: Record, home: Path) -> None:
+        pid = self.pid(kind, record, home)
+        if pid is None:
+            raise SupplyError(f"{home.name} isn't running, so it gets no {number.name}")
+        _signal(pid, number)
 
     def remove(self, record: Record | None, home: Path) -> None:
         # Its data goes too, so nothing is gained by a graceful end. Repeated, since a process may fork while we look; and
@@ -99,16 +112,23 @@ class Native:
 
 
 def processes(home: Path) -> dict[int, str]:
-    """Command names by process id of everything that was started for the broker in `home`. The dead don't count."""
+    """Command names by process id of everything that was started for the broker in `home`. The dead don't count.
+
+    Those of PostgreSQL write their titles over the mark; but their parent has it, and comes first.
+    """
     mark = f"{MARK}={home}".encode()
-    found = {}
+    found, others = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (entry / "environ").read_bytes().split(b"\0"):
                 found[int(entry.name)] = (entry / "comm").read_text().strip()
+            else:
+                name, rest = (entry / "stat").read_text().partition("(")[2].rsplit(")", 1)
+                others[int(entry.name)] = name, int(rest.split()[1])
         except OSError:  # it ended meanwhile, or it is another user's and so none of ours
             continue
-    return found
+    children = {pid: name for pid, (name, parent) in others.items() if parent in found}
+    return {**found, **children}
 
 
 def _end(pids: Collection[int], name: str) -> None:

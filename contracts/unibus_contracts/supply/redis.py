@@ -100,13 +100,19 @@ def _greet(link: socket.socket, user: str | None, password: str | None) -> None:
     if password:
         commands.insert(0, ["AUTH", *([unquote(user)] if user else []), unquote(password)])
     for words in commands:
-        packed = b"".join(b"$%d\r\n%s\r\n" % (len(word.encode()), word.encode()) for word in words)
-        link.sendall(b"*%d\r\n%s" % (len(words), packed))
-        answer = b""
-        while not answer.endswith(b"\r\n"):
-            chunk = link.recv(1024)
-            if not chunk:
-                raise ConnectionError("the connection was closed; it is no Redis server, or it has just ended")
-            answer += chunk
+        answer = ask(link, *words)
         if not answer.startswith(b"+"):
             raise ConnectionError(f"it answers {words[0]} with {answer[:60]!r}")
+
+
+def ask(link: socket.socket, *words: str, until: bytes = b"\r\n") -> bytes:
+    """The answer to a command, as it is on the wire: an error of one line, or up to its last line, `until`."""
+    packed = b"".join(b"$%d\r\n%s\r\n" % (len(word.encode()), word.encode()) for word in words)
+    link.sendall(b"*%d\r\n%s" % (len(words), packed))
+    answer = b""
+    while not answer.endswith(b"\r\n" if answer.startswith(b"-") else until):
+        chunk = link.recv(4096)
+        if not chunk:
+            raise ConnectionError("the connection was closed; it is no Redis server, or it has just ended")
+        answer += chunk
+    return answer

@@ -13,6 +13,7 @@ from unibus.channel import Address, Topic
 from unibus.delivery import Delivery
 from unibus.driver import OnlyLooks, as_result, held, lease_lost
 from unibus.errors import ConnectionLost, NotFound, TransportError, Unroutable
+from unibus.inflow import closed
 from unibus_sqlite.topology import LIFE, Place
 from unibus_sqlite.wire import COLUMNS, Row, decode
 
@@ -49,7 +50,7 @@ class SqliteSubscription:
         self._takes = 0
         self._held: dict[Delivery[Any], None] = {}
         self._taking: asyncio.Task[list[Delivery[Any]]] | None = None
-        self._stopped = False
+        self._stopped = self._closed = False
         self._living = asyncio.create_task(self._live()) if place.private else None
         self._next = _NEXT.format(_IN_ORDER if source.ordered else "")
 
@@ -77,6 +78,8 @@ class SqliteSubscription:
             if taken or left <= 0:
                 return taken
             await self._adapter.sent.wait(min(left, self._adapter.settings.poll))
+        if self._closed:
+            raise closed(self.address)
         return ()
 
     async def _take(self, limit: int) -> list[Delivery[Any]]:
@@ -215,6 +218,8 @@ class SqliteSubscription:
         self._adapter.sent.wake()  # what was given back, the next of a key, or what was moved
 
     async def check(self) -> Standing:
+        if self._closed:
+            return "gone"
         try:
             await self._adapter.link.run(self._look, f"check {self.address}", write=False)
         except NotFound:
@@ -231,6 +236,7 @@ class SqliteSubscription:
                 await self.settle(Outcome.RELEASED, taking.result())
 
     async def close(self) -> None:
+        self._closed = True
         self._adapter.subscriptions.discard(self)
         if self._living is not None:
             self._living.cancel()

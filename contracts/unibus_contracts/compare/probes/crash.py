@@ -113,4 +113,4 @@ async def _kill(lab: Lab, queue: Queue[bytes]) -> tuple[set[bytes], set[bytes], 
     return {body.encode() for body in told["held"]}, {body.encode() for body in told["acked"]}, killed
 
 
-PROBES = (Probe(name="crash", rows=(REDELIVERY, AGAIN, COUNT), measure=measure, waits=True, limit=180.0),)
+PROBES = (Probe(name="crash", rows=(REDELIVERY, AGAIN, COUNT), measure=measure, waits=True, long=True, limit=180.0),)

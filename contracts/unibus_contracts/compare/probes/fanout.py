@@ -12,13 +12,14 @@ from ..lab import Lab, short, until
 from ..model import Found, Probe, Row
 
 CHAPTER = "topics"
-ROUNDS = 5
+ROUNDS, FEWEST = 5, 3
+ENOUGH = 3.0  # seconds: where rounds take longer, there are fewer
 
 FANOUT = Row(
     id="topics.fanout",
     chapter=CHAPTER,
     title="publishing, by number of groups",
-    how="Five times 200 messages (80 with --quick) of 256 bytes, by one `publish_many` to a topic with so many groups, each consumed in the same process; the median of until all are confirmed, and until "
+    how="Five times (three where that takes more than three seconds) 200 messages (80 with --quick) of 256 bytes, by one `publish_many` to a topic with so many groups, each consumed in the same process; the median of until all are confirmed, and until "
     "every group has handled all. The value compared is the rate of confirmed publishes with the most groups, as a share of that with one.",
     touches=("topic",),
     unit="%",
@@ -51,7 +52,9 @@ async def _publish(lab: Lab, groups: int) -> tuple[float, float]:
     async with bus.running():
         await bus.publish(topic, b"warm")
         await until(lambda: sum(handled) == groups, lambda: f"{sum(handled)} of {groups} groups got the first", 20)
-        rounds = [await _round(bus, topic, lab.sizes.publishes, handled) for _ in range(ROUNDS)]
+        rounds: list[tuple[float, float]] = []
+        while len(rounds) < FEWEST or (len(rounds) < ROUNDS and sum(whole for _, whole in rounds) < ENOUGH):
+            rounds.append(await _round(bus, topic, lab.sizes.publishes, handled))
     count = lab.sizes.publishes
     return count / median(sent for sent, _ in rounds), count / median(whole for _, whole in rounds)
 

@@ -37,7 +37,7 @@ SHARE = Row(
     id="receiving.share",
     chapter=CHAPTER,
     title="competing consumers that get work",
-    how="So many consumers, each with a connection of its own, on one queue in default settings, with 40 messages for each of "
+    how="So many consumers, each with a connection of its own, on one queue in default settings, with 20 messages for each of "
     "them; how many of them were handed any.",
     feature="share",
     touches=("queue",),
@@ -135,7 +135,7 @@ async def share(lab: Lab) -> Mapping[str, Found]:
     async with lab.bus(queue) as sender, AsyncExitStack() as stack:
         buses = [member(number) for number in range(members)]
         await asyncio.gather(*(stack.enter_async_context(bus.running()) for bus in buses))
-        count = 40 * members
+        count = 20 * members
         await sender.send_many(queue, [b"x"] * count, key=_keys(count))
         await until(lambda: sum(handled) >= count, lambda: f"{sum(handled)} of {count} handled", 40)
     busy = sum(bool(n) for n in handled)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from unibus import Queue
 
-from ..lab import Lab, milliseconds, percentile, timed
-from ..model import Declared, Found, Probe, Row
+from ..lab import Lab, milliseconds, percentile, timed, until
+from ..model import Found, Probe, Row
 
 CHAPTER = "requests"
 
@@ -22,11 +23,12 @@ ROUND_TRIP = Row(
     unit="ms",
     better="less",
 )
-LATE = Row(
+GONE = Row(
     id="requests.late",
     chapter=CHAPTER,
     title="a reply to a process that has gone",
-    how="Declared by the adapter, not measured. Native: it is an error for who replies, and is kept nowhere.",
+    how="A request is answered after the bus that asked was closed in order, long before its deadline. Told: whether who replies gets an error, which is counted, or "
+    "the broker takes the reply, which nobody will read.",
     feature="inbox",
     touches=("reply",),
 )
@@ -51,4 +53,31 @@ async def measure(lab: Lab) -> Mapping[str, Found]:
     return {ROUND_TRIP.id: Found(text=f"p50 {milliseconds(middle)}", value=middle * 1000, note=note)}
 
 
-PROBES = (Probe(name="requests", rows=(ROUND_TRIP,), measure=measure, needs="reply"), Declared(row=LATE))
+async def gone(lab: Lab) -> Mapping[str, Found]:
+    queue: Queue[bytes] = Queue(lab.name("gone"), bytes, reply=bytes)
+    asked, closed = asyncio.Event(), asyncio.Event()
+    bus = lab.bus()
+
+    @bus.responder(queue)
+    async def answer(body: bytes) -> bytes:
+        asked.set()
+        await closed.wait()
+        return body
+
+    async with bus.running():
+        async with lab.bus(queue) as requester, asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(requester.request(queue, b"x", timeout=60))
+            await asyncio.wait_for(asked.wait(), 20)
+            asking.cancel()
+        closed.set()
+        done = {"replied", "replies_failed"}
+        await until(lambda: done & bus.counts.keys(), lambda: "the request was not answered", 20)
+        taken = "replied" in bus.counts
+    text = "accepted, and nobody reads it" if taken else "an error for who replies, counted"
+    return {GONE.id: Found(text=text)}
+
+
+PROBES = (
+    Probe(name="requests", rows=(ROUND_TRIP,), measure=measure, needs="reply"),
+    Probe(name="late reply", rows=(GONE,), measure=gone, needs="reply"),
+)

@@ -58,7 +58,7 @@ async def compare(
     """Run the contracts and probes against brokers, and put what they found beside each other: native, emulated or refused,
     and how fast.
 
-    Makes queues and topics under a random prefix. Exits with 1 where anything failed, 3 where no broker could be
+    Makes queues and topics under a random prefix, and deletes them at the end. Exits with 1 where anything failed, 3 where no broker could be
     reached. Ctrl-C keeps what was found, marked as partial.
     """
     try:
@@ -100,9 +100,16 @@ async def compare(
             progress=lambda target, done, seconds: output.say(f"{target}: {done} ({seconds:.1f} s)"),
         )
         try:
-            await run()
-        except asyncio.CancelledError:
-            complain("broken off: what is there is kept, and marked as partial")
+            try:
+                await run()
+            except asyncio.CancelledError:
+                complain(
+                    "broken off: what is there is kept, and marked as partial; what was made on the brokers is deleted"
+                )
+                raise
+            finally:
+                await run.remove()
+        except asyncio.CancelledError:  # of the removal too, by a second Ctrl-C
             _tell(run.document, old, html, json_file)
             raise
     finally:
@@ -150,5 +157,8 @@ def _tell(document: Document, old: Any, html: Path | None, json_file: Path | Non
     if html is not None:
         html.write_text(page(document), encoding="utf-8")
     show(document, Console(width=200 if output.piped() else None, highlight=False))
+    for target in document["targets"]:
+        if target["left"] is not None:
+            complain(f"{target['name']}: not deleted: {target['left']}")
     if changed is not None:
         output.say("\n".join(changed) or f"nothing has changed since {document['against']}")

@@ -7,7 +7,7 @@ import importlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ from unibus.cli.target import JsonOption
 from unibus.errors import ConfigError
 
 Like = Annotated[str | None, typer.Option("--like", "-k", metavar="TEXT", help="Only those whose id contains this.")]
+
+Mode = Literal["create", "assume"]
 
 _OUTCOMES = {
     "passed": "kept",
@@ -50,6 +52,13 @@ def run(
     prefix: Annotated[
         str | None, typer.Option(help="Begins every name on the broker; something random follows.")
     ] = None,
+    channels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what the contracts need, as a unibus.toml; of one broker."),
+    ] = None,
+    declare: Annotated[
+        Mode, typer.Option(help="assume: make nothing, and use what --channels lists and somebody has made.")
+    ] = "create",
     as_json: JsonOption = False,
 ) -> None:
     """Every contract on each of these brokers: kept, refused as declared, broken.
@@ -62,10 +71,14 @@ def run(
         raise ConfigError(f"--like: no contract has {like!r} in its id; see `unibus contracts list`")
     if junit is not None and len(urls) > 1:
         raise ConfigError("--junit: name one broker, or take --report")
+    if channels is not None and len(urls) > 1:
+        raise ConfigError("--channels: name one broker")
     arguments = [] if workers == 1 else ["-n", str(workers)]
     arguments += [] if junit is None else [f"--junitxml={junit}"]
     arguments += [] if pin is None else [f"--unibus-pin={pin}"]
     arguments += [] if prefix is None else [f"--unibus-prefix={prefix}"]
+    arguments += [] if channels is None else [f"--unibus-channels={channels}"]
+    arguments += [f"--unibus-declare={declare}"]
     for url in urls:
         _check(url)
     files = _files(urls, report)
@@ -179,6 +192,6 @@ def _print(found: dict[str, Any], reports: Any) -> None:
     for problem in reports.problems(found):
         if problem not in broken:
             print(problem)
-    for text in found.get("cleanup", ()):
+    for text in [*reports.untried(found), *found.get("cleanup", ())]:
         print(text)
     print(reports.line(found))

@@ -12,7 +12,7 @@ from unibus.cli import output
 from unibus.cli.run import command
 from unibus.cli.target import AppOption, ConfigOption, JsonOption, Target, UrlOption
 from unibus.tooling import declare as create
-from unibus.tooling import inspect
+from unibus.tooling import inspect, stores_of
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ async def declare(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the queues, topics and groups that are missing, whatever the setting `declare` says. Alters and deletes nothing."""
+    """Make the queues, topics, groups and tables of stores that are missing, whatever the setting `declare` says. Alters and deletes nothing."""
     async with Target(app, url, config).opened() as bus:
         found = await inspect(bus)
         if not dry_run:
@@ -37,6 +37,9 @@ async def declare(
             missing = [one for one in found if not one.exists and done.get((one.kind, one.name)) is False]
             assert not missing, missing  # noqa: S101  # declare has raised otherwise
         _print(found, dry_run=dry_run, as_json=as_json)
+        for store in dict.fromkeys(repr(store) for _, store in stores_of(bus)):
+            if not as_json:
+                output.say(f"{store} {'would be made unless it is there' if dry_run else 'is there'}")
 
 
 def _print(found: Sequence[Inspected], *, dry_run: bool, as_json: bool) -> None:

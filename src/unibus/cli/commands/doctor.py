@@ -19,8 +19,8 @@ from unibus.cli.run import DENIED, FAILED, code_of, command
 from unibus.cli.target import AppOption, ConfigOption, JsonOption, Target, UrlOption
 from unibus.config import Setting, Settings
 from unibus.config_sources import variable_of
-from unibus.errors import PermissionDenied, UnibusError
-from unibus.tooling import inspect, settings_of
+from unibus.errors import ConfigError, PermissionDenied, UnibusError
+from unibus.tooling import inspect, settings_of, stores_of
 
 Level = Literal["ok", "note", "risk", "error"]
 
@@ -100,7 +100,12 @@ async def _of_broker(target: Target, settings: Settings) -> AsyncIterator[Findin
             yield Finding("ok", f"{settings.url} answers: {server}, connected in {took:.0f} ms")
             if blocked := (await bus.adapter.check()).blocked:
                 yield Finding("error", f"it takes no messages: {blocked}", FAILED)
-            for finding in [*_of_handlers(bus), *await _of_objects(bus, settings), *await _of_rights(bus)]:
+            for finding in [
+                *_of_handlers(bus),
+                *await _of_stores(bus, settings),
+                *await _of_objects(bus, settings),
+                *await _of_rights(bus),
+            ]:
                 yield finding
     except UnibusError as error:
         yield Finding("error", str(error), code_of(error))
@@ -112,6 +117,23 @@ def _of_handlers(bus: Bus) -> Iterator[Finding]:
             yield Finding(
                 "risk", f"{station.registration} of {station.address} is at-most-once: a crash loses what it runs"
             )
+
+
+async def _of_stores(bus: Bus, settings: Settings) -> list[Finding]:
+    findings = []
+    for what, store in stores_of(bus):
+        try:
+            await store.verify()
+        except ConfigError as error:
+            if settings.declare == "create":
+                findings.append(Finding("note", f"{what}: {error}; the start of the service makes it, too"))
+            else:
+                findings.append(Finding("error", f"{what}: {error}", FAILED))
+        except UnibusError as error:
+            findings.append(Finding("error", f"{what} can't run: {error}", FAILED))
+        else:
+            findings.append(Finding("ok", f"{what} is effectively once, by {store!r}"))
+    return findings
 
 
 async def _of_objects(bus: Bus, settings: Settings) -> list[Finding]:

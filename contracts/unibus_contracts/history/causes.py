@@ -1,0 +1,160 @@
+"""Why a message may come again: what its consumer still held when it lost it, and what was sent twice.
+
+Nothing is excused for being near a fault. A repetition needs a cause in the history of that very message or of the process
+that had it in hand:
+
+- `killed`: the process that held it has said no last word.
+- `link`, `lease`: its link broke, or the delivery was taken away, before its settlement was confirmed.
+- `unsettled`: its settlement was tried, and not confirmed.
+- `copies`: it was sent again after a send of which nobody knows the outcome, or a copy for its retry was confirmed and the
+  original not settled.
+- `ack`: settled, where the broker confirms no settlement, and the link broke before the broker is known to have seen it.
+
+Two times are needed where nothing better can be known. `NOTICE`: a broker may see a link broken, and hand a message to another
+consumer, before the process at this end of it notices. `Expected.settle_window`: how long before a break, or before a fault that
+led to one, an unconfirmed settlement may have been on its way.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .record import Kind
+
+SECOND = 1_000_000_000
+NOTICE = 5 * SECOND
+
+Name = tuple[str, str, str]  # value, channel, group
+
+
+@dataclass(slots=True)
+class Call:
+    """An operation with both its lines. `end` is None where only the invocation is there: nobody knows when it ended."""
+
+    process: str
+    at: int
+    value: str
+    place: str
+    group: str
+    key: str
+    attempt: int
+    kind: Kind = "unknown"
+    end: int | None = None
+    detail: str = ""
+    seq: int = 0
+
+
+@dataclass(slots=True)
+class Settled:
+    """One settlement of one delivery. `end` is None unless it was confirmed. `word`: accepted, moved, released."""
+
+    process: str
+    at: int
+    end: int | None
+    word: str
+
+
+@dataclass(slots=True)
+class Causes:
+    """Gathered from a history; asked by its checks."""
+
+    settle_confirmed: bool
+    window: int  # nanoseconds
+    settled: dict[Name, list[Settled]] = field(default_factory=lambda: defaultdict(list))
+    taken: dict[tuple[str, Name], list[int]] = field(default_factory=lambda: defaultdict(list))
+    copied: dict[Name, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
+    tries: dict[tuple[str, str], int] = field(
+        default_factory=lambda: defaultdict(int)
+    )  # value and group: not confirmed
+    breaks: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # of a process's link
+    last: dict[str, int] = field(default_factory=dict)  # when each process wrote its last line
+    ended: set[str] = field(default_factory=set)  # those that said bye
+    faults: list[tuple[int, int]] = field(default_factory=list)
+
+    def note(self, call: Call, what: str) -> None:
+        """Take in what an adapter was told. Values are many, with blanks between them."""
+        if what == "lost" and not call.value:
+            self.breaks[call.process].append(call.at)
+            return
+        for value in call.value.split():
+            name = value, call.place, call.group
+            if what == "lost":
+                self.taken[call.process, name].append(call.at)
+            elif what == "copied":
+                self.copied[name].append((call.process, call.at))
+            elif what == "try":
+                self.tries[value, call.group] += 1
+
+    def settle(self, call: Call, word: str, failed: Sequence[str]) -> None:
+        """`failed`: those of its values that were not confirmed; without any, `call.kind` is true of all."""
+        for value in call.value.split():
+            sure = value not in failed if failed else call.kind == "ok"
+            self.settled[value, call.place, call.group].append(
+                Settled(call.process, call.at, call.end if sure else None, word)
+            )
+
+    def prepare(self) -> None:
+        """Once all is taken in."""
+        for times in (*self.breaks.values(), *self.taken.values()):
+            times.sort()
+
+    def given_up(self, call: Call, name: Name, by: int) -> str | None:
+        """Why the delivery that `call` handled was not its process's any more, as a broker saw it by the time `by`; or None."""
+        process = call.process
+        mine = [s for s in self.settled.get(name, ()) if s.process == process and s.at >= call.at]
+        done = min((s.end for s in mine if s.end is not None), default=None)
+        limit = by + NOTICE if done is None else min(done, by + NOTICE)
+        if _any(self.taken.get((process, name), ()), call.at, limit):
+            return "lease"
+        if _any(self.breaks.get(process, ()), call.at, limit):
+            return "link"
+        if any(s.end is None and s.at <= limit for s in mine):
+            return "unsettled"
+        if done is None and process not in self.ended and self.last.get(process, 0) <= by + NOTICE:
+            return "killed"
+        return None
+
+    def copies(self, name: Name, sends: Iterable[Call]) -> bool:
+        """May there be two of it?"""
+        value, _, group = name
+        sure = sum(call.kind == "ok" for call in sends)
+        # A send that was repeated was tried at least twice; of the last try of one that failed nothing more came.
+        tried = self.tries.get((value, ""), 0)
+        if tried + sure > 1 or (group and self.tries.get((value, group), 0) > 0):
+            return True
+        for process, at in self.copied.get(name, ()):
+            moved = [s for s in self.settled.get(name, ()) if (s.process, s.word) == (process, "moved") and s.at >= at]
+            if any(s.end is not None for s in moved):
+                continue
+            if moved or _any(self.breaks.get(process, ()), at, None) or process not in self.ended:
+                return True
+            if _any(self.taken.get((process, name), ()), at, None):
+                return True
+        return False
+
+    def finished(self, name: Name, before: int) -> Settled | None:
+        """The first settlement after which the broker must not hand it out again, if it was confirmed before that time."""
+        ends = [s for s in self.settled.get(name, ()) if s.word == "accepted" and s.end is not None and s.end < before]
+        return min(ends, key=lambda s: s.end or 0, default=None)
+
+    def in_doubt(self, settled: Settled, name: Name, by: int) -> bool:
+        """Settled as far as its process knows; has the broker seen it? Only asked where it confirms no settlement."""
+        assert settled.end is not None
+        breaks = [*self.breaks.get(settled.process, ()), *self.taken.get((settled.process, name), ())]
+        if settled.process not in self.ended:
+            breaks.append(self.last.get(settled.process, 0))
+        until = settled.end + self.window
+        for at in sorted(breaks):
+            if settled.at <= at <= by + NOTICE:
+                held = any(begun <= until and at <= end + NOTICE for begun, end in self.faults if end >= settled.at)
+                return at <= until or held
+        return False
+
+
+def _any(times: Sequence[int], since: int, until: int | None) -> bool:
+    """Is one of the times, which are in order, between these?"""
+    at = bisect_left(times, since)
+    return at < len(times) and (until is None or times[at] <= until)
