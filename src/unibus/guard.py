@@ -22,7 +22,8 @@ from unibus.settler import Settler
 class CrashGuard:
     """Of one intake. `alone`: it is at work, one delivery at a time is in our hands. `suspects`: found before it was.
 
-    `limit`: runs alone, after which a suspect is a dead letter, by `finish`.
+    `limit`: runs alone, after which a suspect is a dead letter, by `finish`. `spare`: hand-outs of a copy before its run that
+    are no evidence, since changing to `alone` may have cost them.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class CrashGuard:
         settler: Settler,
         report: Report,
         finish: Callable[[Delivery[Any], Verdict], None],
+        *,
+        spare: int = 0,
     ) -> None:
         self.alone = False
         self.suspects: list[Delivery[Any]] = []
@@ -41,10 +44,11 @@ class CrashGuard:
         self._settler = settler
         self._report = report
         self._finish = finish
+        self._spare = spare
 
     def trusts(self, delivery: Delivery[Any], crashes: int) -> bool:
         """May it be handed out now? If not, it is on its way to another place. `crashes`: its count so far."""
-        match retry.suspect(delivery.deliveries, crashes, self._limit):
+        match retry.suspect(delivery.deliveries, crashes, self._limit, self._spare):
             case Suspicion.NONE:
                 return True
             case Suspicion.ALONE if self.alone:

@@ -106,7 +106,10 @@ class Intake:
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
         self._emptying = False  # somebody waits until nothing runs
         self._finished = asyncio.Event()  # then: `running` became empty
-        self._guard = CrashGuard(address, policy.crash_limit, self._settler, self._report, self.finish)
+        # In order a driver can't stop receiving before its hands are empty, and another consumer takes over meanwhile: what is sent
+        # back for its run alone changes hands, counted, without a run. It takes as many hand-outs to be evidence as for any other.
+        spare = retry.SUSPECT_AFTER - 1 if self.place.ordered else 0
+        self._guard = CrashGuard(address, policy.crash_limit, self._settler, self._report, self.finish, spare=spare)
         self._task: asyncio.Task[None] | None = None
 
     # The loop

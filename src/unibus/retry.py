@@ -194,13 +194,14 @@ def handed_out_often(delivery: Delivery[Any], times: int = SUSPECT_AFTER) -> boo
     return (delivery.deliveries or 0) >= times or CRASH_COUNT in delivery.message.headers
 
 
-def suspect(deliveries: int | None, crash_count: int, limit: int) -> Suspicion:
+def suspect(deliveries: int | None, crash_count: int, limit: int, spare: int = 0) -> Suspicion:
     """The crash guard. `deliveries`: how often the broker handed this copy out; None where it doesn't count.
 
-    A native count only raises suspicion: prefetching, restarts and people looking at a queue raise it as well.
+    `spare`: so many hand-outs of a copy may have been ours, given back without a run. A native count only raises suspicion:
+    prefetching, restarts and people looking at a queue raise it as well.
     """
     if crash_count == 0:
         return Suspicion.MARK if deliveries is not None and deliveries > SUSPECT_AFTER else Suspicion.NONE
-    if deliveries is not None and deliveries > 1:  # this copy was run alone, and no answer came
+    if deliveries is not None and deliveries > 1 + spare:  # this copy was run alone, and no answer came
         return Suspicion.MARK if crash_count < limit else Suspicion.DEAD
     return Suspicion.ALONE

@@ -25,14 +25,16 @@ log = logging.getLogger("unibus")
 T = TypeVar("T")
 
 FIRST_WAIT = 0.1
-LONGEST_WAIT = 10.0
+LONGEST_WAIT = 2.0  # when a broker takes requests again, messages flow again within 5 s: so often it is tried
+STEADY = 10.0  # seconds that a link has to last to count as a success
+PATIENCE = 10.0  # seconds that a question waits for a link
 # Trying again would not help, and may lock the account.
 FATAL = (AuthenticationFailed, PermissionDenied, ConfigError)
 
 
-def back_off(failures: int) -> float:
+def back_off(failures: int, longest: float = LONGEST_WAIT) -> float:
     """Seconds before the next try, with jitter so that many processes don't come back at once."""
-    return float(min(FIRST_WAIT * 2.0 ** min(failures, 16), LONGEST_WAIT) * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
+    return float(min(FIRST_WAIT * 2.0 ** min(failures, 16), longest) * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
 
 
 class Link:
@@ -50,8 +52,8 @@ class Link:
         self._counts = counts
         self._up = asyncio.Event()
         self._closed = False
-        self._failures = 0  # in a row, counting links that broke soon after they came up
-        self._since = 0.0  # when it came up, monotonic
+        self._short = 0  # links in a row that broke soon after they came up
+        self._since = float("-inf")  # when it came up again, monotonic
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -88,12 +90,12 @@ class Link:
         Nothing else may be going on that would notice the break. Raises what the broker says; ConnectionLost when there is
         no link for 10 s.
         """
-        epoch = await self.up(LONGEST_WAIT)
+        epoch = await self.up(PATIENCE)
         try:
             return await question()
         except ConnectionLost as error:
             self.lost(epoch, error)
-        epoch = await self.up(LONGEST_WAIT)
+        epoch = await self.up(PATIENCE)
         try:
             return await question()
         except ConnectionLost as error:
@@ -131,9 +133,11 @@ class Link:
 
     async def _reconnect(self) -> None:
         # A link that comes up and breaks at once is no success: without a wait it would be tried thousands of times a second.
-        failures = self._failures if self._clock.monotonic() - self._since < LONGEST_WAIT else 0
-        if failures:
-            await self._clock.sleep(back_off(failures - 1))
+        # How often it could not come up before that says nothing of it: else a cut after a long outage would cost another wait.
+        self._short = self._short + 1 if self._clock.monotonic() - self._since < STEADY else 0
+        if self._short:
+            await self._clock.sleep(back_off(self._short - 1))
+        failures = 0
         while True:
             try:
                 await self.adapter.close()
@@ -152,7 +156,7 @@ class Link:
             else:
                 break
         self.epoch += 1
-        self._failures, self._since = failures + 1, self._clock.monotonic()
+        self._since = self._clock.monotonic()
         self.trouble = None
         self._counts.add(telemetry.RECONNECTED, None)
         log.info("link to the broker is up again")

@@ -4,19 +4,21 @@ import asyncio
 import random
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from unibus_contracts.chaos import faults, service
+from unibus_contracts.chaos import faults, native, service
 from unibus_contracts.chaos.__main__ import main, summary
 from unibus_contracts.chaos.faults import FAULTS, NOT_ON, NoBite, Stage, schedule
 from unibus_contracts.chaos.proxy import Proxy
-from unibus_contracts.chaos.run import Fault, Plan, Progress, Result, proxied
+from unibus_contracts.chaos.run import Fault, Plan, Progress, Result, Run, proxied
 from unibus_contracts.history import Recorder, Verdict
 from unibus_contracts.supply import KINDS
 
@@ -267,6 +269,73 @@ async def test_what_a_run_still_owes(tmp_path: Path) -> None:
             assert ("p-3", "") not in progress.owed if dead else ("p-3", "") in progress.owed
         assert set(progress.owed) == {("p-1", ""), ("p-2", "billing")}
         assert progress.handled == 1
+
+
+async def test_work_goes_on_when_a_message_that_was_sent_afterwards_is_handled(tmp_path: Path) -> None:
+    progress = Progress(tmp_path)
+    with Recorder(tmp_path, "a") as consumer, Recorder(tmp_path, "b") as producer:
+
+        def send(value: str) -> None:
+            with producer.during("send", value=value, place="work"):
+                pass
+
+        def handle(value: str) -> int:
+            with consumer.during("handle", value=value, place="work", attempt=1):
+                pass
+            return time.monotonic_ns()
+
+        send("p-1")
+        healed = time.monotonic_ns()
+        progress.heal(healed)
+        handle("p-1")  # it had been on the broker all the time
+        await progress.read()
+        flows = [progress.flowing]
+        send("p-2")
+        last = handle("p-2")
+        await progress.read()
+        first = progress.flowing
+        assert flows == [None]
+        assert first is not None
+        assert healed < first <= last
+        send("p-3")
+        handle("p-3")
+        await progress.read()
+        assert progress.flowing == first
+
+
+def test_minutes_repeat_the_faults_until_they_are_over(tmp_path: Path) -> None:
+    whole = Run(Plan("redis", 7, 100, ["cut", "torn"]), tmp_path / "a", print)
+    assert list(whole._schedule()) == ["cut", "torn"]
+    timed = Run(Plan("redis", 7, 100, ["cut", "torn"], minutes=60), tmp_path / "b", print)
+    assert list(islice(timed._schedule(), 5)) == ["cut", "torn", "cut", "torn", "cut"]
+    over = Run(Plan("redis", 7, 100, ["cut", "torn"], minutes=-1), tmp_path / "c", print)
+    assert list(over._schedule()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "group"),
+    [
+        ("chaos-1-work", "stored", ""),
+        ("chaos-1-work.dlq", "dead", ""),
+        ("{chaos-1-work}.dlq", "dead", ""),
+        ("chaos-1-told.audit.dlq", "dead", "audit"),
+        ("chaos-1-told_-billing_-dlq", "dead", "billing"),
+        ("chaos-1-told.audit.invalid", "invalid", "audit"),
+        ("{chaos-1-told}:delayed:messages", "stored", ""),
+        ("chaos-1-told.auditors", "stored", ""),
+    ],
+)
+def test_what_lies_where_on_a_broker_follows_from_names(name: str, where: str, group: str) -> None:
+    found = native._found(b'{"value":"p-1","key":"k"}', name)
+    assert found is not None
+    assert (found.value, found.where, found.group(service.GROUPS)) == ("p-1", where, group)
+
+
+def test_a_body_within_another_is_found_and_a_foreign_one_is_not() -> None:
+    found = native._found(rb'{"body":"{\"value\":\"p-7\",\"key\":1}"}', "x")
+    assert found is not None
+    assert found.value == "p-7"
+    assert native._found(b"sentinel", "x") is None
 
 
 def test_some_messages_fail_and_all_processes_agree_which() -> None:

@@ -300,6 +300,17 @@ def another_of_the_batch_was_not_settled(story: Story) -> Expected:
     return CALM
 
 
+def a_failure_before_that_was_settled_in_order(story: Story) -> Expected:
+    """Nobody was killed, so the copy for the retry is the only one."""
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.settled("a", "moved")
+    story.handle("a", attempt=2)
+    story.settled("a")
+    story.handle("a", attempt=2)
+    return CALM
+
+
 def an_old_settlement_without_confirmation(story: Story) -> Expected:
     """The broker does not confirm it; but the link broke so long afterwards that it must have been seen."""
     story.send("a")
@@ -373,6 +384,7 @@ def without_effect(story: Story) -> Expected:
         (lost_long_after_it_came_again, [("duplicate", "a")]),
         (one_try_is_one_copy, [("duplicate", "a")]),
         (settled_and_copied_in_order, [("came_back", "a")]),
+        (a_failure_before_that_was_settled_in_order, [("came_back", "a")]),
         (another_of_the_batch_was_not_settled, [("came_back", "a")]),
         (an_old_settlement_without_confirmation, [("came_back", "a")]),
         (a_settlement_that_nothing_followed, [("came_back", "a")]),
@@ -472,6 +484,19 @@ def copies_of_an_unsure_retry(story: Story) -> None:
     story.handle("a", attempt=2)
 
 
+def copies_by_one_that_was_killed(story: Story) -> None:
+    """It had sent the copy, and never heard that it was there."""
+    story.send("a")
+    story.handle("a", "fail", "killed", attempt=1)
+    story.handle("a", attempt=2)
+    story.settled("a")
+    story.handle("a", "fail", attempt=1)
+    story.note("copied", "a")
+    story.settled("a", "moved")
+    story.handle("a", attempt=2)
+    story.settled("a")
+
+
 def overtaken_by_who_got_the_key(story: Story) -> None:
     story.send("a", key="k")
     story.send("b", key="k")
@@ -519,6 +544,7 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
         again_after_its_process_was_killed,
         copies_of_an_unsure_send,
         copies_of_an_unsure_retry,
+        copies_by_one_that_was_killed,
         overtaken_by_who_got_the_key,
         unconfirmed_ones_in_any_order,
         senders_know_nothing_of_each_other,
@@ -570,6 +596,20 @@ def test_where_no_settlement_is_confirmed_the_last_ones_before_a_break_may_be_lo
     assert story.end(Expected(settle_confirmed=False)).counts["by_ack"] == 1
     assert found(check(story.told, Expected(settle_confirmed=False, settle_window=0.5))) == [("came_back", "a")]
     assert found(check(story.told, CALM)) == [("came_back", "a")]
+
+
+def test_an_original_may_come_back_beside_its_copy_where_its_settlement_was_not_confirmed() -> None:
+    story = Story()
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.note("copied", "a")
+    story.settled("a", "moved")
+    story.note("lost")
+    story.handle("a", attempt=2)
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", attempt=2)
+    assert found(story.end(Expected(settle_confirmed=False))) == []
+    assert found(check(story.told, CALM)) == [("duplicate", "a"), ("attempt_back", "a")]
 
 
 def test_a_settlement_may_be_on_its_way_for_as_long_as_a_fault_holds_it_back() -> None:

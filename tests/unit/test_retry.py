@@ -213,6 +213,13 @@ def test_the_crash_guard(deliveries: int | None, crash_count: int, suspicion: Su
     assert suspect(deliveries, crash_count, 3) is suspicion
 
 
+def test_a_copy_that_was_given_back_without_a_run_has_crashed_nothing() -> None:
+    assert suspect(2, 1, 3, spare=1) is Suspicion.ALONE
+    assert suspect(3, 1, 3, spare=1) is Suspicion.MARK
+    assert suspect(3, 3, 3, spare=1) is Suspicion.DEAD
+    assert suspect(4, 0, 3, spare=1) is Suspicion.MARK
+
+
 def test_a_message_that_always_kills_its_consumer_ends() -> None:
     runs, crashes, deliveries = 0, 0, 0
     while True:

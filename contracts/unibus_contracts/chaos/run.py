@@ -7,29 +7,28 @@ import json
 import random
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
-from unibus import Bus, Delivery, deadletter, tooling
+from unibus import Bus, deadletter
 from unibus_contracts import supply
-from unibus_contracts.chaos import service
+from unibus_contracts.chaos import native, service
 from unibus_contracts.chaos.faults import FAULTS, NOT_ON, NoBite, Stage
 from unibus_contracts.chaos.proxy import Proxy
 from unibus_contracts.chaos.workers import Worker
 from unibus_contracts.history import History, Operation, Recorder, Tail, Verdict, check
-from unibus_contracts.history.check import DEAD, INVALID, STORED
+from unibus_contracts.history.check import DEAD
 
 _WARM = 60.0  # seconds until the first message must have been handled
 _CONSUMERS = 2
-_LOOKED_AT = 1000  # messages still in their channel that are written down; there should be none
 _AT_ONCE = 500  # lines of the history that are read without looking up
 _BACKLOG = 5000  # messages that may wait when the next fault comes: what is struck is work, not a heap
-_PROBE = 200  # messages sent after each fault: something has to be there that flows again
+_PULSE = 20  # messages a second beside the others
 
 
 @dataclass
@@ -51,7 +50,10 @@ class Plan:
 
 @dataclass
 class Fault:
-    """What one fault did: `recovery` is from its end (the broker answers again) until a message was handled, seconds."""
+    """What one fault did. `recovery`: seconds from its end, when the broker takes requests again (of one that was started again:
+    when the supply's own probe, which speaks its protocol without unibus, had an answer), until a message that was sent after
+    that had been handled.
+    """
 
     name: str
     proof: str = ""
@@ -109,6 +111,15 @@ class Progress:
         self.owed: set[tuple[str, str]] = set()  # value and group of confirmed sends that nobody has handled
         self._early: set[tuple[str, str]] = set()  # handled, and not owed: not confirmed yet, or a repetition
         self._begun: dict[tuple[str, int], Operation] = {}
+        self._healed: int | None = None  # when, in the history's time; None while nobody asks
+        self._sent_since: set[str] = set()
+        self._handled_since: dict[str, int] = {}
+        self.flowing: int | None = None  # when the first message that was sent after that had been handled
+
+    def heal(self, at: int) -> None:
+        self._healed, self.flowing = at, None
+        self._sent_since.clear()
+        self._handled_since.clear()
 
     async def read(self) -> None:
         for count, operation in enumerate(self._tail.new(), 1):
@@ -123,6 +134,8 @@ class Progress:
             self._begun[call] = operation
             return
         begun = self._begun.pop(call)
+        if self._healed is not None and begun.at >= self._healed:
+            self._watch(operation, begun)
         if operation.what == "handle":
             done = operation.kind == "ok"
             self.handled += done
@@ -131,6 +144,14 @@ class Progress:
         elif operation.kind == "ok":
             for group in service.GROUPS if begun.place == service.told.name else ("",):
                 self._match(self._early, self.owed, (begun.value, group))
+
+    def _watch(self, operation: Operation, begun: Operation) -> None:
+        if operation.what == "send":
+            self._sent_since.add(begun.value)
+        elif operation.kind == "ok":
+            self._handled_since.setdefault(begun.value, operation.at)
+        if both := [self._handled_since[value] for value in self._sent_since & self._handled_since.keys()]:
+            self._healed, self.flowing = None, min(both)
 
     @staticmethod
     def _match(waiting: set[tuple[str, str]], others: set[tuple[str, str]], name: tuple[str, str]) -> None:
@@ -148,6 +169,8 @@ class Run:
         self.prefix = f"chaos-{secrets.token_hex(3)}-"
         self.faults: list[Fault] = []
         self.unclean: list[str] = []
+        self._progress = Progress(folder)
+        self._over = False  # nothing more is to be sent
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("*.jsonl")):
             raise FileExistsError(f"{folder} holds another run's history; name an empty folder")
@@ -173,16 +196,24 @@ class Run:
                 ]
                 stage = Stage(broker, proxy, consumers, random.Random(self.plan.seed), self.plan.hold)  # noqa: S311  # repeatable
                 producer = Worker("produce", self.folder, "producer", self.prefix, url)
-                workers = [*consumers, producer]
+                pulse = Worker("produce", self.folder, "pulse", self.prefix, url)
+                workers = [*consumers, producer, pulse]
                 try:
                     for worker in workers:
                         await worker.start()
-                    await self._work(stage, producer, recorder)
+                    beating = asyncio.create_task(self._beat(pulse))
+                    try:
+                        await self._work(stage, producer, recorder)
+                        self._over = True
+                        await beating
+                    finally:
+                        beating.cancel()
+                    await self._end(stage, [producer, pulse], recorder)
                 finally:
                     proxy.heal()
                     for worker in workers:
                         await worker.kill()
-                await self._look(bus, recorder)
+                await self._look(bus, broker, recorder)
                 expected = service.expected(bus)
                 able = bus.capabilities
         verdict = await asyncio.to_thread(check, History(self.folder), expected)
@@ -193,8 +224,8 @@ class Run:
         return result
 
     async def _work(self, stage: Stage, producer: Worker, recorder: Recorder) -> None:
-        progress = Progress(self.folder)
-        share = max(1, (self.plan.messages - _PROBE * len(self.plan.faults)) // (len(self.plan.faults) + 1))
+        progress = self._progress
+        share = max(1, self.plan.messages // (len(self.plan.faults) + 1))
         self.say(f"warm-up: {share} messages")
         sending = asyncio.create_task(producer.send(share, self.plan.hold))
         await self._flows(progress, _WARM)
@@ -203,20 +234,22 @@ class Run:
             # Sent over the time of the fault and beyond, so that it strikes work.
             sending = asyncio.create_task(producer.send(share, self.plan.hold + 2.0))
             await self._flows(progress, self.plan.progress)
-            self.faults.append(await self._strike(stage, name, recorder))
-            recovery = asyncio.create_task(self._flows(progress, self.plan.progress))
+            fault, healed = await self._strike(stage, name, recorder)
+            self.faults.append(fault)
+            fault.recovery = await self._recovers(progress, healed)
             await sending
-            await producer.send(_PROBE, 0.5)
-            self.faults[-1].recovery = await recovery
             await self._drain(progress, _BACKLOG)
-            self.say(f"{name}: {self.faults[-1].proof}; {self.faults[-1].recovery} s until work went on")
+            self.say(f"{name}: {fault.proof}; {fault.recovery} s until work went on")
+
+    async def _end(self, stage: Stage, senders: Sequence[Worker], recorder: Recorder) -> None:
         with recorder.during("drain") as ending:
             self.say("drain")
-            left = await self._drain(progress)
+            left = await self._drain(self._progress)
             # The checker decides what is lost. Whether all that could come has come is decided here.
             if left:
                 ending.detail = f"{left} still missing after {self.plan.drain:.0f} s"
-        await producer.end()
+        for sender in senders:
+            await sender.end()
         for consumer in stage.consumers:
             status = await consumer.end()
             if status:
@@ -232,16 +265,33 @@ class Run:
                 return
             yield name
 
-    async def _strike(self, stage: Stage, name: str, recorder: Recorder) -> Fault:
+    async def _strike(self, stage: Stage, name: str, recorder: Recorder) -> tuple[Fault, int]:
+        """What it did, and when it was over."""
         stage.proof = ""
+        fault = Fault(name)
         try:
             with recorder.during("fault", value=name) as ending:
                 async with FAULTS[name](stage):
                     await asyncio.sleep(stage.pause)
-                ending.detail = stage.proof
+                ending.detail = fault.proof = stage.proof
         except NoBite as error:
-            return Fault(name, f"did not bite: {error}")
-        return Fault(name, stage.proof)
+            fault.proof = f"did not bite: {error}"
+        return fault, time.monotonic_ns()
+
+    async def _recovers(self, progress: Progress, healed: int) -> float:
+        progress.heal(healed)
+        limit = time.monotonic() + self.plan.progress
+        while progress.flowing is None:
+            if time.monotonic() > limit:
+                raise TimeoutError(f"no new message was handled for {self.plan.progress:.0f} s; see {self.folder}")
+            await asyncio.sleep(0.05)
+            await progress.read()
+        return round((progress.flowing - healed) / 1e9, 2)
+
+    async def _beat(self, pulse: Worker) -> None:
+        """Messages all the time, a few: whenever work can go on there is something to be seen by."""
+        while not self._over:
+            await pulse.send(_PULSE, 1.0)
 
     async def _flows(self, progress: Progress, within: float) -> float:
         """Seconds until something more has been handled. TimeoutError: nothing was."""
@@ -268,17 +318,19 @@ class Run:
                 return len(progress.owed)
             await asyncio.sleep(0.2)
 
-    async def _look(self, bus: Bus, recorder: Recorder) -> None:
-        """Write down what lies in the dead-letter and invalid-message channels, and what is still in its own."""
+    async def _look(self, bus: Bus, broker: supply.Broker, recorder: Recorder) -> None:
+        """Write down what is on the broker, as its own client sees it; unibus has to see the same dead letters."""
         self.say("looking at what is left")
+        seen: Counter[str] = Counter()
+        async for found in native.left(self.plan.kind, broker):
+            place = service.PLACES[service.number(found.value) % len(service.PLACES)]
+            group = found.group(service.GROUPS) if place is service.told else ""
+            recorder.note("look", value=found.value, place=place.name, group=group, detail=found.where)
+            seen[found.where] += 1
+        ours = 0
         for place in service.PLACES:
-            for group in service.GROUPS if place is service.told else ("",):
-                found: dict[str, AsyncIterator[Delivery[Any]]] = {
-                    DEAD: deadletter.browse(bus, place, group=group or None),
-                    INVALID: deadletter.browse(bus, place, group=group or None, invalid=True),
-                    STORED: tooling.peek(bus, tooling.address_of(bus, place.name, group or None), _LOOKED_AT),
-                }
-                for where, deliveries in found.items():
-                    async for delivery in deliveries:
-                        value = getattr(delivery.body, "value", "")
-                        recorder.note("look", value=value, place=place.name, group=group, detail=where)
+            for each in service.GROUPS if place is service.told else ("",):
+                ours += sum([1 async for _ in deadletter.browse(bus, place, group=each or None)])
+        self.say(f"{seen.total()} messages: {dict(seen)}")
+        if ours != seen[DEAD]:
+            self.unclean.append(f"unibus sees {ours} dead letters, the broker's own client {seen[DEAD]}")

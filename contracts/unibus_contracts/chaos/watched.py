@@ -34,9 +34,14 @@ def watch(recorder: Recorder, value_of: Callable[[bytes], str]) -> None:
 
     def factory(scheme: str) -> AdapterFactory:
         make = real(scheme)
-        return lambda endpoint: cast(Adapter, _Watched(make(endpoint), recorder, value_of))
+        return lambda endpoint: watched(make(endpoint), recorder, value_of)
 
     setattr(bus_module, name, factory)
+
+
+def watched(adapter: Adapter, recorder: Recorder, value_of: Callable[[bytes], str]) -> Adapter:
+    """The same adapter, writing down."""
+    return cast(Adapter, _Watched(adapter, recorder, value_of))
 
 
 class _Watched:

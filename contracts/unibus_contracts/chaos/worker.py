@@ -26,6 +26,7 @@ from unibus_contracts.history.record import outcome
 URL = "UNIBUS_CHAOS_URL"
 _IN_FLIGHT = 800
 _BATCH = 40
+_TICK = 0.1  # seconds between two batches, where fewer messages than that are asked for
 
 Place = Queue[Any] | Topic[Any]
 
@@ -39,14 +40,15 @@ async def produce(bus: Bus, recorder: Recorder) -> None:
         while line := await asyncio.to_thread(sys.stdin.readline):
             _, messages, seconds = line.split()
             began, tasks, total = loop.time(), [], int(messages)
-            for index in range(0, total, _BATCH):
+            size = max(1, min(_BATCH, int(_TICK * total / float(seconds))))
+            for index in range(0, total, size):
                 # Paced, so that there is work for as long as a fault lasts.
                 await asyncio.sleep(max(0.0, began + float(seconds) * index / total - loop.time()))
                 await slots.acquire()
-                batch = range(count + 1, count + 1 + min(_BATCH, total - index))
+                batch = range(count + 1, count + 1 + min(size, total - index))
                 count += len(batch)
                 # One batch in ten goes message by message, since that is how most services send.
-                send = _one_by_one if (index // _BATCH) % 10 == 0 else _together
+                send = _one_by_one if (index // size) % 10 == 0 else _together
                 task = group.create_task(send(bus, recorder, batch))
                 task.add_done_callback(lambda _: slots.release())
                 tasks.append(task)
@@ -108,10 +110,12 @@ async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
     with traps.listening():
         async with bus:
             traps.set_into(bus)
-            print("ready", flush=True)
             receiving = asyncio.create_task(handling.by_hand(bus))
+            working = asyncio.create_task(bus.run())
+            await asyncio.sleep(0)  # now it hears SIGTERM, which may follow at once
+            print("ready", flush=True)
             try:
-                await bus.run()  # until SIGTERM
+                await working  # until SIGTERM
             finally:
                 receiving.cancel()
                 await asyncio.gather(receiving, return_exceptions=True)

@@ -6,8 +6,8 @@ that had it in hand:
 - `killed`: the process that held it has said no last word.
 - `link`, `lease`: its link broke, or the delivery was taken away, before its settlement was confirmed.
 - `unsettled`: its settlement was tried, and not confirmed.
-- `copies`: it was sent again after a send of which nobody knows the outcome, or a copy for its retry was confirmed and the
-  original not settled.
+- `copies`: it was sent again after a send of which nobody knows the outcome; or a copy for its retry was confirmed and the
+  original not settled; or who should have sent that copy was killed.
 - `ack`: settled, where the broker confirms no settlement, and the link broke before the broker is known to have seen it.
 
 Two times are needed where nothing better can be known. `NOTICE`: a broker may see a link broken, and hand a message to another
@@ -113,42 +113,49 @@ class Causes:
             return "link"
         if any(s.end is None and s.at <= limit for s in mine):
             return "unsettled"
-        if done is None and process not in self.ended and self.last.get(process, 0) <= by + NOTICE:
+        if done is None and self._killed(process) and self.last.get(process, 0) <= by + NOTICE:
             return "killed"
         return None
 
-    def copies(self, name: Name, sends: Iterable[Call]) -> bool:
-        """May there be two of it?"""
+    def copies(self, name: Name, sends: Iterable[Call], tries: Iterable[Call]) -> bool:
+        """May there be two of it? `tries`: its handlings."""
         value, _, group = name
         sure = sum(call.kind == "ok" for call in sends)
         # A send that was repeated was tried at least twice; of the last try of one that failed nothing more came.
         tried = self.tries.get((value, ""), 0)
         if tried + sure > 1 or (group and self.tries.get((value, group), 0) > 0):
             return True
-        for process, at in self.copied.get(name, ()):
-            moved = [s for s in self.settled.get(name, ()) if (s.process, s.word) == (process, "moved") and s.at >= at]
-            if any(s.end is not None for s in moved):
-                continue
-            if moved or _any(self.breaks.get(process, ()), at, None) or process not in self.ended:
-                return True
-            if _any(self.taken.get((process, name), ()), at, None):
-                return True
-        return False
+        # Who was killed after a failure may have sent the copy, and have heard nothing of it any more.
+        if any(call.kind != "ok" and self._killed(call.process) for call in tries):
+            return True
+        return any(self._beside(name, process, at) for process, at in self.copied.get(name, ()))
+
+    def _beside(self, name: Name, process: str, at: int) -> bool:
+        """A copy was confirmed then. Was the original not settled, or not for certain?"""
+        moved = [s for s in self.settled.get(name, ()) if (s.process, s.word) == (process, "moved") and s.at >= at]
+        if moved:
+            first = min(moved, key=lambda s: s.at)
+            return first.end is None or (not self.settle_confirmed and self.in_doubt(first, name, None))
+        lost = _any(self.breaks.get(process, ()), at, None) or _any(self.taken.get((process, name), ()), at, None)
+        return lost or self._killed(process)
+
+    def _killed(self, process: str) -> bool:
+        return process not in self.ended
 
     def finished(self, name: Name, before: int) -> Settled | None:
         """The first settlement after which the broker must not hand it out again, if it was confirmed before that time."""
         ends = [s for s in self.settled.get(name, ()) if s.word == "accepted" and s.end is not None and s.end < before]
         return min(ends, key=lambda s: s.end or 0, default=None)
 
-    def in_doubt(self, settled: Settled, name: Name, by: int) -> bool:
+    def in_doubt(self, settled: Settled, name: Name, by: int | None) -> bool:
         """Settled as far as its process knows; has the broker seen it? Only asked where it confirms no settlement."""
         assert settled.end is not None
         breaks = [*self.breaks.get(settled.process, ()), *self.taken.get((settled.process, name), ())]
-        if settled.process not in self.ended:
+        if self._killed(settled.process):
             breaks.append(self.last.get(settled.process, 0))
         until = settled.end + self.window
         for at in sorted(breaks):
-            if settled.at <= at <= by + NOTICE:
+            if settled.at <= at and (by is None or at <= by + NOTICE):
                 held = any(begun <= until and at <= end + NOTICE for begun, end in self.faults if end >= settled.at)
                 return at <= until or held
         return False

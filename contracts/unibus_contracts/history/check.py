@@ -263,7 +263,7 @@ class _Run:
                 continue
             value, place, _ = name
             done = [call for call in tries if call.kind == "ok"]
-            twice = self.causes.copies(name, self.sends.get(value, ()))
+            twice = self.causes.copies(name, self.sends.get(value, ()), tries)
             if twice:
                 self.explained["copies"] += max(0, len(done) - 1)
                 continue
@@ -339,7 +339,7 @@ class _Run:
                 # Failures between two durable steps may be forgotten with the delivery, never else.
                 if before is not None and told < before.attempt:
                     lost = self.causes.given_up(before, name, call.at)
-                    if not lost and not self.causes.copies(name, self.sends.get(value, ())):
+                    if not lost and not self.causes.copies(name, self.sends.get(value, ()), tries):
                         why = f"{place}: attempt {told} after attempt {before.attempt} in {call.process}"
                         yield Finding("attempt_back", value, why, call.at)
                 last[call.process] = call

@@ -17,10 +17,11 @@ from contextlib import nullcontext
 
 from unibus.cli.probe import OfWorkers, serving
 from unibus.clock import SystemClock, within
-from unibus.supervisor import LONGEST_WAIT, back_off
+from unibus.supervisor import back_off
 
 log = logging.getLogger("unibus")
 
+_LONGEST_WAIT = 10.0  # seconds until one that dies again and again is started again; who lived longer was well
 _AT_ONCE = 128  # and the signal's number: the exit code after a second signal
 
 
@@ -96,8 +97,8 @@ class _Crew:
                 self.code = code
                 self._stop()
                 return code
-            failures = failures + 1 if time.monotonic() - since < LONGEST_WAIT else 0
-            wait = back_off(failures)
+            failures = failures + 1 if time.monotonic() - since < _LONGEST_WAIT else 0
+            wait = back_off(failures, _LONGEST_WAIT)
             name = signal.Signals(-code).name
             log.error("worker %d (process %d) was killed by %s; again in %.1f s", number, process.pid, name, wait)
             try:
