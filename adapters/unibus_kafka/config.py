@@ -14,6 +14,7 @@ from unibus.config_tables import DriverTable, check_options, check_table
 from unibus.driver import quiet
 from unibus.errors import ConfigError
 from unibus.tls import TlsTable, client_context
+from unibus.url import masked
 
 # At DEBUG the client library prints whole requests: bodies, and the password of SASL PLAIN. At INFO and WARNING it tells
 # of rebalances and reconnects, which are everyday things and the adapter's to report. Who wants them sets a level before.
@@ -62,8 +63,17 @@ def tls(url: Url, given: Settings) -> ssl.SSLContext | None:
     return client_context("kafka", "kafkas", url.scheme, given)
 
 
+class Options(dict[str, Any]):
+    """Prints like a dict, without the password."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(masked("", dict(self)))
+
+
 def client(url: Url, given: Settings, context: ssl.SSLContext | None, client_id: str) -> dict[str, Any]:
-    """What every client of the library is made with. It holds the password: never to be shown."""
+    """What every client of the library is made with."""
     more: dict[str, Any] = {}
     if url.username is not None:
         # In the clear a password is not sent, unless that was asked for.
@@ -76,13 +86,15 @@ def client(url: Url, given: Settings, context: ssl.SSLContext | None, client_id:
     elif given.sasl_mechanism is not None:
         raise ConfigError("kafka.sasl_mechanism needs a user; set username and UNIBUS_PASSWORD")
     protocol = ("SASL_" if more else "") + ("SSL" if context is not None else "PLAINTEXT")
-    return {
-        "bootstrap_servers": [
-            f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in url.targets(9092)
-        ],
-        "client_id": client_id,
-        "security_protocol": protocol,
-        "ssl_context": context,
-        "metadata_max_age_ms": round(given.metadata_max_age * 1000),
-        **more,
-    }
+    return Options(
+        {
+            "bootstrap_servers": [
+                f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in url.targets(9092)
+            ],
+            "client_id": client_id,
+            "security_protocol": protocol,
+            "ssl_context": context,
+            "metadata_max_age_ms": round(given.metadata_max_age * 1000),
+            **more,
+        }
+    )

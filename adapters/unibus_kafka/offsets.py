@@ -54,7 +54,7 @@ def encode(offset: int, highest: int, unfinished: Iterable[tuple[int, int, int]]
 
 def decode(offset: int, text: str) -> tuple[int, dict[int, tuple[int, int]], bool] | None:
     """(highest, unfinished offset -> failures and starts, open); None where it isn't ours, or damaged."""
-    if not text.startswith(_MARK):
+    if not text.startswith(_MARK) or len(text) > LIMIT:
         return None
     try:
         raw = base64.b64decode(text[len(_MARK) :].rstrip("\0"), validate=True)

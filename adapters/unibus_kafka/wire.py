@@ -18,8 +18,8 @@ from unibus.message import CONTENT_TYPE, ID, NO_HEADERS, NOT_BEFORE, RESERVED_HE
 
 _FRESH = 60.0  # seconds
 _RECORD_OVERHEAD = 100  # bytes of a record beside key, value and headers, and of its batch
-_INBOX = re.compile(rf"([{PLAIN}]{{0,60}}unibus\.reply\.[{PLAIN}]{{1,60}}):(\d{{1,6}}):([{PLAIN}]{{1,100}})")
-_POSITION = re.compile(rf"([{PLAIN}]{{1,249}})/(\d{{1,9}})@(\d{{1,18}})")
+_INBOX = re.compile(rf"([{PLAIN}]{{0,60}}unibus\.reply\.[{PLAIN}]{{1,60}}):([0-9]{{1,6}}):([{PLAIN}]{{1,100}})")
+_POSITION = re.compile(rf"([{PLAIN}]{{1,249}})/([0-9]{{1,9}})@([0-9]{{1,18}})")
 _NAME = re.compile(rf"[{PLAIN}]{{1,249}}")
 
 Record = tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]], int]  # key, value, headers, milliseconds

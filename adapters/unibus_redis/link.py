@@ -42,7 +42,7 @@ class Link(asyncio.Protocol):
         self.lost: ConnectionLost | None = None
         self.number = 0  # by which the server knows the connection
         self.version: tuple[int, ...] = ()
-        self.sending = self  # to the same server, for what waits for its replicas
+        self.sending = self  # to the same server, for what waits for its replicas; it ends with this one
         self._ended = asyncio.get_running_loop().create_future()
         self._reader = Reader()
         self._waiting: deque[tuple[asyncio.Future[list[Reply]], int]] = deque()
@@ -157,11 +157,15 @@ class Link(asyncio.Protocol):
             if not future.done():
                 future.set_exception(self.lost)
         self._transport.abort()
+        if self.sending is not self:
+            self.sending.lose(exc)
 
     async def close(self) -> None:
         """Idempotent."""
         self.lose(ConnectionLost(f"the connection to Redis at {self.where} is closed"))
         await self._ended
+        if self.sending is not self:
+            await self.sending.close()
 
 
 class Links:
@@ -257,7 +261,6 @@ class Links:
 
     async def close(self) -> None:
         links, self.all, self._last_slots, self._by_slot = self.all, [], [], []
-        links = [*links, *(link.sending for link in links if link.sending is not link)]
         for link in links:  # at once: whoever is cancelled below does not come back
             link.lose(ConnectionLost(f"the connection to Redis at {link.where} is closed"))
         for link in links:

@@ -4,7 +4,7 @@
 broker, what the envelope has beside the body. A timestamp is not written where the id of the entry says the same.
 
 An entry without `body` is somebody else's: its body is the JSON of its fields. Fields beside these two are headers where they
-are text; all else stays on `Entry` and is copied to retries and dead letters.
+are text; all else, and what is larger than headers may be, stays on `Entry` and is copied to retries and dead letters.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _dump = json.JSONEncoder(separators=(",", ":")).encode
 _load = json.JSONDecoder().raw_decode
 SEPARATOR = ":"  # in the names of inboxes
 _INBOX = re.compile(inbox_shape(SEPARATOR))
+_MOST = 8 * 1024 * 1024  # bytes of a field that is looked into: what a sender of ours may write, with all of it escaped
 
 
 class Entry:
@@ -113,7 +114,7 @@ def decode(entry: Entry) -> Message:
 
 def _headers(raw: bytes | None) -> dict[str, Any]:
     """The JSON object in `headers`; nothing where a foreign producer put something else there."""
-    if raw is None:
+    if raw is None or len(raw) > _MOST:
         return {}
     try:
         found = _load(raw.decode())[0] if raw[:1] == b"{" else json.loads(raw)
@@ -124,6 +125,8 @@ def _headers(raw: bytes | None) -> dict[str, Any]:
 
 def _text(name: bytes, value: bytes) -> tuple[str, str] | None:
     """A foreign field as a header, if it can be one."""
+    if len(name) + len(value) > _MOST:
+        return None
     try:
         found = name.decode("ascii"), value.decode()
     except UnicodeDecodeError:

@@ -26,6 +26,7 @@ Place = Queue[Any] | tuple[Topic[Any], str]  # where messages wait: a queue, or 
 FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
 SOON = 10.0 * FACTOR  # seconds within which what must happen has happened
 LIMIT = 45.0 * FACTOR  # seconds a contract may take in all
+GONE = 5.0 * FACTOR  # seconds after which a broker that can't be reached any more has gone, and is not restarting
 POLL = 0.005
 FEATURES = tuple(field.name for field in fields(Capabilities) if field.type == Support.__name__)
 SENTINEL = b"sentinel-"
@@ -202,14 +203,31 @@ class Kit:
                 if isinstance(self.harness, AssumingHarness):
                     await self.harness.empty()
                 await (refusal if refused and refusal is not None else contract)(self)
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             reason = _not_tried(error)
             if reason is None:
+                if gone := await self._gone():
+                    self._note("unibus_gone", gone)
                 raise
             self._note("unibus_not_tried", reason)
             pytest.skip(f"not tried: {reason}")
         if refused:
             self._note("unibus_refused", needs)
+
+    async def _gone(self) -> str | None:
+        """Why the broker, which was there when the run began, can't be reached any more. None: it can, or comes back."""
+        deadline = time.monotonic() + GONE
+        while True:
+            try:
+                async with asyncio.timeout(GONE), self.harness.bus():
+                    return None
+            except (ConnectionError, TimeoutError) as error:
+                why = f"{type(error).__name__}: {error}"
+            except Exception:
+                return None  # it answers
+            if time.monotonic() > deadline:
+                return why
+            await asyncio.sleep(POLL * 10)
 
     def bus(self, *known: Queue[Any] | Topic[Any] | tuple[Topic[Any], str], **settings: Any) -> Bus:
         """A bus, not open, that knows these channels and groups beside those of its handlers.

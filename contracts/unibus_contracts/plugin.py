@@ -219,6 +219,18 @@ class _Recorder:
         self._config = config
         self._run = config.stash[_RUN]
         self._finished = False
+        self._gone: str | None = None  # why the broker can't be reached any more
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._session = session
+
+    def _stop(self, why: str) -> None:
+        """The broker has gone: whatever else is run says nothing. A worker of xdist stops by itself, with what it has queued."""
+        if self._gone is None:
+            self._gone = why
+            running = self._config.pluginmanager.getplugin("dsession") or self._session
+            running.shouldstop = f"the broker has gone: {why}"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -232,6 +244,8 @@ class _Recorder:
         self._run.contracts.setdefault(id, terms)
         if "unibus_capabilities" in properties:
             self._run.capabilities = properties["unibus_capabilities"]  # type: ignore[assignment] # our own note
+        if "unibus_gone" in properties:
+            self._stop(str(properties["unibus_gone"]))
         if "unibus_noted" in properties:
             self._run.noted[id] = properties["unibus_noted"]
         outcome, seconds = self._run.outcomes.get(id, (NOT_RUN, 0.0))
@@ -271,6 +285,7 @@ class _Recorder:
             finished=self._finished,
             errors=errors,
             declare=self._config.getoption("--unibus-declare"),
+            gone=self._gone,
         )
         if folder := self._config.getoption("--unibus-pin"):
             from .pins import differences

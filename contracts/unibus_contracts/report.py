@@ -21,11 +21,12 @@ def build(
     finished: bool = True,
     errors: Mapping[str, str] | None = None,
     declare: str = "create",
+    gone: str | None = None,
 ) -> dict[str, Any]:
     """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off.
 
     `errors`: id -> what a failed one said, or why one was not tried. `declare`: under `assume`, where nothing may be made, a feature of which not
-    all contracts could be tried may stay unproven.
+    all contracts could be tried may stay unproven. `gone`: why the broker could not be reached any more.
     """
     entries = []
     for id, terms in contracts.items():
@@ -38,6 +39,7 @@ def build(
         "suite": 1,
         "url": url,
         "finished": finished,
+        "gone": gone,
         "declare": declare,
         "adapter": told.get("adapter"),
         "version": told.get("version"),
@@ -70,7 +72,8 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     if not any(entry["outcome"] == PASSED for entry in entries):
         found.append("no contract passed: an empty report proves nothing")
     if not report["finished"]:
-        found.append("the run was broken off")
+        gone = report.get("gone")
+        found.append("the run was broken off" + (f": the broker has gone: {gone}" if gone else ""))
     found += [f"feature {name!r} is declared, and no passed contract has used it" for name in report["unexercised"]]
     found += report["differs"]
     return found

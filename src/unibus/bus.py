@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint, Outgoing
+from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint, Outgoing, Secret
 from unibus.blocking import Blocking
 from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue
@@ -76,6 +76,7 @@ class Bus(Handlers):
         send_timeout: float | None = None,
         request_timeout: float | None = None,
         shutdown_timeout: float | None = None,
+        max_body: int | None = None,
         defaults: Mapping[str, object] | None = None,
         settings: Mapping[str, object] | None = None,
     ) -> None:
@@ -90,16 +91,17 @@ class Bus(Handlers):
         self._code: dict[str, object] = {
             key: value
             for key, value in {
-                "url": url,
+                "url": None if url is None else Secret(url),  # it may hold a password, and `vars(bus)` is soon printed
                 "service": service,
                 "username": username,
-                "password": password,
+                "password": None if password is None else Secret(password),
                 "prefix": prefix,
                 "declare": declare,
                 "delays": delays,
                 "send_timeout": send_timeout,
                 "request_timeout": request_timeout,
                 "shutdown_timeout": shutdown_timeout,
+                "max_body": max_body,
                 "defaults": defaults,
                 "settings": settings,
             }.items()

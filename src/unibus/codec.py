@@ -57,6 +57,26 @@ def codec_of(type_: Any) -> BodyCodec:
     return _once(_types, type_, lambda t: _of_type(t, f"type {type_name(t)}"))
 
 
+class Bounded:
+    """A codec that does not look into a body above `limit` bytes: what it decodes comes from outside.
+
+    Bytes are not looked into anyway: they have no limit.
+    """
+
+    def __init__(self, codec: BodyCodec, limit: int) -> None:
+        self.content_type = codec.content_type
+        self.encode = codec.encode
+        if isinstance(codec, _Bytes):
+            self.decode = codec.decode  # type: ignore[method-assign]  # without a call in between
+        self._decode = codec.decode
+        self._limit = limit
+
+    def decode(self, data: bytes, content_type: str | None = None) -> Any:
+        if len(data) > self._limit:
+            raise CodecError(f"the body has {len(data)} bytes, and max_body is {self._limit}; it was not looked into")
+        return self._decode(data, content_type)
+
+
 def type_name(type_: Any) -> str:
     """A type as its reader would write it: `Order`, `list[Order]`, `Order | Refund`."""
     origin = get_origin(type_)

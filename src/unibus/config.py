@@ -53,6 +53,7 @@ _BUILT_IN: dict[str, Any] = {
     "send_timeout": 30.0,
     "request_timeout": 30.0,
     "shutdown_timeout": 25.0,
+    "max_body": 64 * 1024 * 1024,
     "defaults": {
         "concurrency": 10,  # prefetch is twice the concurrency, whatever that is
         "timeout": 900.0,
@@ -122,6 +123,7 @@ def load(
         send_timeout=tables.send_timeout or 0.0,
         request_timeout=tables.request_timeout or 0.0,
         shutdown_timeout=tables.shutdown_timeout or 0.0,
+        max_body=tables.max_body or 0,
         driver=getattr(tables, broker, {}),
         _tables=tables,
         _found=tuple(_found(merged.app, service, url, standing, tables, layers, scope, broker)),
@@ -189,9 +191,9 @@ def _from_bus(
 ) -> tuple[dict[str, object], Mapping[str, object], RetryPolicy]:
     """What `Bus(...)` was given: plain settings, the driver's, and the policy whose exceptions count."""
     values = dict(code)
-    password = values.get("password")
-    if isinstance(password, Secret):
-        values["password"] = password.value
+    for name in ("url", "password"):
+        if isinstance(secret := values.get(name), Secret):
+            values[name] = secret.value
     settings = values.pop("settings", None) or {}
     exceptions = None
     if isinstance(defaults := values.get("defaults"), Mapping):

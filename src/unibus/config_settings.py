@@ -62,6 +62,7 @@ class Settings:
     send_timeout: float
     request_timeout: float
     shutdown_timeout: float
+    max_body: int
     driver: Mapping[str, object] = field(repr=False)
     _tables: BusTable = field(repr=False)
     _found: tuple[Setting, ...] = field(repr=False)

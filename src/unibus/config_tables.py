@@ -94,6 +94,7 @@ class BusTable(Table):
     send_timeout: Wait | None = None
     request_timeout: Wait | None = None
     shutdown_timeout: Seconds | None = None
+    max_body: Annotated[int, Field(ge=1)] | None = None
     defaults: ConsumerTable = ConsumerTable()
     queues: dict[str, QueueTable] = {}
     topics: dict[str, TopicTable] = {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Never
 from unibus import message as names
 from unibus.adapter import Outgoing, Source
 from unibus.channel import Address, Group, Queue, Topic, dead_letter_queue, invalid_queue, stem
-from unibus.codec import BodyCodec, codec_for
+from unibus.codec import BodyCodec
 from unibus.delivery import Delivery
 from unibus.errors import CodecError, ConfigError, Unsupported
 from unibus.message import Message
@@ -249,7 +249,7 @@ def browse(
     session = bus._opened()
     address = session.address(channel, group)
     queue = invalid_queue(address) if invalid else dead_letter_queue(address)
-    return look(session, queue, codec_for(session.channels.find(channel)))
+    return look(session, queue, session.codec(channel))
 
 
 async def look(
@@ -342,7 +342,7 @@ async def _empty(
         left = min(left, limit)
     if left <= 0:
         return 0
-    codec, clock = codec_for(session.channels.find(channel)), session.kit.clock
+    codec, clock = session.codec(channel), session.kit.clock
     page = PAGE if rate is None else min(PAGE, ceil(rate))
     done, begun = 0, clock.monotonic()
     seen: set[str] = set()  # where the broker only estimates, what dies again meanwhile would be sent back for ever

@@ -8,7 +8,6 @@ from typing import Any, Self
 from unibus import retry
 from unibus.channel import Queue, Topic
 from unibus.clock import within
-from unibus.codec import codec_for
 from unibus.delivery import Delivery
 from unibus.errors import Closed, CodecError
 from unibus.intake import Intake
@@ -26,7 +25,7 @@ class Receiver:
     ) -> None:
         self._session = session
         self._address = session.address(channel, group)
-        self._decode = codec_for(session.channels.find(channel)).decode
+        self._decode = session.codec(channel).decode
         self._prefetch = prefetch
         self._intake: Intake | None = None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unibus.adapter import Adapter, Outgoing
 from unibus.channel import Group, Inbox, Queue, Topic, stem
 from unibus.clock import Clock, within
-from unibus.codec import codec_for, codec_of
+from unibus.codec import BodyCodec, Bounded, codec_for, codec_of
 from unibus.consumer import Consumer
 from unibus.correlation import correlate, handling
 from unibus.delivery import Delivery
@@ -239,12 +239,17 @@ class Session:
             raise Unsupported(f"{route.channel} was not declared with reply=..., so nobody answers")
         if timeout is None:
             timeout = self.settings.request_timeout
+        codec = Bounded(codec_of(reply), self.settings.max_body)
         try:
-            return await self._requester.request(self.outgoing(route, body, **more), codec_of(reply), timeout)
+            return await self._requester.request(self.outgoing(route, body, **more), codec, timeout)
         except Timeout as error:
             raise error.with_traceback(None) from error.__cause__
 
     # Receiving
+
+    def codec(self, channel: Queue[Any] | Topic[Any] | str) -> BodyCodec:
+        """For what is received."""
+        return Bounded(codec_for(self.channels.find(channel)), self.settings.max_body)
 
     def start(self) -> None:
         """Start the handlers."""
@@ -299,7 +304,7 @@ class Session:
         return Consumer(
             intake,
             call,
-            codec_for(station.channel),
+            self.codec(station.channel),
             name=handler.name,
             concurrency=settings.concurrency,
             timeout=settings.timeout,

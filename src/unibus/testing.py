@@ -76,7 +76,7 @@ class Lab:
     def _waiting(self, channel: Queue[Any] | Topic[Any] | str, group: str | None, *, invalid: bool) -> list[Message]:
         session = self.bus._opened()
         address = session.address(channel, group)
-        codec = codec_for(session.channels.find(channel))
+        codec = session.codec(channel)
         messages = self.broker.waiting(invalid_queue(address) if invalid else dead_letter_queue(address))
         for message in messages:
             message.body = readable(codec, message)

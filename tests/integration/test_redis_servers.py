@@ -195,7 +195,7 @@ def service(
 async def test_channels_are_on_all_masters(cluster: Cluster) -> None:
     seen: set[tuple[str, bytes]] = set()
     names = on_three_masters()
-    bus, queues = service(cluster.url, names, seen)
+    bus, queues = service(cluster.url, names, seen, settings={"wait_replicas": 1})
     topic, asks = Topic(f"int-{new_id()}", priorities=2), Queue(f"int-{new_id()}", str, reply=str)
     heard: list[bytes] = []
 

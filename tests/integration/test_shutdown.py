@@ -101,7 +101,7 @@ async def test_what_a_process_held_is_with_another_one_soon(kind: str) -> None:
         again = max(0.0, next(at for at, d in taken if d.body == cut) - ended)
         assert ended - signalled < DRAIN + SOON
         assert again < SOON
-        # `pytest -rP` shows it: what docs/reliability.md says was measured with this.
+        # `pytest -rP` shows it: what docs/guide.md says was measured with this.
         figures = f"exit {ended - signalled:.1f} s, not begun {waited:.1f} s, cut off {again:.1f} s after the exit"
         sys.stdout.write(f"{kind}: {figures}\n")
         backlog = await bus.backlog(QUEUE)

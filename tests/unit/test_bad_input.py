@@ -28,6 +28,7 @@ from unibus import (
     Queue,
     UnknownChannel,
     Unroutable,
+    deadletter,
 )
 from unibus.memory_broker import MemoryBroker
 from unibus.message import ORIGINAL_ERROR
@@ -70,6 +71,66 @@ async def test_a_body_that_can_not_be_read_is_kept_as_it_is(body: bytes, content
         [invalid] = it.invalid(MODELS)
         assert invalid.body == body
         assert said in invalid.headers[ORIGINAL_ERROR]
+
+
+class Counting:
+    """A codec that is asked only for what is small enough."""
+
+    content_type = "application/x-counted"
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+
+    def encode(self, body: str) -> bytes:
+        return body.encode()
+
+    def decode(self, data: bytes) -> str:
+        self.decoded.append(len(data))
+        return data.decode()
+
+
+async def test_a_body_above_max_body_is_kept_without_a_look_into_it() -> None:
+    codec = Counting()
+    counted, raw = Queue[str]("counted", str, codec=codec), Queue[bytes]("raw")
+    ask = Queue[str]("ask", str, reply=str)
+    bus = make_bus(channels=[MODELS, counted, raw, ask], max_body=100)
+    seen: list[object] = []
+
+    @bus.consumer(MODELS)
+    async def one(order: Order) -> None:
+        raise AssertionError("it must not run")
+
+    @bus.consumer(counted, batch=10)
+    async def some(bodies: list[str]) -> None:
+        seen.extend(bodies)
+
+    @bus.consumer(raw)
+    async def as_it_is(body: bytes) -> None:
+        seen.append(len(body))
+
+    @bus.responder(ask)
+    async def answer(body: str) -> str:
+        return "x" * 101
+
+    large = b'{"id": 1, "total": 2, "note": "' + b"x" * 100 + b'"}'
+    async with lab(bus) as it:
+        await bus.send(MODELS, Message(large))
+        await bus.send(counted, "x" * 101)
+        await bus.send(counted, "y" * 100)
+        await bus.send(raw, b"x" * 101)  # of bytes nothing is looked into
+        await it.idle()
+        with pytest.raises(CodecError, match="101 bytes, and max_body is 100"):
+            await bus.request(ask, "x")
+        [invalid] = it.invalid(MODELS)
+        assert invalid.body == large
+        assert (
+            invalid.headers[ORIGINAL_ERROR]
+            == f"the body has {len(large)} bytes, and max_body is 100; it was not looked into"
+        )
+        [letter] = [letter async for letter in deadletter.browse(bus, counted, invalid=True)]
+        assert letter.body == b"x" * 101
+    assert codec.decoded == [100]
+    assert sorted(map(str, seen)) == ["101", "y" * 100]
 
 
 async def test_a_body_of_10_mb_arrives() -> None:
@@ -154,6 +215,7 @@ async def test_an_unknown_channel_has_a_nearest_name() -> None:
         ({"url": "memory://", "settings": {"leese": 3}}, {}, "lease"),
         ({"url": None}, {}, "UNIBUS_URL"),
         ({"url": "memory://", "defaults": {"concurency": 3}}, {}, "concurency"),
+        ({"url": "memory://", "max_body": 0}, {}, "max_body"),
     ],
 )
 async def test_a_wrong_setting_is_named_at_the_start(options: dict[str, Any], environ: Any, said: str) -> None:

@@ -252,3 +252,34 @@ def test_a_signal_winds_up(cli: Cli, monkeypatch: pytest.MonkeyPatch, number: in
     assert done.code == code
     assert done.err.splitlines()[-1] == f"unibus: {says}"
     assert len(cli.ok("dlq", "list", "orders").lines) + len(cli.ok("peek", "orders").lines) == 3
+
+
+def test_declare_makes_the_table_of_a_store_and_doctor_names_who_is_effectively_once(cli: Cli) -> None:
+    source = APP.replace(
+        "@bus.consumer(orders, retry=NONE)",
+        f"""
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from sqlalchemy.pool import NullPool
+    from unibus.stores.sql import SqlStore
+
+    engine = create_async_engine("sqlite+aiosqlite:///{cli.folder}/handled.db", poolclass=NullPool)
+
+    @bus.consumer(orders, idempotency=SqlStore(engine))""",
+    )
+    app = cli.app(source)
+
+    def findings() -> list[tuple[str, str]]:
+        found = cli("doctor", "--app", app, "--json").lines[0]["findings"]
+        return [(f["level"], f["text"]) for f in found if "handle of" in f["text"]]
+
+    ((level, text),) = findings()
+    assert level == "note"
+    assert "consumer handle of queue 'orders': SqlStore(sqlite, table unibus_handled): there is no such table" in text
+    cli.toml('declare = "verify"\n')
+    ((level, _),) = findings()
+    assert level == "error"
+    store = "SqlStore(sqlite, table unibus_handled)"
+    assert f"{store} would be made unless it is there\n" in cli.ok("declare", "--app", app, "--dry-run").err
+    assert findings()[0][0] == "error"
+    assert f"{store} is there\n" in cli.ok("declare", "--app", app).err
+    assert findings() == [("ok", f"consumer handle of queue 'orders' is effectively once, by {store}")]

@@ -170,6 +170,22 @@ async def test_a_probe_that_fails_is_a_cell_and_the_others_go_on() -> None:
     assert sorted(seen) == ["broken", "empty", "endless", "fine", "impossible"]
 
 
+async def test_a_long_wait_is_beside_the_others_of_its_broker() -> None:
+    over = asyncio.Event()
+
+    async def waits(lab: Lab) -> Mapping[str, Found]:
+        await over.wait()
+        return {"x.waits": Found(text="waited")}
+
+    async def ends_it(lab: Lab) -> Mapping[str, Found]:
+        over.set()
+        return {"x.other": Found(text="fine")}
+
+    first = replace(probe(waits, name="waits", waits=True), long=True)
+    found = cells(await run_of(first, probe(ends_it, name="other", waits=True))())
+    assert {id: cell["text"] for id, cell in found.items()} == {"x.waits": "waited", "x.other": "fine"}
+
+
 async def test_a_run_that_is_broken_off_keeps_what_it_has() -> None:
     reached = asyncio.Event()
 
@@ -256,10 +272,12 @@ def test_of_the_environment_a_file_takes_user_and_password_alone(
     assert told == {"UNIBUS_USERNAME": "me", "UNIBUS_PASSWORD": "hunter22"}
 
 
+@pytest.mark.timeout(360)  # a pytest in a process of its own, of seconds on an idle machine
 async def test_the_contracts_read_the_file_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table among the settings has no place in a URL. Whatever pytest finds where the comparison is made has no say."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(contracts, "QUICK", ("logs",))
+    monkeypatch.setattr(contracts, "QUICK_LIMIT", 300.0)
+    monkeypatch.setattr(contracts, "QUICK", ("logs::test_quiet",))
     (tmp_path / "conftest.py").write_text("raise RuntimeError('of somebody else')")
     (tmp_path / "pytest.py").write_text("raise RuntimeError('no pytest')")
     (tmp_path / "bus.toml").write_text('url = "memory://"\n[memory]\nlease = 7\n')
@@ -279,6 +297,17 @@ async def test_what_is_left_on_a_broker_is_told(monkeypatch: pytest.MonkeyPatch)
     left = [target["left"] for target in run.document["targets"]]
     assert left[0].startswith(f"what begins with {run._labs[0].prefix!r}: the adapter of memory://")
     assert left[1] is None  # nothing was made there
+
+
+async def test_what_the_contracts_left_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def left_some(*_: object, **__: object) -> contracts.Outcome:
+        return contracts.Outcome({"contracts": [], "left": ["not deleted: what begins with 'cmp-1.2.': Timeout"]})
+
+    monkeypatch.setattr(contracts, "run", left_some)
+    run = Run(targets("memory://"), TINY, only={contracts.CHAPTER})
+    await run()
+    await run.remove()
+    assert run.document["targets"][0]["left"] == "what begins with 'cmp-1.2.': Timeout"
 
 
 async def test_a_removal_that_is_broken_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +456,14 @@ def test_the_command_writes_all_three(cli: Cli, tmp_path: Path) -> None:
     again = cli(*arguments, "--against", str(data), url=None)
     assert again.code == 0
     assert "nothing has changed since" in again.err
+
+
+def test_the_command_says_what_it_could_not_delete(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with an adapter of others that has nothing that deletes. What was measured counts all the same."""
+    monkeypatch.setattr("unibus_contracts.cleanup.delete_of", lambda scheme: None)
+    done = cli("compare", "memory://", "--quick", "--only", "key", url=None)
+    assert done.code == 0, done
+    assert "memory: not deleted: what begins with 'cmp-" in done.err
 
 
 @pytest.mark.parametrize(

@@ -249,12 +249,31 @@ def test_other_changes() -> None:
     assert changes(measured("a"), measured("", state="not run"))[0] == []
 
 
-def test_a_target_or_row_that_was_not_there_is_no_change() -> None:
-    old = document(targets=1, rows=[row("y", 1)])
-    old["targets"][0]["name"] = "another"
-    new = document(targets=1, rows=[row("x", 1)])
+def test_a_row_that_was_not_there_is_no_change() -> None:
+    old, new = document(targets=1, rows=[row("y", 1)]), document(targets=1, rows=[row("x", 1)])
     assert against(new, old) == []
     assert new["against"] == old["at"]
+
+
+def test_a_target_that_was_not_there_is_said() -> None:
+    old, new = document(targets=1, rows=[row("x", 1)]), document(targets=2, rows=[row("x", 2)])
+    assert against(new, old) == ["broker 1: is not in the older run"]
+    assert not any("change" in cell for cell in new["rows"][0]["cells"])
+
+
+def test_what_is_left_on_a_broker_is_on_the_page() -> None:
+    found = document(targets=2, rows=[row("x", 2)])
+    found["targets"][1]["left"] = f"what begins with 'cmp-1.': {HOSTILE}"
+    text = page(found)
+    assert text.count("Not deleted: what begins with") == 1
+    assert HOSTILE not in text
+
+
+def test_how_it_is_measured_is_written_once_for_paper() -> None:
+    rows = [row("a.one", 1), row("a.two", 1, how="the same"), row("a.three", 1, how="the same")]
+    paper = page(document(targets=1, rows=rows)).partition('<section class="paper">')[2]
+    assert paper.count("<dt>") == 3
+    assert paper.count("<dd>") == 2
 
 
 def test_a_change_is_on_the_page() -> None:

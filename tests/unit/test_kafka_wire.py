@@ -189,6 +189,11 @@ def test_metadata_that_is_not_ours_is_ignored(text: str) -> None:
     assert read(part, (5, 6)) == [5, 6]
 
 
+def test_metadata_beyond_what_a_broker_takes_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("base64.b64decode", None)  # to call it would fail
+    assert offsets.decode(0, "u2:" + "A" * offsets.LIMIT) is None
+
+
 def test_a_restart_runs_nothing_again_that_had_finished() -> None:
     part = offsets.Partition(TP, 100)
     assert read(part, range(100, 110)) == list(range(100, 110))

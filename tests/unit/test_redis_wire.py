@@ -110,6 +110,15 @@ def test_foreign_fields_are_headers_where_they_are_text_and_copied_where_not() -
     assert dict(wire.decode(again).headers) == {"tenant": "acme", "h": "v"}
 
 
+def test_what_is_larger_than_headers_may_be_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_MOST", 100)
+    headers = b'{"tenant":"' + b"x" * 100 + b'"}'
+    large = entry(b"body", b"b", b"headers", headers, b"more", b"y" * 100, b"h", b"v")
+    monkeypatch.setattr(wire, "_load", None)  # to call it would fail
+    assert dict(wire.decode(large).headers) == {"h": "v"}
+    assert large.foreign() == ([b"more", b"y" * 100], {})
+
+
 def test_a_delay_is_rounded_up() -> None:
     assert wire.delay(Outgoing(ORDERS, Message(b"")), NOW) == ""
     assert wire.delay(Outgoing(ORDERS, Message(b""), NOW), NOW) == ""

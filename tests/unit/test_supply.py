@@ -185,6 +185,7 @@ def test_a_cluster_that_does_not_come_together_says_so(three: FakeThree, monkeyp
     monkeypatch.setattr(three, "formed", lambda sites: False)
     with pytest.raises(SupplyError, match="fake-cluster-1 and the others answer, but are no cluster"):
         supply.cluster("fake")
+    assert [processes(Path.cwd() / ".brokers" / f"fake-cluster-{n}") for n in (1, 2, 3)] == [{}, {}, {}]
     with pytest.raises(SupplyError, match="no cluster of 'sqs'; there are: fake"):
         supply.cluster("sqs")
 

@@ -178,6 +178,8 @@ NOT_ON: Mapping[str, Mapping[str, str]] = {
     "kafka": {
         **_NOT_ANYWHERE,
         "kafka-leader-moved": "one node has no other leader",
+        "kafka-replicas-missing": "a server asks for no more replicas than a topic has, and here each has one",
+        "kafka-coordinator-gone": "one node has no other coordinator, and it is gone with the node by broker-killed",
         "kafka-disk-full": "with its only folder gone a node ends itself, as by broker-killed; that needs three of them",
     },
     "rabbitmq": {**_NOT_ANYWHERE, "rabbitmq-disk-full": "its disk alarm comes before, and that is tried"},

@@ -13,8 +13,8 @@ from unibus_contracts.chaos.stage import Fault, NoBite, Stage, reaches
 from unibus_contracts.chaos.traps import Point, order_file, report_file, write
 from unibus_contracts.chaos.workers import Worker
 
-_OBEYED = 20.0  # seconds until a worker has read its order, on a busy machine
-_DIES = 20.0  # seconds beyond the fault's own until a worker came by its point
+_OBEYED = 60.0  # seconds until a worker has read its order, on a busy machine
+_DIES = 30.0  # seconds beyond the fault's own until a worker came by its point
 
 # Seconds that a loop stands still: longer than the lease, the session or the heartbeats that the extra consumer is given.
 _SHORT = {"redis": "lease=4", "sqs": "lease=4", "kafka": "session_timeout=4", "rabbitmq": "heartbeat=2"}

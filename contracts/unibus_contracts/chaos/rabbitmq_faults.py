@@ -42,7 +42,7 @@ async def evaluate(stage: Stage, expression: str) -> str:
     done = await asyncio.to_thread(
         subprocess.run,
         command if quick else [*command, "eval", f"{expression}."],
-        input=f"{expression}.",
+        input=f"{expression}.\n",
         env=environment,
         capture_output=True,
         text=True,
@@ -65,9 +65,11 @@ def _alarm(source: str, getter: str, setter: str, worse: str) -> Fault:
         try:
             yield
             async with asyncio.timeout(_BLOCKED):
-                while not blocked:
+                while True:
                     said = await evaluate(stage, _STATE)
-                    blocked = len(re.findall(r"\bblocked\b", said))
+                    if blocked := len(re.findall(r"\bblocked\b", said)):
+                        break
+                    await asyncio.sleep(0.1)
         except TimeoutError:
             raise NoBite(f"no connection was blocked: {said}") from None
         finally:

@@ -110,10 +110,12 @@ async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
     with traps.listening():
         async with bus:
             traps.set_into(bus)
-            print("ready", flush=True)
             receiving = asyncio.create_task(handling.by_hand(bus))
+            working = asyncio.create_task(bus.run())
+            await asyncio.sleep(0)  # now it hears SIGTERM, which may follow at once
+            print("ready", flush=True)
             try:
-                await bus.run()  # until SIGTERM
+                await working  # until SIGTERM
             finally:
                 receiving.cancel()
                 await asyncio.gather(receiving, return_exceptions=True)

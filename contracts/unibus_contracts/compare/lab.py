@@ -33,6 +33,7 @@ class Lab:
         self.sizes = sizes
         self.prefix = prefix or f"cmp-{secrets.token_hex(3)}."
         self.made = [Made(self.prefix)]
+        self.left: list[str] = []  # what the contracts could not delete themselves, as they say it
         self.capabilities: Capabilities | None = None
         self._numbers = itertools.count(1)
 
@@ -53,7 +54,7 @@ class Lab:
 
     async def remove(self) -> Removal:
         """Delete what was made. Raises nothing that the broker says."""
-        deleted, left = 0, []
+        deleted, left = 0, [*self.left]
         for made in self.made:
             removal = await remove(self.target.bus(prefix=made.prefix), made)
             deleted += removal.deleted

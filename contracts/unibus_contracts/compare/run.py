@@ -148,6 +148,7 @@ class Run:
                 return contracts.Outcome(error=told["error"])
             lab = self._labs[column]
             outcome = await contracts.run(lab.target, lab.prefix, lab.made, quick=self._quick)
+            lab.left += [text.removeprefix("not deleted: ") for text in outcome.report.get("left", ())]
             self._progress(told["name"], contracts.CHAPTER, perf_counter() - begun)
             return outcome
 

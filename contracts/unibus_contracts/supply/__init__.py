@@ -193,7 +193,12 @@ def cluster(name: str, instance: str = "") -> Cluster:
         if len(records) < len(homes) or not all(_answers(_kind(record.kind), record) for record in records):
             for home in homes:
                 _remove(home)
-            records = _assemble(assembly, homes)
+            try:
+                records = _assemble(assembly, homes)
+            except BaseException:  # Ctrl-C too: half of a cluster is of no use, and would run on
+                for home in homes:
+                    _remove(home)
+                raise
     sites = [record.site for record in records]
     brokers = [_broker(record, home) for record, home in zip(records, homes, strict=True)]
     nodes = [broker for broker in brokers if broker.record is not None and broker.record.kind != "sentinel"]
