@@ -8,6 +8,7 @@ of them it is only known what is there still.
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,10 @@ async def _rabbitmq(broker: Broker) -> AsyncIterator[Found | None]:
     import aiohttp
 
     api = urlsplit(broker.variables["UNIBUS_TEST_RABBITMQ_API"])
-    auth = aiohttp.BasicAuth(unquote(api.username or ""), unquote(api.password or ""))
+    account = f"{unquote(api.username or '')}:{unquote(api.password or '')}"
+    headers = {"Authorization": f"Basic {b64encode(account.encode()).decode()}"}
     server = f"{api.scheme}://{api.hostname}:{api.port}{api.path}"
-    async with aiohttp.ClientSession(auth=auth) as http, http.get(f"{server}/queues/%2F") as answer:
+    async with aiohttp.ClientSession(headers=headers) as http, http.get(f"{server}/queues/%2F") as answer:
         answer.raise_for_status()
         names = [queue["name"] for queue in await answer.json()]
     async with await aio_pika.connect(broker.url) as connection:
@@ -124,27 +126,38 @@ async def _kafka(broker: Broker) -> AsyncIterator[Found | None]:
     try:
         names = [group for group, _ in await admin.list_consumer_groups()]
         committed = {name: await admin.list_consumer_group_offsets(name) for name in names}
+        topics = {topic["topic"]: topic["partitions"] for topic in await admin.describe_topics()}
     finally:
         await admin.close()
-    async with AIOKafkaConsumer(**to, enable_auto_commit=False) as consumer:
-        topics = [topic for topic in await consumer.topics() if not topic.startswith("__")]
-        for topic in topics:
-            tps = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
+    for topic, partitions in topics.items():
+        tps = [TopicPartition(topic, each["partition"]) for each in partitions if not topic.startswith("__")]
+        if not tps:
+            continue
+        async with AIOKafkaConsumer(**to, enable_auto_commit=False) as consumer:
             consumer.assign(tps)
-            ends = await consumer.end_offsets(tps)
-            await consumer.seek_to_beginning(*tps)
-            reading = {tp for tp in tps if await consumer.position(tp) < ends[tp]}
-            while reading:
+            begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+            for tp in tps:
+                consumer.seek(tp, begins[tp])
+            at = dict(begins)
+            while any(at[tp] < ends[tp] for tp in tps):
                 for tp, records in (await consumer.getmany(timeout_ms=1000, max_records=5000)).items():
+                    at[tp] = records[-1].offset + 1
                     for record in records:
-                        if _where(topic) != STORED:
-                            yield _found(record.value or b"", topic)
-                            continue
-                        yield _found(record.value or b"", topic, LOGGED)
-                        for group, offsets in committed.items():
-                            if tp in offsets and record.offset >= offsets[tp].offset:
-                                yield _found(record.value or b"", f"{topic}.{group}", STORED)
-                reading = {tp for tp in reading if await consumer.position(tp) < ends[tp]}
+                        for group, where in _of_record(topic, tp, record.offset, committed):
+                            yield _found(record.value or b"", f"{topic}.{group}" if group else topic, where)
+
+
+def _of_record(
+    topic: str, tp: Any, offset: int, committed: Mapping[str, Mapping[Any, Any]]
+) -> Iterable[tuple[str, str]]:
+    """What is known of a record: that it was there, and which groups have not come so far."""
+    if _where(topic) != STORED:
+        yield "", _where(topic)
+        return
+    yield "", LOGGED
+    for group, offsets in committed.items():
+        if tp in offsets and offset >= offsets[tp].offset:
+            yield group, STORED
 
 
 async def _sqs(broker: Broker) -> AsyncIterator[Found | None]:
