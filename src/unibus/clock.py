@@ -105,12 +105,7 @@ class VirtualClock:
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         timer = _VirtualTimer(callback)
-        at = round(self._elapsed + max(0.0, delay), 9)
-        if (
-            delay > 0 and at <= self._elapsed
-        ):  # too short to be told apart: else who waits for the rest would do so for ever
-            at = round(self._elapsed + 1e-9, 9)
-        heapq.heappush(self._timers, (at, next(self._sequence), timer))
+        heapq.heappush(self._timers, (round(self._elapsed + max(0.0, delay), 9), next(self._sequence), timer))
         return timer
 
     async def sleep(self, delay: float) -> None:
