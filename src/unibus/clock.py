@@ -94,6 +94,7 @@ class VirtualClock:
     def __init__(self, start: float = 1_700_000_000.0) -> None:
         self._start = start
         self._elapsed = 0.0
+        self._firing = False  # a callback runs
         self._sequence = itertools.count()
         self._timers: list[tuple[float, int, _VirtualTimer]] = []
 
@@ -105,7 +106,12 @@ class VirtualClock:
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         timer = _VirtualTimer(callback)
-        heapq.heappush(self._timers, (round(self._elapsed + max(0.0, delay), 9), next(self._sequence), timer))
+        at = round(self._elapsed + max(0.0, delay), 9)
+        if (
+            self._firing and delay > 0 and at <= self._elapsed
+        ):  # who asks for a rest that can't be seen gets one that can
+            at = round(self._elapsed + 1e-9, 9)
+        heapq.heappush(self._timers, (at, next(self._sequence), timer))
         return timer
 
     async def sleep(self, delay: float) -> None:
@@ -130,5 +136,9 @@ class VirtualClock:
             self._elapsed = max(self._elapsed, when)
             callback, timer.callback = timer.callback, None
             if callback is not None:
-                callback()
+                self._firing = True
+                try:
+                    callback()
+                finally:
+                    self._firing = False
         self._elapsed = target

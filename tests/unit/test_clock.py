@@ -146,3 +146,18 @@ async def test_the_system_clock_calls_back_and_sleeps() -> None:
     await clock.sleep(0.0)
     assert clock.monotonic() >= before
     assert clock.time() > 1_600_000_000
+
+
+def test_who_is_woken_a_rounding_error_too_early_waits_for_the_rest_and_not_for_ever() -> None:
+    clock = VirtualClock()
+    fired: list[float] = []
+
+    def wake() -> None:
+        fired.append(clock.monotonic())
+        if fired[-1] <= 1 and len(fired) < 10:
+            clock.call_later(1e-12, wake)
+
+    clock.call_later(1, wake)
+    clock.move(2)
+    assert len(fired) == 2
+    assert 1 < fired[1] < 1.001
