@@ -141,6 +141,7 @@ async def test_a_wrong_password(url: str, how: str, heard: pytest.LogCaptureFixt
     assert leaks(texts, FORMS) == []
 
 
+@pytest.mark.timeout(600)
 def test_doctor(url: str, tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("UNIBUS_")}
     texts = []
@@ -152,7 +153,7 @@ def test_doctor(url: str, tmp_path: Path) -> None:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=SOON,
+            timeout=240,
             check=False,
         )
         assert done.stdout

@@ -25,7 +25,7 @@ from unibus import ConfigError
 from unibus.cli import probe
 from unibus.cli.probe import OfBus, OfWorkers, address, serving, tell
 
-SOON = 60.0  # bounds a failure only
+SOON = 120.0  # bounds a failure only
 
 
 class State(OfWorkers):
@@ -178,6 +178,7 @@ async def test_workers_tell_how_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
     assert await state.unready() == ["worker 1: not up yet", "worker 2: not up yet"]
 
 
+@pytest.mark.timeout(600)
 def test_as_a_process(tmp_path: Path) -> None:
     """On memory: ready, then drained by SIGTERM. The other errors are those of the command line."""
     (tmp_path / "probed.py").write_text("\n".join(line.removeprefix("    ") for line in APP.splitlines()))
