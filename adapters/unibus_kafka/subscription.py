@@ -183,7 +183,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
             text = (
                 "%s: %d messages were handled, and not committed before their partitions went; they are handled again"
             )
-            log.warning(text, self.address, len(positions), extra={"positions": positions})
+            log.warning(text, self.address, len(positions), extra={"address": self.address, "positions": positions})
 
     # Reading
 
@@ -473,6 +473,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
             part.end(self._handed)
         await self._commit()
         self._closed = True
+        self._tell_unsaid(self._parts.values())
         for part in self._parts.values():
             part.lose()
         self._end(closed(self.address))
