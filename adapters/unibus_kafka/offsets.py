@@ -100,8 +100,8 @@ class Partition:
     """One that is assigned to us, until `owned` is False. `seconds`: the rung it belongs to, 0 for none."""
 
     __slots__ = (
-        "_highest", "_name", "_notes", "careful", "committed", "failures", "full", "held", "next", "open", "opened", "orphan",
-        "owned", "seconds", "starts", "tp", "wary",
+        "_highest", "_name", "_notes", "careful", "committed", "failures", "full", "held", "leaving", "next", "open", "opened",
+        "orphan", "owned", "seconds", "starts", "tp", "wary",
     )  # fmt: skip
 
     def __init__(self, tp: Any, start: int, metadata: str = "", seconds: float = 0.0) -> None:
@@ -109,6 +109,7 @@ class Partition:
         self.next = start  # where reading goes on
         self.seconds = seconds
         self.owned = True
+        self.leaving = False  # it is being given up: nothing of it is handed out any more
         self.full = False  # there is no room in the metadata for more
         self.held = 0  # records that wait for their time
         self.open: dict[int, Delivery[Any]] = {}  # read and not finished, by offset, ascending
@@ -193,6 +194,16 @@ class Partition:
             return first, ""
         entries = ((offset, self.failures.get(offset, 0), self.starts.get(offset, 0)) for offset in unfinished)
         return first, encode(first, last, entries, open=self.opened)
+
+    def unsaid(self) -> list[str]:
+        """Positions of what was finished here, for all that a confirmed commit tells not."""
+        at, metadata = self.committed
+        highest, left, _ = decode(at, metadata) or (at - 1, {}, False)
+        return [
+            f"{self._name}@{offset}"
+            for offset in range(at, self.next)
+            if (offset > highest or offset in left) and offset not in self.open
+        ]
 
     def end(self, handed: Iterable[Delivery[Any]]) -> None:
         """It is given up in order: what is still out is not the doing of its handler."""

@@ -143,9 +143,10 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
 
     async def _give_up(self, parts: list[Partition], grace: float) -> None:
         """What waits goes, what runs may end, what has ended is committed; then the partitions are no longer ours."""
-        self._buffer = deque(delivery for delivery in self._buffer if delivery.token not in parts)
-        self._held = [entry for entry in self._held if entry[3].token not in parts]
-        heapq.heapify(self._held)
+        until = self._kit.clock.monotonic() + grace
+        for part in parts:
+            part.leaving = True
+        self._forget(parts)
         try:
             if out := [one for part in parts for one in part.open.values() if one in self._handed]:
                 losing = asyncio.ensure_future(self.source.losing(out, grace))
@@ -155,13 +156,34 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 losing.cancel()
             for part in parts:
                 part.end(self._handed)
-            await self._commit()
+            # What ends from here on is too late for the commit, and must not pass for settled.
+            self._handed = {delivery for delivery in self._handed if delivery.token not in parts}
+            # The group waits for us as long as for handlers: a commit without an answer is tried again.
+            while await self._commit() is False and self._kit.clock.monotonic() < until and not self._closing.is_set():
+                await self._kit.clock.sleep(self._kit.settings.commit_interval)
         finally:
+            self._tell_unsaid(parts)
+            self._forget(parts)  # handed back meanwhile
             self._handed = {delivery for delivery in self._handed if delivery.token not in parts}
             for part in parts:
                 part.lose()
                 if self._parts.get(part.tp) is part:
                     del self._parts[part.tp]
+
+    def _forget(self, parts: Sequence[Partition]) -> None:
+        """What is not handed out."""
+        self._buffer = deque(delivery for delivery in self._buffer if delivery.token not in parts)
+        self._held = [entry for entry in self._held if entry[3].token not in parts]
+        heapq.heapify(self._held)
+
+    def _tell_unsaid(self, parts: Iterable[Partition]) -> None:
+        """What is handled again, by whoever gets these partitions: no commit says that it was handled."""
+        positions = [position for part in parts for position in part.unsaid()] if self._group is not None else []
+        if positions:
+            text = (
+                "%s: %d messages were handled, and not committed before their partitions went; they are handled again"
+            )
+            log.warning(text, self.address, len(positions), extra={"address": self.address, "positions": positions})
 
     # Reading
 
@@ -321,14 +343,15 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         """What these begin is committed before they do. What can't be goes back."""
         said = False
         try:
-            said = await self._commit()
+            said = bool(await self._commit())
         finally:  # also when we are cancelled
             self._unsaid = not said
             if not said:
                 await self.settle(Outcome.RELEASED, taken)
         if not said:
             await self._kit.clock.sleep(self._kit.settings.commit_interval)
-        return [delivery for delivery in taken if said and not delivery.lost]
+        # The core has not heard of them: of a partition that is being given up it would wait for none, and run them all.
+        return [delivery for delivery in taken if said and not (delivery.token.leaving or delivery.lost)]
 
     def _tell_waits(self, taken: Sequence[Delivery[Any]]) -> None:
         now = self._kit.clock.time()
@@ -377,10 +400,13 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         self._commit_timer = None
         self._tasks.start(self._commit())
 
-    async def _commit(self) -> bool:
-        """All that has changed. What fails is part of the next one; what is never committed is handled again."""
+    async def _commit(self) -> bool | None:
+        """All that has changed. What fails is part of the next one; what is never committed is handled again.
+
+        None: there is no next one, since the group has gone on without us.
+        """
         if self._group is None or self._fenced:
-            return False
+            return None
         async with self._committing:
             points = {
                 part: point for part in self._parts.values() if part.owned and (point := part.point()) != part.committed
@@ -395,6 +421,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                 log.warning(
                     "%s: not committed, the group has other members by now; it may be handled again", self.address
                 )
+                return None
             except (KafkaError, TimeoutError) as exc:
                 log.warning("%s: not committed yet: %s", self.address, errors.translate(exc, "commit"))
                 self._commit_soon()
@@ -446,6 +473,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
             part.end(self._handed)
         await self._commit()
         self._closed = True
+        self._tell_unsaid(self._parts.values())
         for part in self._parts.values():
             part.lose()
         self._end(closed(self.address))

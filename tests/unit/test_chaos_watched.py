@@ -1,8 +1,9 @@
 """The adapter that writes down what it is told: each confirmed and each lost settlement, each send that was not confirmed."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.unit.memory_lab import EVENTS, ORDERS, A, Lab
 
 from unibus.adapter import Adapter, Move, Outcome, Outgoing, Source
+from unibus.capabilities import refused
 from unibus.errors import ConnectionLost, LeaseLost, Throttled
 from unibus.message import Message
 from unibus_contracts.chaos.watched import watched
@@ -125,3 +127,23 @@ async def test_a_broken_link_and_what_is_taken_away_are_losses(scene: Scene) -> 
         ("lost", "ok", "", "", "", "the link broke"),
         ("lost", "ok", "", "", "", "the link was closed"),
     ]
+
+
+async def test_what_kafka_could_not_commit_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = await Lab().start()
+    unconfirmed = replace(lab.adapter.capabilities, settle_confirmed=refused("as on Kafka"))
+    monkeypatch.setattr(type(lab.adapter), "capabilities", unconfirmed)
+    with Recorder(tmp_path, "p") as recorder:
+        scene = Scene(lab, watched(lab.adapter, recorder, bytes.decode), recorder, tmp_path)
+        await scene.send("a", "b")
+        subscription = await scene.adapter.subscribe(Source(ORDERS))
+        found = await subscription.receive(2, 1)
+        for number, delivery in enumerate(found):
+            delivery.position = f"orders/0@{number}"
+        await subscription.settle(Outcome.ACCEPTED, found)
+        about = {"address": ORDERS, "positions": ["orders/0@1", "orders/0@7"]}
+        logging.getLogger("unibus.kafka").warning("not committed", extra=about)
+        assert scene.told()[-1] == ("uncommitted", "ok", "b", "orders", "", "")
+        await scene.adapter.close()
+        logging.getLogger("unibus.kafka").warning("not committed", extra=about)
+        assert [told[0] for told in scene.told()].count("uncommitted") == 1

@@ -598,6 +598,23 @@ def test_where_no_settlement_is_confirmed_the_last_ones_before_a_break_may_be_lo
     assert found(check(story.told, CALM)) == [("came_back", "a")]
 
 
+def test_what_its_adapter_could_not_commit_comes_again() -> None:
+    def told(value: str, process: str = "c") -> Story:
+        story = Story()
+        story.send("a")
+        story.handle("a")
+        story.settled("a")
+        story.now += 10 * SECOND
+        story.note("uncommitted", value, process)
+        story.handle("a", process="d")
+        return story
+
+    assert told("a").end(Expected(settle_confirmed=False)).counts["by_unsettled"] == 1
+    assert found(told("a").end(Expected(settle_confirmed=True))) == [("came_back", "a")]
+    assert found(told("b").end(Expected(settle_confirmed=False))) == [("came_back", "a")]
+    assert found(told("a", "e").end(Expected(settle_confirmed=False))) == [("came_back", "a")]
+
+
 def test_an_original_may_come_back_beside_its_copy_where_its_settlement_was_not_confirmed() -> None:
     story = Story()
     story.send("a")

@@ -6,6 +6,8 @@ settlement was not confirmed, its link or lease was gone, or the message was sen
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +21,8 @@ from unibus.errors import ConnectionLost, LeaseLost, TransportError, Unsupported
 from unibus_contracts.history import Recorder
 from unibus_contracts.history.record import FINAL
 
+_KAFKA = logging.getLogger("unibus.kafka")
+_UNSURE = 100_000  # messages that were settled last, where that is not confirmed
 _SAID = {Outcome.ACCEPTED: "accepted", Outcome.RELEASED: "released"}
 
 
@@ -50,6 +54,9 @@ class _Watched:
         self.recorder = recorder
         self.value_of = value_of
         self.copied: dict[int, Delivery[Any]] = {}  # a copy of these is confirmed, and they are not settled yet
+        self._unsure: OrderedDict[tuple[str, str], bytes] = OrderedDict()  # settled: body, by address and position
+        self._hearing = _Uncommitted(self)
+        _KAFKA.addHandler(self._hearing)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -61,6 +68,20 @@ class _Watched:
     async def close(self) -> None:
         self.recorder.note("lost", detail="the link was closed")
         await self._inner.close()
+        _KAFKA.removeHandler(self._hearing)
+
+    def settled(self, address: Address, deliveries: Sequence[Delivery[Any]]) -> None:
+        """As far as the adapter says, which can be wrong where the broker confirms no settlement."""
+        if not self._inner.capabilities.settle_confirmed:
+            for delivery in deliveries:
+                self._unsure[str(address), delivery.position] = delivery.message.body
+            while len(self._unsure) > _UNSURE:
+                self._unsure.popitem(last=False)
+
+    def uncommitted(self, address: Address, positions: Sequence[str]) -> None:
+        known = [body for at in positions if (body := self._unsure.get((str(address), at))) is not None]
+        if known:
+            self.note("uncommitted", "ok", known, address)
 
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         try:
@@ -100,6 +121,18 @@ class _Watched:
         self.recorder.note("lost", detail="the link broke")
 
 
+class _Uncommitted(logging.Handler):
+    """Kafka's adapter has nobody to return it to: commits that fail are said in its log, with what they were about."""
+
+    def __init__(self, adapter: _Watched) -> None:
+        super().__init__(logging.WARNING)
+        self._adapter = adapter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (positions := record.__dict__.get("positions")) is not None:
+            self._adapter.uncommitted(record.__dict__["address"], positions)
+
+
 class _WatchedSubscription:
     def __init__(self, adapter: _Watched, inner: Subscription, address: Address) -> None:
         self._adapter, self._inner, self._address = adapter, inner, address
@@ -123,6 +156,10 @@ class _WatchedSubscription:
             tell = self._settling(stack, deliveries, said)
             results = await self._inner.settle(outcome, deliveries, delays=delays)
             tell(results)
+            if outcome is Outcome.ACCEPTED:
+                self._adapter.settled(
+                    self._address, [d for d, failed in zip(deliveries, results, strict=True) if failed is None]
+                )
             return results
 
     async def move(self, moves: Sequence[Move], timeout: float) -> Sequence[TransportError | Unsupported | None]:

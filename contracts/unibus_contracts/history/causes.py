@@ -5,7 +5,8 @@ that had it in hand:
 
 - `killed`: the process that held it has said no last word.
 - `link`, `lease`: its link broke, or the delivery was taken away, before its settlement was confirmed.
-- `unsettled`: its settlement was tried, and not confirmed.
+- `unsettled`: its settlement was tried, and not confirmed; or, where the broker confirms none, its adapter has said that it
+  could not tell the broker before it had to give the message's partition up.
 - `copies`: it was sent again after a send of which nobody knows the outcome; or a copy for its retry was confirmed and the
   original not settled; or who should have sent that copy was killed.
 - `ack`: settled, where the broker confirms no settlement, and the link broke before the broker is known to have seen it.
@@ -65,6 +66,7 @@ class Causes:
     window: int  # nanoseconds
     settled: dict[Name, list[Settled]] = field(default_factory=lambda: defaultdict(list))
     taken: dict[tuple[str, Name], list[int]] = field(default_factory=lambda: defaultdict(list))
+    uncommitted: dict[tuple[str, Name], list[int]] = field(default_factory=lambda: defaultdict(list))
     copied: dict[Name, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
     tries: dict[tuple[str, str], int] = field(
         default_factory=lambda: defaultdict(int)
@@ -83,6 +85,8 @@ class Causes:
             name = value, call.place, call.group
             if what == "lost":
                 self.taken[call.process, name].append(call.at)
+            elif what == "uncommitted":
+                self.uncommitted[call.process, name].append(call.at)
             elif what == "copied":
                 self.copied[name].append((call.process, call.at))
             elif what == "try":
@@ -98,7 +102,7 @@ class Causes:
 
     def prepare(self) -> None:
         """Once all is taken in."""
-        for times in (*self.breaks.values(), *self.taken.values()):
+        for times in (*self.breaks.values(), *self.taken.values(), *self.uncommitted.values()):
             times.sort()
 
     def given_up(self, call: Call, name: Name, by: int) -> str | None:
@@ -146,6 +150,10 @@ class Causes:
         """The first settlement after which the broker must not hand it out again, if it was confirmed before that time."""
         ends = [s for s in self.settled.get(name, ()) if s.word == "accepted" and s.end is not None and s.end < before]
         return min(ends, key=lambda s: s.end or 0, default=None)
+
+    def never_told(self, settled: Settled, name: Name, by: int) -> bool:
+        """Its process said of it later, and before that time, that the broker does not know."""
+        return _any(self.uncommitted.get((settled.process, name), ()), settled.at, by + NOTICE)
 
     def in_doubt(self, settled: Settled, name: Name, by: int | None) -> bool:
         """Settled as far as its process knows; has the broker seen it? Only asked where it confirms no settlement."""

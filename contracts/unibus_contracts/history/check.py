@@ -184,7 +184,7 @@ class _Run:
         settles: dict[tuple[str, int], Call] = {}
         for operation in history:
             what = operation.what
-            if what not in {"settle", "settled", "try", "copied", "lost"}:
+            if what not in {"settle", "settled", "uncommitted", "try", "copied", "lost"}:
                 continue
             number = operation.process, operation.call
             if what in {"settle", "settled"} and operation.kind != "invoke":
@@ -274,6 +274,8 @@ class _Run:
                 if over is not None:
                     if not self.promised.settle_confirmed and self.causes.in_doubt(over, name, call.at):
                         self.explained["ack"] += before is not None
+                    elif not self.promised.settle_confirmed and self.causes.never_told(over, name, call.at):
+                        self.explained["unsettled"] += before is not None
                     else:
                         why = f"{place}: delivered to {call.process} after {over.process} had settled it"
                         yield Finding("came_back", value, why, call.at)

@@ -28,10 +28,23 @@ Kind = Literal["invoke", "ok", "fail", "unknown"]
 
 # What a service sees: send, request, handle, settle. What its adapter is told, `value` naming many (`unibus_contracts.chaos.watched`):
 # try (a send that was not confirmed), copied (a retry's or a dead letter's copy, confirmed), settled (`detail`: accepted,
-# released, or moved when a copy has been made before), lost (no longer ours; without a `value`: all that came by the link).
+# released, or moved when a copy has been made before), uncommitted (settled before, and the adapter could not tell the broker),
+# lost (no longer ours; without a `value`: all that came by the link).
 # Of the run: look, drain, fault, and bye, the last word of a process that was not killed.
 What = Literal[
-    "send", "request", "handle", "settle", "try", "copied", "settled", "lost", "look", "drain", "fault", "bye"
+    "send",
+    "request",
+    "handle",
+    "settle",
+    "try",
+    "copied",
+    "settled",
+    "uncommitted",
+    "lost",
+    "look",
+    "drain",
+    "fault",
+    "bye",
 ]
 
 # The broker, or the client before a byte has left, said no: nobody will ever see the message. `Unroutable`: it was not stored.
