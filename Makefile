@@ -65,7 +65,7 @@ chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7
 chaos-million: $(STAMP) ## the same with 1,000,000 messages and 20 faults drawn from the seed: BROKER=redis SEED=7; takes an hour
 	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages 1000000 --faults 20
 
-fuzz: $(STAMP) ## foreign input for every decoder, mutated: INPUTS=100000 of each, SEED=7; `make test` runs 10,000 with seed 1
+fuzz: $(STAMP) ## foreign input for every decoder, mutated: INPUTS=100000 of each, SEED=7; `make test` runs 4,000 with seed 1
 	UNIBUS_TEST_FUZZ_INPUTS=$(INPUTS) UNIBUS_TEST_FUZZ_SEED=$(SEED) $(BIN)/pytest tests/unit/test_fuzz.py -k documented -rP -n 2
 
 brokers-up: $(STAMP) ## start the test brokers, or find those of UNIBUS_TEST_*_URL; prints NAME=value lines

@@ -79,10 +79,12 @@ async def test_a_primary_that_has_become_a_replica_is_left_and_later_used_again(
     queue = Queue(f"int-{new_id()}")
     async with make(pair.url, queue, send_timeout=SOON) as bus:
         await bus.send(queue, b"before")
+        await until(lambda: pair.replica.raw.xlen(queue.name) == 1, "the replica has it")
         pair.follow(pair.primary, pair.replica)  # connections stay open, but take nothing any more
         await bus.send(queue, b"after")
         assert "read only replica" in caplog.text
         assert pair.replica.raw.xlen(queue.name) == 2
+        await until(lambda: pair.primary.raw.xlen(queue.name) == 2, "the other one has it")
         pair.follow(pair.replica, pair.primary)
         pair.replica.kill()
         await bus.send(queue, b"again")

@@ -27,7 +27,7 @@ from unibus_rabbitmq import link
 from unibus_rabbitmq import wire as rabbitmq
 from unibus_sqs import wire as sqs
 
-INPUTS = int(os.environ.get("UNIBUS_TEST_FUZZ_INPUTS", "10000"))
+INPUTS = int(os.environ.get("UNIBUS_TEST_FUZZ_INPUTS", "4000"))
 SEED = int(os.environ.get("UNIBUS_TEST_FUZZ_SEED", "1"))
 
 assert len(MAPPINGS) == 10

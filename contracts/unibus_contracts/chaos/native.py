@@ -40,7 +40,7 @@ def _found(body: bytes, name: str, where: str = "") -> Found | None:
 
 
 def _where(name: str) -> str:
-    last = re.split(r"[._-]+", name)[-1]
+    last = re.split(r"[._-]+", name.removesuffix(".fifo"))[-1]
     return {"dlq": DEAD, "invalid": INVALID}.get(last, STORED)
 
 
@@ -177,7 +177,7 @@ async def _sqs(broker: Broker) -> AsyncIterator[Found | None]:
             for url in page.get("QueueUrls", ()):
                 name = url.rpartition("/")[2]
                 # An empty answer of SQS does not prove that nothing is there; two of them, after a wait, come close.
-                empty = 0
+                empty, taken = 0, []
                 while empty < 2:
                     answer = await client.receive_message(
                         QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=600, WaitTimeSeconds=empty
@@ -185,7 +185,10 @@ async def _sqs(broker: Broker) -> AsyncIterator[Found | None]:
                     messages = answer.get("Messages", ())
                     empty = 0 if messages else empty + 1
                     for message in messages:
+                        taken.append(message["ReceiptHandle"])
                         yield _found(message["Body"].encode(), name)
+                for handle in taken:  # the next one who looks is to see them too
+                    await client.change_message_visibility(QueueUrl=url, ReceiptHandle=handle, VisibilityTimeout=0)
 
 
 _CLIENTS: Mapping[str, Callable[[Broker], AsyncIterator[Found | None]]] = {
