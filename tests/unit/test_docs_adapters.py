@@ -36,8 +36,8 @@ def test_the_page_shows_the_package() -> None:
 def test_the_adapter_has_the_file_names_of_the_others() -> None:
     rows = set(re.findall(r"^\| `(\w+\.py)`", read("docs/architecture.md"), re.MULTILINE))
     there = {path.name for path in (EXAMPLE / "unibus_sqlite").glob("*.py")}
-    # Sending and declaring are a call each, so they are in adapter.py; a profile and a cleanup are for who wants them.
-    left_out = {"publisher.py", "declaring.py", "profile.py", "cleanup.py"}
+    # Sending and declaring are a call each, so they are in adapter.py; a profile is for who wants one.
+    left_out = {"publisher.py", "declaring.py", "profile.py"}
     assert there == {*rows, "__init__.py"} - left_out
 
 
