@@ -20,7 +20,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo demo-all test unit saboteurs contracts integration chaos chaos-million fuzz brokers-up brokers-down cluster-up cluster-down lint types bench checks lock clean
+.PHONY: help demo demo-all test unit saboteurs contracts integration chaos chaos-million fuzz brokers-up brokers-down cluster-up cluster-down cluster-test lint types bench checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -79,6 +79,10 @@ cluster-up: $(STAMP) ## start three that are one: BROKER=rabbitmq, kafka or redi
 
 cluster-down: $(STAMP) ## stop what cluster-up started
 	@$(SUPPLY) cluster-down
+
+# Eleven servers and their faults: not in `make test`, since beside other tests they wait for each other.
+cluster-test: $(STAMP) ## nodes of three are killed under work, and used again when they are back
+	$(BIN)/pytest tests/clusters
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check $(CODE)
