@@ -12,6 +12,7 @@ FAULTS ?= 10
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH := .venv/.bench
 SUPPLY := $(BIN)/python -m unibus_contracts.supply
 CODE := $(wildcard src adapters contracts tests examples benchmarks)
 
@@ -19,7 +20,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo demo-all test unit saboteurs contracts integration chaos brokers-up brokers-down lint types bench checks lock clean
+.PHONY: help demo demo-all test unit saboteurs contracts integration chaos brokers-up brokers-down lint types bench bench-check checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -74,12 +75,16 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy $(CODE)
 
-bench: $(STAMP) ## throughput and latency against the raw clients
-	$(BIN)/python -m benchmarks
+bench: $(BENCH) ## throughput and latency beside the raw clients and other libraries; reports/bench.json
+	@mkdir -p reports
+	$(BIN)/python -m benchmarks --json reports/bench.json
+
+bench-check: $(BENCH) ## has a ratio to another contestant fallen below the committed one, by more than its noise?
+	$(BIN)/python -m benchmarks --headline --check benchmarks/floor.json
 
 lock: ## resolve the newest versions into constraints.txt
 	rm -rf .venv && $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev,kafka,sqs,redis]'
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
 	$(BIN)/pip freeze --exclude-editable > constraints.txt
 	rm -rf .venv
 
@@ -93,4 +98,8 @@ $(STAMP): pyproject.toml constraints.txt examples/adapter_sqlite/pyproject.toml
 		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable examples/adapter_sqlite
+	@touch $@
+
+$(BENCH): $(STAMP)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
