@@ -13,6 +13,7 @@ INPUTS ?= 100000
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH := .venv/.bench
 SUPPLY := $(BIN)/python -m unibus_contracts.supply
 CODE := $(wildcard src adapters contracts tests examples benchmarks)
 
@@ -91,12 +92,13 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy $(CODE)
 
-bench: $(STAMP) ## throughput and latency against the raw clients
-	$(BIN)/python -m benchmarks
+bench: $(BENCH) ## throughput and latency beside the raw clients and other libraries; reports/bench.json
+	@mkdir -p reports
+	$(BIN)/python -m benchmarks --json reports/bench.json
 
 lock: ## resolve the newest versions into constraints.txt
 	rm -rf .venv && $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev,kafka,sqs,redis]'
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
 	$(BIN)/pip freeze --exclude-editable > constraints.txt
 	rm -rf .venv
 
@@ -110,4 +112,8 @@ $(STAMP): pyproject.toml constraints.txt examples/adapter_sqlite/pyproject.toml
 		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable examples/adapter_sqlite
+	@touch $@
+
+$(BENCH): $(STAMP)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@

@@ -7,13 +7,12 @@ import asyncio
 import json
 import logging
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory
-from benchmarks.cases import Case, circumstances, table
-from benchmarks.flows import FLOWS, NoBroker, Plan, find_broker
+from benchmarks import brokers, floor, memory
+from benchmarks.cases import Case, beside, circumstances, table
+from benchmarks.flows import FLOWS, HEADLINE, NoBroker, Plan, find_broker
 from benchmarks.load import Miscount
 from benchmarks.watch import Profiles
 
@@ -41,13 +40,17 @@ def main() -> int:
         return 1  # why was said
     print(_heading(about))
     print(table(cases))
-    print(
-        "to base: the same figure of the base in the same round, median of the rounds; more messages/s, less of the rest is better"
-    )
+    print("the same figures, unibus to each of the others: median of the ratios of the rounds\n")
+    print(beside(cases))
+    content = {**about, "cases": [case.as_json() for case in cases]}
     if options.json is not None:
-        content = {**about, "cases": [case.as_json() for case in cases]}
         options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written to {options.json}")
+    if options.check is not None:
+        fallen = floor.fallen(content, json.loads(options.check.read_text(encoding="utf-8")))
+        for line in fallen:
+            print(f"fell: {line}", file=sys.stderr)
+        return bool(fallen)
     return 0
 
 
@@ -60,16 +63,21 @@ def _run(options: argparse.Namespace, profiles: Profiles, about: dict[str, Any])
         if options.only not in {None, kind}:
             continue
         try:
-            module = import_module(f"benchmarks.{kind}")
             url, source = find_broker(kind)
-        except (ImportError, NoBroker) as error:
+        except NoBroker as error:
             print(f"{kind}: not measured: {error}", file=sys.stderr)
             continue
-        if options.quick:
-            plan = Plan(rounds, messages // 5, requests=200, flows=1, backlog=options.backlog)
-        else:
-            plan = Plan(rounds, messages, requests=1_000, flows=len(FLOWS), backlog=options.backlog)
-        found, version = asyncio.run(module.run(url, plan, profiles))
+        short = options.quick or options.profile is not None
+        plan = Plan(
+            rounds,
+            messages // (5 if options.quick else 1),
+            requests=0 if options.headline else 200 if short else 1_000,
+            flows=HEADLINE if short or options.headline else FLOWS,
+            fan_out=not short and not options.headline,
+            rivals=not options.quick,
+            backlog=options.backlog,
+        )
+        found, version = asyncio.run(brokers.run(kind, url, plan, profiles))
         about.setdefault("brokers", {})[kind] = {"version": version, "source": source}
         cases += found
     return cases
@@ -87,12 +95,19 @@ def _heading(about: dict[str, Any]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: to see that it works")
+    parser.add_argument("--headline", action="store_true", help="send in flight and consume only, beside all others")
     parser.add_argument("--only", choices=("memory", *BROKERS))
     parser.add_argument(
         "--backlog", type=int, default=0, metavar="MESSAGES", help="instead: memory over a backlog of so many"
     )
     parser.add_argument("--rounds", type=int, help="of each case (5; quick: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="fail where a ratio fell below that of this --json by more than its noise",
+    )
     parser.add_argument(
         "--profile",
         type=Path,

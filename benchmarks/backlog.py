@@ -12,8 +12,9 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.cases import Case
-from benchmarks.flows import UNIBUS, Stage
+from benchmarks.flows import Flow, Stage
 from benchmarks.load import BODY, Miscount, flood
+from benchmarks.unibus import UNIBUS
 from unibus import Bus, Queue
 
 _TURN = 1800.0
@@ -21,7 +22,7 @@ _TURN = 1800.0
 
 async def measure(broker: str, url: str, stage: Stage, messages: int) -> Case:
     case = Case(f"{broker}: a backlog of {messages:,}, default settings")
-    async with asyncio.timeout(_TURN), stage.queue() as name:
+    async with asyncio.timeout(_TURN), stage.queue(Flow(), declare=True) as name:
         orders = Queue(name, bytes)
         figures = {"MB at the start": _resident()}
         async with Bus(url, channels=[orders], service="bench", declare="assume", config=False, environ={}) as bus:

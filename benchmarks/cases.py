@@ -15,7 +15,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-_PACKAGES = ("unibus", "aio-pika", "aiormq", "pamqp", "aiokafka", "redis", "hiredis", "aiobotocore", "pydantic")
+_PACKAGES = (
+    "unibus",
+    "aio-pika",
+    "aiormq",
+    "pamqp",
+    "aiokafka",
+    "redis",
+    "hiredis",
+    "aiobotocore",
+    "pydantic",
+    "faststream",
+    "mq-bridge",
+)
 
 Figures = Mapping[str, float]
 
@@ -34,11 +46,12 @@ class Case:
     def add(self, contestant: str, figures: Figures) -> None:
         self.samples.setdefault(contestant, []).append(figures)
 
-    def ratios(self, contestant: str, figure: str) -> list[float]:
-        if self.base is None or contestant == self.base or figure == "busy %":
+    def ratios(self, contestant: str, to: str | None, figure: str) -> list[float]:
+        """Of one to the other, round by round; none to itself."""
+        if to is None or contestant == to or figure == "busy %":
             return []
-        pairs = zip(self.samples[contestant], self.samples.get(self.base, ()), strict=False)
-        return [mine[figure] / base[figure] for mine, base in pairs if base[figure]]
+        pairs = zip(self.samples[contestant], self.samples.get(to, ()), strict=False)
+        return [mine[figure] / base[figure] for mine, base in pairs if base.get(figure)]
 
     def as_json(self) -> dict[str, Any]:
         contestants = {}
@@ -47,8 +60,8 @@ class Case:
             for figure in rounds[0]:
                 values = [sample[figure] for sample in rounds]
                 figures[figure] = {**_summary(values), "rounds": [_short(value) for value in values]}
-                if ratios := self.ratios(name, figure):
-                    figures[figure]["to_base"] = _summary(ratios)
+                ratios = {to: found for to in self.samples if (found := self.ratios(name, to, figure))}
+                figures[figure]["to"] = {to: _summary(found) for to, found in ratios.items()}
             contestants[name] = figures
         return {"name": self.name, "base": self.base, "contestants": contestants}
 
@@ -72,17 +85,35 @@ def table(cases: Sequence[Case]) -> str:
             for figure in rounds[0]:
                 values = [sample[figure] for sample in rounds]
                 shown = [_shown(value) for value in (median(values), min(values), max(values))]
-                ratios = case.ratios(contestant, figure)
+                ratios = case.ratios(contestant, case.base, figure)
                 ratio = (f"{median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}") if ratios else ("", "")
                 rows.append((case_name, who, figure, *shown, *ratio))
                 case_name = who = ""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return _aligned(rows, texts=3)
+
+
+def beside(cases: Sequence[Case]) -> str:
+    """What the first contestant reaches of each other one."""
+    rows: list[tuple[str, ...]] = [("case", "figure", "to", "ratio", "lowest - highest")]
+    for case in cases:
+        first = next(iter(case.samples))
+        for to in case.samples:
+            for figure in case.samples[first][0]:
+                if ratios := case.ratios(first, to, figure):
+                    spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
+                    rows.append((case.name, figure, to, f"{median(ratios):.2f}", spread))
+    return _aligned(rows, texts=3)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
+    """The first so many columns to the left, the others to the right; a rule below the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
+            cell.ljust(width) if i < texts else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in (head, tuple("-" * width for width in widths), *rows[1:])
+        for row in (rows[0], tuple("-" * width for width in widths), *rows[1:])
     )
 
 

@@ -1,77 +1,150 @@
-"""One contestant after the other, round by round, each on a queue of its own: send so many, then consume them."""
+"""What is measured: flows, and their turns. One contestant after the other, round by round, each on a queue of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic
 from typing import Any, Protocol, Self
 
 from benchmarks.cases import Case
-from benchmarks.load import BODY, IN_FLIGHT, TENANT, Handled, Miscount, flood, round_trips
+from benchmarks.load import BODY, IN_FLIGHT, TENANT, Miscount, body
 from benchmarks.watch import Profiles, Watch
-from unibus import Bus, Message, Queue
+from unibus import Bus, Queue
+from unibus_contracts.cleanup import Made, remove
 
-UNIBUS = "unibus"
 EACH = ", ack each"
 SETTLES_IN = 10.0  # seconds until a broker has counted the last acks
-TURN = 180.0  # seconds that nobody needs, even on a busy machine
+TURN = 300.0  # seconds that nobody needs, even on a busy machine
 
 
 class NoBroker(Exception):
     """There is no such broker to be had; the text says why."""
 
 
+@dataclass(frozen=True)
+class Flow:
+    """Send so many, then consume them. `prefetch` 0: what suits the broker best.
+
+    `sends`, `consumes`: what of it is shown. `share`: of the messages of a round, where a case is slow. The rest, from `many`
+    on, is what only unibus has.
+    """
+
+    title: str = ""
+    prefetch: int = 0
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = BODY
+    in_flight: int = IN_FLIGHT
+    sends: bool = True
+    consumes: bool = True
+    share: float = 1.0
+    many: bool = False
+    by_hand: bool = False
+    at_most_once: bool = False
+    keys: int = 0
+    failing: int = 0  # each so many'th message fails once
+
+    @property
+    def everybodys(self) -> bool:
+        return not (self.many or self.by_hand or self.at_most_once or self.keys or self.failing)
+
+
+HEADLINE = (Flow(),)
+FLOWS = (
+    *HEADLINE,
+    Flow("prefetch 20, the default", 20, sends=False),
+    Flow("one header of the user's", headers=TENANT),
+    Flow("one at a time", in_flight=1, consumes=False, share=0.1),
+    Flow("send_many", many=True, consumes=False),
+    Flow("at most once", at_most_once=True, sends=False),
+    Flow("by hand", by_hand=True, sends=False),
+    Flow("100 B", body=body(100)),
+    Flow("1 kB", body=body(1_000)),
+    Flow("64 kB", body=body(64_000), share=0.1),
+    Flow("ordered, 1 key", keys=1, share=0.2),
+    Flow("ordered, 100 keys", keys=100, share=0.5),
+    Flow("ordered, 100,000 keys", keys=100_000, share=0.5),
+    Flow("1 % retried after 1 s", failing=100, sends=False),
+    Flow("10 % retried after 1 s", failing=10, sends=False),
+)
+
+
 class Contestant(Protocol):
+    """`share`: of the messages, where it is slow; `leaves`: entries stay behind after they were settled; `declares` its queue."""
+
     name: str
+    share: float
+    leaves: bool
+    declares: bool
 
     async def __aenter__(self) -> Self: ...
     async def __aexit__(self, *_: object) -> None: ...
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None: ...
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int: ...
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None: ...
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int: ...
 
 
-class Stage(Protocol):
-    """A broker: queues that are made for one turn, and looked at from outside."""
+class Raw:
+    """What a contestant is that does what all can do, with every message, on a queue made for it."""
 
-    def queue(self) -> AbstractAsyncContextManager[str]: ...
+    share = 1.0
+    leaves = False
+    declares = False
 
-    async def expect(self, queue: str, messages: int, when: str) -> None:
-        """The broker's own count. It may lag behind a little. Raises Miscount."""
-        ...
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
 
 
-class Declared:
-    """A stage on any broker: unibus makes the queues, and asks the broker for its counts. `delete`: by the raw client."""
+class Stage:
+    """A broker: queues that unibus makes for one turn, with its own arguments, and looks at from outside; gone afterwards."""
 
-    def __init__(self, url: str, delete: Callable[[str], Awaitable[object]]) -> None:
+    def __init__(self, url: str) -> None:
         self._url = url
-        self._delete = delete
         self._prefix = f"bench-{secrets.token_hex(4)}"
         self._made = 0
 
-    @asynccontextmanager
-    async def queue(self) -> AsyncIterator[str]:
+    def name(self) -> str:
         self._made += 1
-        name = f"{self._prefix}-{self._made}"
-        try:
-            async with Bus(self._url, channels=[Queue(name)], service="bench", config=False, environ={}) as self._bus:
+        return f"{self._prefix}-{self._made}"
+
+    @asynccontextmanager
+    async def queue(self, flow: Flow, *, declare: bool) -> AsyncIterator[str]:
+        name = self.name()
+        channel = Queue(name, bytes, ordered=bool(flow.keys))
+        async with self.made(name):
+            if declare:
+                async with self._bus(channel):
+                    pass  # so that it is there
+            async with self._bus(channel, declare="assume") as self._looking:
                 yield name
+
+    @asynccontextmanager
+    async def made(self, *names: str) -> AsyncIterator[None]:
+        """These, and what unibus makes beside them, are deleted at the end."""
+        try:
+            yield
         finally:
-            await self._delete(name)
+            left = (await remove(self._bus(declare="assume"), Made(self._prefix, set(names), delays={1.0}))).left
+            if left is not None:
+                raise Miscount(f"{', '.join(names)} could not be deleted: {left}")
+
+    def _bus(self, *channels: Queue[Any], **settings: Any) -> Bus:
+        return Bus(self._url, channels=channels, service="bench", config=False, environ={}, **settings)
 
     async def version(self) -> str:
-        async with Bus(self._url, service="bench", declare="assume", config=False, environ={}) as bus:
+        async with self._bus(declare="assume") as bus:
             return bus.capabilities.version or "?"
 
     async def expect(self, queue: str, messages: int, when: str) -> None:
+        """The broker's own count. It may lag behind a little. Raises Miscount."""
         deadline = monotonic() + SETTLES_IN
-        while (left := await self._bus.backlog(queue)).ready + (left.in_flight or 0) != messages:
+        while (left := await self._looking.backlog(queue)).ready + (left.in_flight or 0) != messages:
             if monotonic() > deadline:
                 raise Miscount(f"the broker has {left.ready} messages and {left.in_flight} out, not {messages}, {when}")
             await asyncio.sleep(0.1)
@@ -82,24 +155,10 @@ class Plan:
     rounds: int
     messages: int
     requests: int
-    flows: int  # the first so many
+    flows: Sequence[Flow]
+    fan_out: bool = True
+    rivals: bool = True
     backlog: int = 0  # not 0: instead of all that, memory over a backlog of so many
-
-
-@dataclass(frozen=True)
-class Flow:
-    """Send so many, then consume them. Sending has no prefetch: `sends` says whether it is measured here."""
-
-    prefetch: int
-    headers: Mapping[str, str] | None = None
-    sends: bool = True
-
-    @property
-    def extra(self) -> str:
-        return "" if self.headers is None else ", one header of the user's"
-
-
-FLOWS = (Flow(200), Flow(20, sends=False), Flow(200, TENANT))
 
 
 def find_broker(kind: str) -> tuple[str, str]:
@@ -118,96 +177,47 @@ def find_broker(kind: str) -> tuple[str, str]:
     return broker.url, broker.source
 
 
-class Unibus:
-    """The bus as a service has it; `assume`, since the queues are the benchmark's."""
-
-    name = UNIBUS
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
-
-    def _bus(self, *channels: Queue[Any]) -> Bus:
-        return Bus(self._url, channels=channels, service="bench", declare="assume", config=False, environ={})
-
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
-        orders = Queue(queue, bytes)
-        async with self._bus(orders) as bus:
-            watch.start()
-            await flood(partial(bus.send, orders, BODY, headers=headers), messages)
-            watch.stop()
-
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
-        orders = Queue(queue, bytes)
-        bus = self._bus()
-        handled = Handled(messages)
-
-        # aio-pika runs a task for each delivery that it holds: as many slots, then.
-        @bus.consumer(orders, prefetch=prefetch, concurrency=prefetch)
-        async def handle(body: bytes, message: Message) -> None:
-            handled.handle(body, message.id, message.content_type, message.timestamp, message.headers)
-            handled.settled()  # that is, to be settled: the end of `running` waits for it
-
-        async with bus:
-            watch.start()
-            async with bus.running():
-                await handled.all.wait()
-                watch.stop()
-        return handled.count
-
-    async def requests(self, queue: str, count: int, watch: Watch) -> list[float]:
-        asks = Queue(queue, bytes, reply=bytes)
-        bus = self._bus()
-
-        @bus.responder(asks)
-        async def answer(body: bytes) -> bytes:
-            return body
-
-        async with bus.running():
-            return await round_trips(partial(bus.request, asks, BODY), count, watch)
-
-
 async def measure(
     broker: str, stage: Stage, contestants: Sequence[Contestant], flow: Flow, plan: Plan, profiles: Profiles
 ) -> list[Case]:
     """The second contestant is the base. One whose name ends in EACH sends like the one before it: that isn't shown."""
+    if not flow.everybodys:
+        contestants = contestants[:1]
     base = contestants[1].name if len(contestants) > 1 else None
-    sends = Case(f"{broker}: send, {IN_FLIGHT} in flight{flow.extra}", base)
-    consumes = Case(f"{broker}: consume, prefetch {flow.prefetch}{flow.extra}", base)
+    after = f", {flow.title}" if flow.title else ""
+    sends = Case(f"{broker}: send{after}", base)
+    consumes = Case(f"{broker}: consume{after}", base)
+    planned = max(20, round(plan.messages * flow.share))
     for contestant in contestants:
-        await _turn(stage, contestant, flow, max(500, plan.messages // 10), Watch(), Watch())  # warms up
+        await _turn(stage, contestant, flow, max(20, planned // 10), Watch(), Watch())  # warms up
     for number in range(plan.rounds):
         for contestant in rotated(contestants, number):
-            name = contestant.name
-            send = Watch(profiles.of(sends.name, plan.messages))
-            consume = Watch(profiles.of(consumes.name, plan.messages))
-            await _turn(stage, contestant, flow, plan.messages, send, consume)
-            consumes.add(name, consume.figures(plan.messages))
-            if not name.endswith(EACH):  # sends like the other one
-                sends.add(name, send.figures(plan.messages))
+            name, messages = contestant.name, max(20, round(planned * contestant.share))
+            send = Watch(profiles.of(sends.name, messages))
+            consume = Watch(profiles.of(consumes.name, messages))
+            await _turn(stage, contestant, flow, messages, send, consume)
+            if flow.consumes:
+                consumes.add(name, consume.figures(messages))
+            if flow.sends and not name.endswith(EACH):  # sends like the other one
+                sends.add(name, send.figures(messages))
     order = [contestant.name for contestant in contestants]
     for case in (sends, consumes):  # the rounds began with another one each time
         case.samples = {name: case.samples[name] for name in order if name in case.samples}
-    return [sends, consumes] if flow.sends else [consumes]
+    return [case for case in (sends, consumes) if case.samples]
 
 
 async def _turn(stage: Stage, contestant: Contestant, flow: Flow, messages: int, send: Watch, consume: Watch) -> None:
     """One contestant, one round: fill a new queue, see that all is there, empty it, see that nothing is left."""
     try:
-        async with asyncio.timeout(TURN), stage.queue() as queue:
+        async with asyncio.timeout(TURN), stage.queue(flow, declare=not contestant.declares) as queue:
             async with contestant:
-                await contestant.send(queue, messages, flow.headers, send)
+                await contestant.send(queue, messages, flow, send)
                 await stage.expect(queue, messages, f"sent by {contestant.name}")
-                handled = await contestant.consume(queue, messages, flow.prefetch, consume)
+                handled = await contestant.consume(queue, messages, flow, consume)
             if handled != messages:
                 raise Miscount(f"{contestant.name}: {messages} were in the queue, {handled} handled")
-            # With its connection closed, what it has not acked is back in the queue.
-            await stage.expect(queue, 0, f"after {contestant.name} had handled all")
+            if not contestant.leaves:  # with its connection closed, what it has not acked is back in the queue
+                await stage.expect(queue, 0, f"after {contestant.name} had handled all")
     except TimeoutError as error:
         raise Miscount(f"{contestant.name} is not through with {messages} messages after {TURN:.0f} s") from error
 

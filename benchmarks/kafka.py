@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
-from collections.abc import Mapping
-from dataclasses import replace
 from time import time
-from typing import Any, Self
+from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-from benchmarks import backlog
-from benchmarks.cases import Case
-from benchmarks.flows import Contestant, Declared, Flow, Plan, Unibus, measure
-from benchmarks.load import BODY, Handled, flood
-from benchmarks.watch import Profiles, Watch
+from benchmarks.flows import Contestant, Flow, Raw
+from benchmarks.load import BODY, Handled, busy, flood, round_trips
+from benchmarks.watch import Watch
 from unibus.url import parse
 
 BASE = "aiokafka"
-FLOWS = (Flow(500), Flow(20, sends=False))
-_MANY = 500  # records a read
+PREFETCH = 500  # and records a read
 _CONTENT_TYPE = ("x-content-type", b"application/octet-stream")
 
 
@@ -39,7 +34,7 @@ def options(url: str) -> dict[str, Any]:
     return {"bootstrap_servers": [f"{host}:{port}" for host, port in found.hosts], **sasl}
 
 
-class AioKafka:
+class AioKafka(Raw):
     """aiokafka. Headers and timestamp as unibus writes them; all of them are read."""
 
     name = BASE
@@ -48,26 +43,20 @@ class AioKafka:
         self._options = options(url)
         self._ids = map(f"{secrets.token_hex(8)}-%x".__mod__, itertools.count(1))
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
-
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
-        more = [(name, value.encode()) for name, value in (headers or {}).items()]
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
+        more = [(name, value.encode()) for name, value in flow.headers]
 
         async def one() -> None:
             own = [("x-message-id", next(self._ids).encode()), _CONTENT_TYPE, *more]
-            await producer.send_and_wait(queue, BODY, headers=own, timestamp_ms=round(time() * 1000))
+            await producer.send_and_wait(queue, flow.body, headers=own, timestamp_ms=round(time() * 1000))
 
         producer = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True, max_batch_size=128 * 1024)
         async with producer:
             watch.start()
-            await flood(one, messages)
+            await flood(one, messages, flow.in_flight)
             watch.stop()
 
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         handled = Handled(messages)
         consumer = AIOKafkaConsumer(
             queue, **self._options, group_id=queue, enable_auto_commit=False, auto_offset_reset="earliest"
@@ -75,7 +64,7 @@ class AioKafka:
         watch.start()
         async with consumer:
             while not handled.all.is_set():
-                for records in (await consumer.getmany(timeout_ms=200, max_records=_MANY)).values():
+                for records in (await consumer.getmany(timeout_ms=200, max_records=PREFETCH)).values():
                     for record in records:
                         found = {name: value.decode() for name, value in record.headers}
                         own, kind = found.pop("x-message-id"), found.pop("x-content-type")
@@ -85,24 +74,37 @@ class AioKafka:
             watch.stop()
         return handled.count
 
+    async def requests(self, queue: str, count: int, watch: Watch) -> list[float]:
+        """Request sent and read by a group, answered to a topic of the requester's, read there; then its offset committed."""
+        inbox = f"{queue}-replies"
+        waiting: dict[bytes, asyncio.Future[bytes]] = {}
+        producer = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True)
+        own = {**self._options, "enable_auto_commit": False, "auto_offset_reset": "earliest"}
+        asked = AIOKafkaConsumer(queue, **own, group_id=queue)
+        answers = AIOKafkaConsumer(**own)
 
-async def run(url: str, plan: Plan, profiles: Profiles) -> tuple[list[Case], str]:
-    """The cases, and the broker's version."""
-    admin = AIOKafkaAdminClient(**options(url))
-    await admin.start()
+        async def answer() -> None:
+            async for record in asked:
+                await producer.send_and_wait(inbox, record.value, headers=list(record.headers))
+                await asked.commit()
 
-    async def delete(queue: str) -> None:
-        await admin.delete_topics([name for name in await admin.list_topics() if name.startswith(queue)])
+        async def answered() -> None:
+            async for record in answers:
+                waiting.pop(dict(record.headers)["x-message-id"]).set_result(record.value)
 
-    try:
-        found: list[Case] = []
-        contestants: list[Contestant] = [Unibus(url)] if profiles else [Unibus(url), AioKafka(url)]
-        stage = Declared(url, delete)
-        if plan.backlog:
-            found.append(await backlog.measure("Kafka", url, stage, plan.backlog))
-            plan = replace(plan, flows=0)
-        for flow in FLOWS[: 1 if profiles else plan.flows]:
-            found += await measure("Kafka", stage, contestants, flow, plan, profiles)
-    finally:
-        await admin.close()
-    return found, await stage.version()
+        async def ask() -> None:
+            number = next(self._ids).encode()
+            future = waiting[number] = asyncio.get_running_loop().create_future()
+            await producer.send_and_wait(queue, BODY, headers=[("x-message-id", number), _CONTENT_TYPE])
+            await future
+
+        async with producer:
+            await producer.send_and_wait(inbox, BODY, headers=[("x-message-id", b"")])  # makes the topic
+            waiting[b""] = asyncio.get_running_loop().create_future()
+            answers.assign([TopicPartition(inbox, p) for p in await producer.partitions_for(inbox)])
+            async with asked, answers, busy(answer(), answered()):
+                return await round_trips(ask, count, watch)
+
+
+def contestants(url: str) -> list[Contestant]:
+    return [AioKafka(url)]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any
 
 from benchmarks.watch import Watch
 
-BODY = b'{"order":"4711","lines":[' + b'{"sku":"a","n":1},' * 12 + b'{"end":0}]}'
-BODY = BODY.ljust(256, b" ")
+
+def body(size: int) -> bytes:
+    """JSON of exactly so many bytes."""
+    start, line, end = b'{"order":"4711","lines":[', b'{"sku":"a","n":1},', b'{"end":0}]}'
+    return (start + line * ((size - len(start) - len(end)) // len(line)) + end).ljust(size, b" ")
+
+
+BODY = body(256)
 IN_FLIGHT = 500
-TENANT = {"tenant": "acme"}  # one header of the user's own, where a case has it
+TENANT = (("tenant", "acme"),)  # one header of the user's own, where a case has it
 
 
 class Miscount(AssertionError):
@@ -50,6 +57,16 @@ class Handled:
         self._messages -= 1
         if not self._messages:
             self.all.set()
+
+
+@asynccontextmanager
+async def busy(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """These run meanwhile, and are cancelled at the end; should one fail, so does all."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(each) for each in work]
+        yield
+        for task in running:
+            task.cancel()
 
 
 async def round_trips(ask: Callable[[], Any], count: int, watch: Watch) -> list[float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from time import time
 from typing import Any, Self
@@ -21,10 +20,12 @@ from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
 
+from benchmarks.flows import Flow, Raw
 from benchmarks.load import BODY, Handled, flood, round_trips
 from benchmarks.watch import Watch
 
 CONTENT_TYPE = "application/octet-stream"
+PREFETCH = 200
 _SOON = 0.01  # seconds an ack waits for others
 
 
@@ -67,7 +68,7 @@ class Acks:
             await self._channel.basic_ack(self._upto, multiple=True, wait=False)
 
 
-class AioPika:
+class AioPika(Raw):
     """aio-pika, one connection. `every`: how many deliveries are acked at once."""
 
     def __init__(self, name: str, url: str, *, every: int) -> None:
@@ -83,27 +84,28 @@ class AioPika:
     async def __aexit__(self, *_: object) -> None:
         await self._connection.close()
 
-    def _message(self, headers: Mapping[str, str] | None) -> aio_pika.Message:
+    def _message(self, body: bytes = BODY, headers: dict[str, Any] | None = None) -> aio_pika.Message:
         return aio_pika.Message(
-            BODY,
-            headers=dict(headers) if headers else None,
+            body,
+            headers=headers,
             content_type=CONTENT_TYPE,
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
             message_id=next(self._ids),
             timestamp=int(time()),
         )
 
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
         channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
-        publish, message = channel.default_exchange.publish, self._message
+        publish, message, headers = channel.default_exchange.publish, self._message, dict(flow.headers) or None
 
         watch.start()
-        await flood(lambda: publish(message(headers), queue, mandatory=True), messages)
+        await flood(lambda: publish(message(flow.body, headers), queue, mandatory=True), messages, flow.in_flight)
         watch.stop()
         await channel.close()
 
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         channel = await self._connection.channel(publisher_confirms=False)
+        prefetch = flow.prefetch or PREFETCH
         await channel.set_qos(prefetch_count=prefetch)
         source = await channel.get_queue(queue, ensure=False)
         acks = Acks(await channel.get_underlay_channel(), min(self._every, max(1, prefetch // 2)))
@@ -131,7 +133,7 @@ class AioPika:
         waiting: dict[str | None, asyncio.Future[bytes]] = {}
 
         async def answer(request: AbstractIncomingMessage) -> None:
-            reply = self._message(None)
+            reply = self._message()
             reply.correlation_id = request.correlation_id
             await answering.default_exchange.publish(reply, request.reply_to or "", mandatory=True)
             await request.ack()
@@ -141,7 +143,7 @@ class AioPika:
             await reply.ack()
 
         async def ask() -> None:
-            request = self._message(None)
+            request = self._message()
             request.reply_to = inbox.name
             request.correlation_id = request.message_id
             request.headers = {"x-expires-at": f"{time() + 30:.3f}"}
@@ -161,7 +163,7 @@ class AioPika:
         return times
 
 
-class Aiormq:
+class Aiormq(Raw):
     """aiormq, the client below aio-pika: for whoever gives up aio-pika's objects for speed."""
 
     name = "aiormq"
@@ -178,25 +180,26 @@ class Aiormq:
     async def __aexit__(self, *_: object) -> None:
         await self._connection.close()
 
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
         channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
         publish: Any = channel.basic_publish  # its declared type lacks `wait`
         ids = self._ids
-        table: Any = dict(headers) if headers else None
+        table: Any = dict(flow.headers) or None
 
         def one() -> Any:
             properties = Basic.Properties(
                 content_type=CONTENT_TYPE, headers=table, delivery_mode=2, message_id=next(ids), timestamp=_now()
             )
-            return publish(BODY, routing_key=queue, properties=properties, mandatory=True, wait=False)
+            return publish(flow.body, routing_key=queue, properties=properties, mandatory=True, wait=False)
 
         watch.start()
-        await flood(one, messages)
+        await flood(one, messages, flow.in_flight)
         watch.stop()
         await channel.close()
 
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         channel = await self._connection.channel(publisher_confirms=False)
+        prefetch = flow.prefetch or PREFETCH
         await channel.basic_qos(prefetch_count=prefetch)
         acks = Acks(channel, min(self._every, max(1, prefetch // 2)))
         handled = Handled(messages)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
@@ -18,17 +18,18 @@ import pamqp.frame
 from pamqp.commands import Basic, Channel, Confirm, Connection
 from pamqp.header import ContentHeader, ProtocolHeader
 
-from benchmarks.load import BODY, IN_FLIGHT
-from benchmarks.rabbitmq_raw import CONTENT_TYPE
+from benchmarks.flows import Flow, Raw
+from benchmarks.rabbitmq_raw import CONTENT_TYPE, PREFETCH
 from benchmarks.watch import Watch
 
 _HEAD = struct.Struct(">BHI")
 _TAG = struct.Struct(">QB")
 _ACK, _DELIVER = b"\x00\x3c\x00\x50", b"\x00\x3c\x00\x3c"
+_FRAME = 100_000  # below what both sides agree on
 _TIMEOUT = 60.0
 
 
-class Socket:
+class Socket(Raw):
     """Plain TCP only."""
 
     name = "pre-encoded frames"
@@ -44,11 +45,11 @@ class Socket:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self._close)
 
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
-        await asyncio.to_thread(self._send, queue, messages, headers, watch)
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
+        await asyncio.to_thread(self._send, queue, messages, flow, watch)
 
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
-        return await asyncio.to_thread(self._consume, queue, messages, prefetch, watch)
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
+        return await asyncio.to_thread(self._consume, queue, messages, flow, watch)
 
     def _open(self) -> None:
         url = self._url
@@ -97,10 +98,10 @@ class Socket:
             found = bool(payloads)
             yield from payloads
 
-    def _send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
+    def _send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
         properties = Basic.Properties(
             content_type=CONTENT_TYPE,
-            headers=dict(headers) if headers else None,
+            headers=dict(flow.headers) or None,
             delivery_mode=2,
             message_id="0123456789abcdef-0000",
             timestamp=datetime.now(UTC).replace(microsecond=0),
@@ -108,15 +109,18 @@ class Socket:
         message = b"".join(
             (
                 pamqp.frame.marshal(Basic.Publish(routing_key=queue, mandatory=True), 1),
-                pamqp.frame.marshal(ContentHeader(properties=properties, body_size=len(BODY)), 1),
-                _HEAD.pack(3, 1, len(BODY)) + BODY + b"\xce",
+                pamqp.frame.marshal(ContentHeader(properties=properties, body_size=len(flow.body)), 1),
+                *(
+                    _HEAD.pack(3, 1, len(part)) + part + b"\xce"
+                    for part in (flow.body[at : at + _FRAME] for at in range(0, len(flow.body), _FRAME))
+                ),
             )
         )
         self._ask(Confirm.Select(), 1)
         sent = confirmed = 0
         watch.start()
         while confirmed < messages:
-            more = min(IN_FLIGHT - (sent - confirmed), messages - sent)
+            more = min(flow.in_flight - (sent - confirmed), messages - sent)
             if more:
                 self._socket.sendall(message * more)
                 sent += more
@@ -132,7 +136,8 @@ class Socket:
             confirmed = min(sent, confirmed + singles)
         watch.stop()
 
-    def _consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+    def _consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
+        prefetch = flow.prefetch or PREFETCH
         self._ask(Basic.Qos(prefetch_count=prefetch), 1)
         every = min(self._every, max(1, prefetch // 2))
         count = acked = 0

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import secrets
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Self
 
 from redis.asyncio import Redis
 
-from benchmarks import backlog
-from benchmarks.cases import Case
-from benchmarks.flows import Contestant, Declared, Flow, Plan, Unibus, measure
-from benchmarks.load import BODY, IN_FLIGHT, Handled
-from benchmarks.watch import Profiles, Watch
+from benchmarks.flows import Contestant, Flow, Raw
+from benchmarks.load import Handled, busy, round_trips
+from benchmarks.watch import Watch
 
 BASE = "redis-py"
-FLOWS = (Flow(500), Flow(20, sends=False))
-_MANY = 500  # entries a read
+PREFETCH = 500  # and entries a read
 _GROUP = "unibus"
 
 
-class RedisPy:
+class RedisPy(Raw):
     """redis-py with hiredis. The fields that unibus writes; all of them are read."""
 
     name = BASE
@@ -39,25 +35,27 @@ class RedisPy:
     async def __aexit__(self, *_: object) -> None:
         await self._redis.aclose()
 
-    def _fields(self, headers: Mapping[str, str] | None) -> dict[str, Any]:
-        own = {"x-message-id": next(self._ids), "x-content-type": "application/octet-stream", **(headers or {})}
-        return {"body": BODY, "headers": json.dumps(own, separators=(",", ":"))}
+    def _fields(self, flow: Flow) -> dict[str, Any]:
+        own = {"x-message-id": next(self._ids), "x-content-type": "application/octet-stream", **dict(flow.headers)}
+        return {"body": flow.body, "headers": json.dumps(own, separators=(",", ":"))}
 
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
         watch.start()
-        for at in range(0, messages, IN_FLIGHT):
+        for at in range(0, messages, flow.in_flight):
             async with self._redis.pipeline(transaction=False) as pipe:
-                for _ in range(min(IN_FLIGHT, messages - at)):
-                    pipe.xadd(queue, self._fields(headers))
+                for _ in range(min(flow.in_flight, messages - at)):
+                    pipe.xadd(queue, self._fields(flow))
                 await pipe.execute()
         watch.stop()
 
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         handled = Handled(messages)
         watch.start()
         while not handled.all.is_set():
             ids = []
-            found = await self._redis.xreadgroup(_GROUP, "bench", {queue: ">"}, count=min(_MANY, prefetch), block=1000)
+            found = await self._redis.xreadgroup(
+                _GROUP, "bench", {queue: ">"}, count=flow.prefetch or PREFETCH, block=1000
+            )
             for entry_id, fields in found[0][1] if found else ():
                 ids.append(entry_id)
                 own = json.loads(fields[b"headers"])
@@ -71,22 +69,43 @@ class RedisPy:
         watch.stop()
         return handled.count
 
+    async def requests(self, queue: str, count: int, watch: Watch) -> list[float]:
+        """Request added and read by a group, answered to a stream of the requester's, read there; the request acked and deleted."""
+        inbox = f"{queue}-replies"
+        waiting: dict[str, asyncio.Future[bytes]] = {}
+        over = False  # a blocking read of redis-py does not end when its task is cancelled
 
-async def run(url: str, plan: Plan, profiles: Profiles) -> tuple[list[Case], str]:
-    """The cases, and the broker's version."""
-    redis: Any = Redis.from_url(url)
+        async def answer() -> None:
+            while not over:
+                found = await self._redis.xreadgroup(_GROUP, "bench", {queue: ">"}, count=10, block=1000)
+                for entry_id, fields in found[0][1] if found else ():
+                    await self._redis.xadd(inbox, fields)
+                    async with self._redis.pipeline(transaction=True) as pipe:
+                        pipe.xack(queue, _GROUP, entry_id)
+                        pipe.xdel(queue, entry_id)
+                        await pipe.execute()
 
-    async def delete(queue: str) -> None:
-        if keys := [key async for key in redis.scan_iter(f"*{queue}*")]:
-            await redis.delete(*keys)
+        async def answered() -> None:
+            last = b"0"
+            while not over:
+                found = await self._redis.xread({inbox: last}, count=10, block=1000)
+                for entry_id, fields in found[0][1] if found else ():
+                    last = entry_id
+                    waiting.pop(json.loads(fields[b"headers"])["x-message-id"]).set_result(fields[b"body"])
 
-    async with redis:
-        found: list[Case] = []
-        contestants: list[Contestant] = [Unibus(url)] if profiles else [Unibus(url), RedisPy(url)]
-        stage = Declared(url, delete)
-        if plan.backlog:
-            found.append(await backlog.measure("Redis", url, stage, plan.backlog))
-            plan = replace(plan, flows=0)
-        for flow in FLOWS[: 1 if profiles else plan.flows]:
-            found += await measure("Redis", stage, contestants, flow, plan, profiles)
-    return found, await stage.version()
+        async def ask() -> None:
+            fields = self._fields(Flow())
+            future = asyncio.get_running_loop().create_future()
+            waiting[json.loads(fields["headers"])["x-message-id"]] = future
+            await self._redis.xadd(queue, fields)
+            await future
+
+        async with busy(answer(), answered()):
+            times = await round_trips(ask, count, watch)
+            over = True
+        await self._redis.delete(inbox)
+        return times
+
+
+def contestants(url: str) -> list[Contestant]:
+    return [RedisPy(url)]

@@ -6,25 +6,21 @@ import asyncio
 import itertools
 import json
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
-from benchmarks import backlog
-from benchmarks.cases import Case
-from benchmarks.flows import Contestant, Declared, Flow, Plan, Unibus, measure
-from benchmarks.load import BODY, Handled, Miscount
-from benchmarks.watch import Profiles, Watch
+from benchmarks.flows import Contestant, Flow, Raw
+from benchmarks.load import BODY, Handled, Miscount, busy, round_trips
+from benchmarks.watch import Watch
 from unibus.url import parse
 
 BASE = "aiobotocore"
-FLOWS = (Flow(80),)
+PREFETCH = 80
 _BATCH, _IN_FLIGHT, _POLLERS = 10, 10, 8
-_TEXT = BODY.decode()
+_LARGEST = 250_000  # bytes of bodies in one batch
 
 
 def client(url: str) -> Any:
@@ -40,7 +36,7 @@ def client(url: str) -> Any:
     )
 
 
-class AioBotocore:
+class AioBotocore(Raw):
     """aiobotocore. The attribute that unibus writes; it is read."""
 
     name = BASE
@@ -57,27 +53,29 @@ class AioBotocore:
     async def __aexit__(self, *_: object) -> None:
         await self._client.__aexit__(None, None, None)
 
-    def _entry(self, number: int, headers: Mapping[str, str] | None) -> dict[str, Any]:
-        own = {"x-message-id": next(self._ids), "x-content-type": "application/octet-stream", **(headers or {})}
+    def _entry(self, number: int, text: str, flow: Flow) -> dict[str, Any]:
+        own = {"x-message-id": next(self._ids), "x-content-type": "application/octet-stream", **dict(flow.headers)}
         attribute = {"DataType": "String", "StringValue": json.dumps(own, separators=(",", ":"))}
-        return {"Id": str(number), "MessageBody": _TEXT, "MessageAttributes": {"unibus": attribute}}
+        return {"Id": str(number), "MessageBody": text, "MessageAttributes": {"unibus": attribute}}
 
-    async def send(self, queue: str, messages: int, headers: Mapping[str, str] | None, watch: Watch) -> None:
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
         url = (await self._sqs.get_queue_url(QueueName=queue))["QueueUrl"]
-        batches = iter(range(0, messages, _BATCH))
+        text = flow.body.decode()
+        size = max(1, min(_BATCH, flow.in_flight, _LARGEST // len(text)))
+        batches = iter(range(0, messages, size))
 
         async def work() -> None:
             for at in batches:
-                entries = [self._entry(n, headers) for n in range(min(_BATCH, messages - at))]
+                entries = [self._entry(n, text, flow) for n in range(min(size, messages - at))]
                 answer = await self._sqs.send_message_batch(QueueUrl=url, Entries=entries)
                 if answer.get("Failed"):
                     raise Miscount(f"{queue}: {answer['Failed']}")
 
         watch.start()
-        await asyncio.gather(*[work() for _ in range(_IN_FLIGHT)])
+        await asyncio.gather(*[work() for _ in range(min(_IN_FLIGHT, flow.in_flight))])
         watch.stop()
 
-    async def consume(self, queue: str, messages: int, prefetch: int, watch: Watch) -> int:
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         url = (await self._sqs.get_queue_url(QueueName=queue))["QueueUrl"]
         handled = Handled(messages)
 
@@ -103,30 +101,49 @@ class AioBotocore:
                     handled.settled()
 
         watch.start()
-        pollers = [asyncio.create_task(poll()) for _ in range(_POLLERS)]
-        await handled.all.wait()
-        watch.stop()
-        for poller in pollers:
-            poller.cancel()
-            with suppress(asyncio.CancelledError):
-                await poller
+        async with busy(*[poll() for _ in range(_POLLERS)]):
+            await handled.all.wait()
+            watch.stop()
         return handled.count
 
+    async def requests(self, queue: str, count: int, watch: Watch) -> list[float]:
+        """Request and answer each sent to a queue, polled from it and deleted."""
+        url = (await self._sqs.get_queue_url(QueueName=queue))["QueueUrl"]
+        inbox = (await self._sqs.create_queue(QueueName=f"{queue}-replies"))["QueueUrl"]
+        waiting: dict[str, asyncio.Future[str]] = {}
 
-async def run(url: str, plan: Plan, profiles: Profiles) -> tuple[list[Case], str]:
-    """The cases, and the service: an emulator, unless the URL names none."""
-    async with client(url) as sqs:
+        async def poll(source: str, handle: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+            while True:
+                answer = await self._sqs.receive_message(
+                    QueueUrl=source, MaxNumberOfMessages=_BATCH, WaitTimeSeconds=1, MessageAttributeNames=["All"]
+                )
+                for message in answer.get("Messages") or []:
+                    await handle(message)
+                    await self._sqs.delete_message(QueueUrl=source, ReceiptHandle=message["ReceiptHandle"])
 
-        async def delete(queue: str) -> None:
-            for found in (await sqs.list_queues(QueueNamePrefix=queue)).get("QueueUrls", ()):
-                await sqs.delete_queue(QueueUrl=found)
+        async def answer(message: dict[str, Any]) -> None:
+            own = message["MessageAttributes"]
+            await self._sqs.send_message(QueueUrl=inbox, MessageBody=message["Body"], MessageAttributes=own)
 
-        found: list[Case] = []
-        contestants: list[Contestant] = [Unibus(url)] if profiles else [Unibus(url), AioBotocore(url)]
-        stage = Declared(url, delete)
-        if plan.backlog:
-            found.append(await backlog.measure("SQS", url, stage, plan.backlog))
-            plan = replace(plan, flows=0)
-        for flow in FLOWS[: 1 if profiles else plan.flows]:
-            found += await measure("SQS", stage, contestants, flow, plan, profiles)
-    return found, "ministack, an emulator" if "endpoint_url" in parse(url).query else "of AWS"
+        async def answered(message: dict[str, Any]) -> None:
+            own = json.loads(message["MessageAttributes"]["unibus"]["StringValue"])
+            waiting.pop(own["x-message-id"]).set_result(message["Body"])
+
+        async def ask() -> None:
+            entry = self._entry(0, text, Flow())
+            del entry["Id"]
+            future = asyncio.get_running_loop().create_future()
+            own = json.loads(entry["MessageAttributes"]["unibus"]["StringValue"])
+            waiting[own["x-message-id"]] = future
+            await self._sqs.send_message(QueueUrl=url, **entry)
+            await future
+
+        text = BODY.decode()
+        async with busy(poll(url, answer), poll(inbox, answered)):
+            times = await round_trips(ask, count, watch)
+        await self._sqs.delete_queue(QueueUrl=inbox)
+        return times
+
+
+def contestants(url: str) -> list[Contestant]:
+    return [AioBotocore(url)]
