@@ -47,7 +47,7 @@ class Trapped:
         self.folder, self.killed = folder, list[tuple[int, int]]()
         self.queue = Queue("q", bytes)
         self.bus = Bus("memory://", config=False, environ={}, channels=[self.queue])
-        self.traps = Traps(folder, "me")
+        self.traps = Traps(folder, "me", lambda: None)
         monkeypatch.setattr(os, "kill", lambda pid, number: self.killed.append((pid, number)))
 
     async def obey(self, **order: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ async def test_the_clock_of_the_product_is_wrong_until_told_otherwise(trapped: T
 
 def test_the_right_clock_is_back_at_the_end(tmp_path: Path) -> None:
     async def listen() -> None:
-        with Traps(tmp_path, "me").listening():
+        with Traps(tmp_path, "me", lambda: None).listening():
             assert SystemClock.time is not right
 
     right = SystemClock.time

@@ -24,8 +24,8 @@ from unibus_contracts.history import Recorder
 from unibus_contracts.history.record import outcome
 
 URL = "UNIBUS_CHAOS_URL"
-_IN_FLIGHT = 800
-_BATCH = 40
+_IN_FLIGHT = 1600
+_BATCH = 80
 _TICK = 0.1  # seconds between two batches, where fewer messages than that are asked for
 
 Place = Queue[Any] | Topic[Any]
@@ -60,9 +60,8 @@ async def produce(bus: Bus, recorder: Recorder) -> None:
 def _item(recorder: Recorder, count: int) -> tuple[Place, service.Item]:
     turn = count // len(service.PLACES)
     key, seq = f"{recorder.process}.k{turn % service.KEYS}", turn // service.KEYS
-    return service.PLACES[count % len(service.PLACES)], service.Item(
-        value=f"{recorder.process}-{count}", key=key, seq=seq
-    )
+    value = f"{recorder.process}-{count}"
+    return service.place_of(value), service.Item(value=value, key=key, seq=seq)
 
 
 async def _one_by_one(bus: Bus, recorder: Recorder, batch: Iterable[int]) -> None:
@@ -130,7 +129,7 @@ def main(arguments: list[str]) -> None:
     with Recorder(Path(folder), name) as recorder:
         watch(recorder, service.value_of)
         bus = service.make(os.environ[URL], prefix)
-        traps = Traps(Path(folder), name)
+        traps = Traps(Path(folder), name, recorder.flush)
         asyncio.run(produce(bus, recorder) if role == "produce" else consume(bus, recorder, traps))
 
 
