@@ -131,6 +131,45 @@ async def test_late_chunks_are_late(echo: Echo, fault: dict[str, float]) -> None
         assert proxy.late == 2
 
 
+async def test_a_line_that_was_narrow_is_not_so_for_long_after_it_was_healed(echo: Echo) -> None:
+    """What is on its way is in small pieces: else a run would take the proxy's slowness for the product's."""
+    async with Proxy(("127.0.0.1", echo.port)) as proxy:
+        proxy.rate = 40_000.0
+        asked = asyncio.create_task(ask(proxy, bytes(1_000_000)))  # 25 s at that rate, each way
+        await until(lambda: proxy.late >= 2)
+        proxy.heal()
+        async with asyncio.timeout(10):
+            assert await asked == bytes(1_000_000)
+
+
+async def test_an_end_is_passed_on_and_held_back_by_silence(echo: Echo) -> None:
+    async with Proxy(("127.0.0.1", echo.port)) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        try:
+            proxy.silent = True
+            writer.write(b"x")
+            writer.write_eof()
+            await until(lambda: proxy.withheld == 1)
+            assert len(proxy.links) == 1
+            proxy.heal()
+            assert await reader.read() == b"x"  # the server has ended too
+        finally:
+            writer.close()
+        await until(lambda: not proxy.links)
+
+
+async def test_more_than_a_peer_takes_waits_in_its_kernel_and_arrives(echo: Echo) -> None:
+    async with Proxy(("127.0.0.1", echo.port)) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        try:
+            sent = bytes(range(256)) * 40_000
+            writer.write(sent)  # nobody reads the answers yet
+            await until(lambda: proxy.links and all(link.client._holds or link.server._holds for link in proxy.links))
+            assert await reader.readexactly(len(sent)) == sent
+        finally:
+            writer.close()
+
+
 async def test_a_server_that_is_down_is_down_behind_the_proxy_too() -> None:
     async with Proxy(("127.0.0.1", 1)) as proxy:
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
@@ -301,6 +340,23 @@ async def test_work_goes_on_when_a_message_that_was_sent_afterwards_is_handled(t
         handle("p-3")
         await progress.read()
         assert progress.flowing == first
+
+
+async def test_each_channel_that_goes_on_is_seen(tmp_path: Path) -> None:
+    progress = Progress(tmp_path)
+    with Recorder(tmp_path, "a") as recorder:
+        progress.heal(time.monotonic_ns())
+        with recorder.during("handle", value="p-1", place="told", group="audit", attempt=1):
+            pass
+        with pytest.raises(service.Refusal), recorder.during("handle", value="p-2", place="work", attempt=1):
+            raise service.Refusal
+        await progress.read()
+        assert list(progress.again) == [("told", "audit")]
+
+
+def test_pulses_are_never_behind_others() -> None:
+    assert service.place_of("pulse.1-7") is service.pulse
+    assert service.pulse not in {service.place_of(f"producer.1-{count}") for count in range(8)}
 
 
 def test_minutes_repeat_the_faults_until_they_are_over(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def not_in_each_group(story: Story) -> Expected:
 
 def dead_in_another_group(story: Story) -> Expected:
     story.send("a")
+    story.handle("a", "fail", group="g")
     story.look("a", "dead", "g")
     return Expected({"q": ("g", "h")})
 
@@ -128,6 +129,35 @@ def killed_while_handled(story: Story) -> Expected:
     story.send("a")
     story.handle("a", None)
     return CALM
+
+
+def dead_without_a_run(story: Story) -> Expected:
+    story.send("a")
+    story.look("a", "dead")
+    return CALM
+
+
+def dead_after_it_was_handled(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", attempt=1)
+    story.look("a", "dead")
+    return CALM
+
+
+def dead_for_another_groups_failure(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "fail", group="g")
+    story.handle("a", group="g")
+    story.handle("a", group="h")
+    story.look("a", "dead", "h")
+    return Expected({"q": ("g", "h")})
+
+
+def dead_too_early(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.look("a", "dead")
+    return Expected(runs=2)
 
 
 def still_there(story: Story) -> Expected:
@@ -365,6 +395,10 @@ def without_effect(story: Story) -> Expected:
         (not_in_each_group, [("lost", "a")]),
         (dead_in_another_group, [("lost", "a")]),
         (killed_while_handled, [("lost", "a")]),
+        (dead_without_a_run, [("innocent", "a")]),
+        (dead_after_it_was_handled, [("innocent", "a")]),
+        (dead_for_another_groups_failure, [("innocent", "a")]),
+        (dead_too_early, [("innocent", "a")]),
         (still_there, [("left", "a")]),
         (sent_by_nobody, [("unexpected", "a")]),
         (from_another_channel, [("unexpected", "a")]),
@@ -410,6 +444,12 @@ def a_retry(story: Story) -> None:
 def dead_lettered(story: Story) -> None:
     story.send("a")
     story.handle("a", "fail", attempt=1)
+    story.look("a", "dead")
+
+
+def dead_after_its_process_was_killed(story: Story) -> None:
+    story.send("a")
+    story.handle("a", None, "killed")
     story.look("a", "dead")
 
 
@@ -535,6 +575,7 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
     [
         a_retry,
         dead_lettered,
+        dead_after_its_process_was_killed,
         never_told_and_gone,
         never_told_and_there,
         again_after_its_link_broke,
@@ -568,6 +609,7 @@ def test_what_is_counted() -> None:
     story.send("c", "fail")
     story.send("d", "unknown")
     story.send("e")
+    story.handle("e", "fail")
     story.look("e", "dead")
     assert story.end(CALM).counts == {
         "sent": 5,
@@ -771,6 +813,62 @@ def test_what_a_killed_process_had_begun_is_there_without_an_end(tmp_path: Path)
     assert [(o.what, o.kind, o.value) for o in list(History(tmp_path))] == [("handle", "invoke", "a")]
 
 
+def test_lines_of_one_turn_are_written_at_its_end_or_when_told(tmp_path: Path) -> None:
+    def lines() -> int:
+        return (tmp_path / "p.jsonl").read_bytes().count(b"\n")
+
+    async def say(recorder: Recorder) -> None:
+        with recorder.during("send", value="a", place="q"):
+            assert lines() == 0
+            recorder.flush()
+            assert lines() == 1
+        assert lines() == 1
+        await asyncio.sleep(0)
+        assert lines() == 2
+        recorder.note("bye")
+
+    with Recorder(tmp_path, "p") as recorder:
+        recorder.by_tick = True
+        asyncio.run(say(recorder))
+        recorder.note("look", value="a", detail="dead")  # there is no event loop any more
+    assert [(o.what, o.kind) for o in History(tmp_path)] == [
+        ("send", "invoke"),
+        ("send", "ok"),
+        ("bye", "ok"),
+        ("look", "ok"),
+    ]
+
+
+def _die_within_a_turn(folder: Path) -> None:
+    async def work() -> None:
+        with recorder.during("handle", value="a", place="q"):
+            recorder.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Recorder(folder, "child") as recorder:
+        recorder.by_tick = True
+        asyncio.run(work())
+
+
+def test_a_kill_takes_what_was_not_flushed_and_no_more(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_die_within_a_turn, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert [(o.what, o.kind, o.value) for o in History(tmp_path)] == [("handle", "invoke", "a")]
+
+
+def test_some_operations_are_read_without_the_others(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "p") as recorder:
+        with recorder.during("send", value="a", place="q"):
+            pass
+        recorder.note("look", value="a", detail="dead")
+        with recorder.during("settle", value="a", place="q"):
+            pass
+    history = History(tmp_path)
+    assert list(history.of("send", "settle")) == [o for o in history if o.what != "look"]
+
+
 def test_half_a_line_at_the_end_is_what_a_kill_leaves(tmp_path: Path) -> None:
     with Recorder(tmp_path, "p") as recorder:
         recorder.note("look", value="a", detail="dead")
@@ -779,8 +877,17 @@ def test_half_a_line_at_the_end_is_what_a_kill_leaves(tmp_path: Path) -> None:
     assert [o.value for o in list(History(tmp_path))] == ["a"]
 
 
-def test_half_a_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_bytes(b'{"process":"p","ca\n{}\n')
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"process":"p","ca',
+        b"[]",
+        b'{"call":1,"at":2,"what":"bye"}',
+        b'{"call":1,"at":2,"what":"bye","kind":"ok","wrong":1}',
+    ],
+)
+def test_half_a_line_in_the_middle_is_an_error(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "p.jsonl").write_bytes(line + b"\n{}\n")
     with pytest.raises(ValueError, match=r"p\.jsonl, line 1 is no operation"):
         list(History(tmp_path))
 

@@ -29,7 +29,7 @@ _WARM = 60.0  # seconds until the first message must have been handled
 _CONSUMERS = 2
 _AT_ONCE = 500  # lines of the history that are read without looking up
 _BACKLOG = 5000  # messages that may wait when the next fault comes: what is struck is work, not a heap
-_PULSE = 20  # messages a second beside the others, on a queue of their own
+_PULSE = 5  # messages a second beside the others, on a queue of their own: so few that they never wait for each other
 
 
 @dataclass

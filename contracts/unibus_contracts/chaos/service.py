@@ -141,5 +141,6 @@ def expected(bus: Bus) -> Expected:
         groups={told.name: GROUPS},
         ordered=frozenset({lined.name}) if able.order else frozenset(),
         settle_confirmed=bool(able.settle_confirmed),
+        runs=POLICY.max_retries + 1,
         least=100,
     )
