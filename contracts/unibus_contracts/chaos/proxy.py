@@ -326,7 +326,8 @@ class Side(asyncio.Protocol):
         """Whether it got its answer here; if not, and it was a request, all of it goes on. A client sends one when it has the
         answer to the last.
         """
-        if not self._from_client or self._proxy.judge is None or not data.startswith(b"POST "):
+        judge = self._proxy.judge
+        if not self._from_client or judge is None or not data.startswith(b"POST "):
             return False
         while b"\r\n\r\n" not in data and (more := await self._next()):
             data += more
@@ -337,7 +338,7 @@ class Side(asyncio.Protocol):
             body += more
             data += more
         method, path, _ = first.split(" ", 2)
-        answer = None if self._proxy.judge is None else await self._proxy.judge(Request(method, path, headers, body))
+        answer = await judge(Request(method, path, headers, body))
         if answer is None:
             if await self._misbehave(data):
                 self._pass(data)

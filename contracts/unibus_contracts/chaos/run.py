@@ -235,9 +235,8 @@ class Run:
         verdict = await asyncio.to_thread(check, History(self.folder), expected)
         result = Result(self.plan, verdict, self.faults, able.adapter, able.version)
         result.seconds, result.unclean = round(time.monotonic() - began, 1), self.unclean
-        result.not_tried = NOT_ON.get(self.plan.kind, {}) | {
-            name: why for name, why in NOT_DRAWN.get(self.plan.kind, {}).items() if name not in self.plan.faults
-        }
+        passed_over = {n: why for n, why in NOT_DRAWN.get(self.plan.kind, {}).items() if n not in self.plan.faults}
+        result.not_tried = {**NOT_ON.get(self.plan.kind, {}), **passed_over}
         (self.folder / "result.json").write_text(result.as_json())
         return result
 
