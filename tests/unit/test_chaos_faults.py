@@ -479,3 +479,10 @@ async def test_what_ends_a_storm_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(OSError, match="no way to p-work"):
         async with FAULTS["kafka-rebalances"](stage(consumers=[SimpleNamespace(prefix="p-")])):
             pass
+
+
+def test_the_small_disk_has_room_for_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.aof").write_bytes(bytes(1000))
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "b.aof").write_bytes(bytes(500))
+    assert redis_faults._size(tmp_path) == 1500

@@ -31,7 +31,7 @@ from sys import intern
 from typing import Literal
 
 from .causes import SECOND, Call, Causes, Name
-from .record import Operation
+from .record import History, Operation, What
 
 # Where a value was seen at the end, in the `detail` of a `look`: in our channels, or by a client that is not ours.
 DEAD = "dead"
@@ -99,6 +99,7 @@ def check(history: Iterable[Operation], expected: Expected | None = None) -> Ver
     return Verdict("broken" if findings else "kept", tuple(findings), counts)
 
 
+_OF_ADAPTERS: tuple[What, ...] = ("settle", "settled", "uncommitted", "try", "copied", "lost")
 _CALLS = {"send", "request", "handle", "fault", "drain"}
 
 
@@ -184,9 +185,9 @@ class _Run:
         for place in self.lost():
             wanted.add(place[0])
         settles: dict[tuple[str, int], Call] = {}
-        for operation in history:
+        for operation in history.of(*_OF_ADAPTERS) if isinstance(history, History) else history:
             what = operation.what
-            if what not in {"settle", "settled", "uncommitted", "try", "copied", "lost"}:
+            if what not in _OF_ADAPTERS:
                 continue
             number = operation.process, operation.call
             if what in {"settle", "settled"} and operation.kind != "invoke":

@@ -247,18 +247,20 @@ class Tail:
             process = path.stem
             with path.open("rb", 1 << 18) as file:
                 file.seek(offset)
-                for line in file:
-                    if not line.endswith(b"\n"):  # it is being written, or was cut off
-                        break
-                    number += 1
-                    offset += len(line)
+                try:
+                    for line in file:
+                        if line[-1:] != b"\n":  # it is being written, or was cut off
+                            break
+                        number += 1
+                        offset += len(line)
+                        if unwanted and (found := begin(line)) and found[1] in unwanted:
+                            continue
+                        try:
+                            said = from_json(line, cache_strings="keys")
+                            if not _NEEDED <= said.keys() <= _FIELDS:
+                                raise ValueError(f"it says {sorted(said)}")
+                        except (ValueError, AttributeError) as error:
+                            raise ValueError(f"{path.name}, line {number} is no operation: {error}") from error
+                        yield process, said
+                finally:
                     self._read[path] = offset, number
-                    if unwanted and (found := begin(line)) and found[1] in unwanted:
-                        continue
-                    try:
-                        said = from_json(line, cache_strings="keys")
-                        if not _NEEDED <= said.keys() <= _FIELDS:
-                            raise ValueError(f"it says {sorted(said)}")
-                    except (ValueError, AttributeError) as error:
-                        raise ValueError(f"{path.name}, line {number} is no operation: {error}") from error
-                    yield process, said
