@@ -60,8 +60,8 @@ contracts: $(STAMP) ## the contract suite on the memory adapter, the example ada
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration -n 4 --dist loadfile --no-loadscope-reorder
 
-chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10 (or MINUTES=5), and its history judged
-	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS) $(addprefix --minutes ,$(MINUTES))
+chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10 (or MINUTES=5), and its history judged; CLUSTER=1: on three nodes
+	$(BIN)/python -m unibus_contracts.chaos $(BROKER) $(if $(CLUSTER),--cluster) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS) $(addprefix --minutes ,$(MINUTES))
 
 chaos-million: $(STAMP) ## the same with 1,000,000 messages and 24 faults drawn from the seed: BROKER=redis SEED=7; takes an hour
 	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages 1000000 --faults 24

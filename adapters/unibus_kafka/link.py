@@ -17,6 +17,7 @@ from aiokafka.conn import create_conn
 from aiokafka.errors import (
     InvalidReplicationFactorError,
     KafkaError,
+    NodeNotReadyError,
     NoError,
     TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
@@ -111,13 +112,35 @@ class Link:
         names = {name for name in topics if fresh or not client.cluster.partitions_for_topic(name)}
         if not names:
             return names
-        found = await self.patiently(
-            lambda: client.send(client.get_random_node(), MetadataRequest(sorted(names), False)), "look for topics"
-        )
-        there = {topic for error, topic, _, partitions in found.topics if partitions and not error}
+        there = await self.patiently(lambda: self._known(names), "look for topics")
         if there - client._topics:  # whatever else was asked for is not looked up ever after
             await client.set_topics(client._topics | there)
+
+        async def learnt() -> None:
+            if unknown := {name for name in there if not client.cluster.partitions_for_topic(name)}:
+                raise ConnectionLost(f"the broker that was asked does not know {sorted(unknown)} yet")
+
+        await self.patiently(learnt, "look for topics")
         return names - there
+
+    async def _known(self, names: set[str]) -> set[str]:
+        """Those that any broker knows: of a cluster, some have not heard yet of a topic that another has just made."""
+        nodes = [broker.nodeId for broker in self._client.cluster.brokers()]
+        random.shuffle(nodes)
+        there, failure, asked = set[str](), None, False
+        for node in nodes:
+            try:
+                found = await self._client.send(node, MetadataRequest(sorted(names - there), False))
+            except KafkaError as exc:  # of that node
+                failure = exc
+                continue
+            asked = True
+            there |= {topic for error, topic, _, partitions in found.topics if partitions and not error}
+            if there == names:
+                break
+        if not asked:
+            raise failure or NodeNotReadyError("no broker is known")
+        return there
 
     async def risks(self, topics: Sequence[str]) -> dict[str, str]:
         """Topic -> which of its settings can lose messages; what this user may not see stays unsaid."""

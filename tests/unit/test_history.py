@@ -640,6 +640,22 @@ def test_where_no_settlement_is_confirmed_the_last_ones_before_a_break_may_be_lo
     assert found(check(story.told, CALM)) == [("came_back", "a")]
 
 
+def test_with_a_settlement_that_was_lost_its_attempts_are_forgotten() -> None:
+    """A primary that was none any more had taken the retries and the end, and is gone with them."""
+    story = Story()
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", attempt=2)
+    story.settled("a")
+    story.note("lost")
+    story.handle("a", attempt=1)
+    assert found(story.end(Expected(settle_confirmed=False))) == []
+    assert found(check(story.told, Expected(settle_confirmed=False, settle_window=0.5))) == [
+        ("came_back", "a"),
+        ("attempt_back", "a"),
+    ]
+
+
 def test_what_its_adapter_could_not_commit_comes_again() -> None:
     def told(value: str, process: str = "c") -> Story:
         story = Story()

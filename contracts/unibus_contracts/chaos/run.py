@@ -18,8 +18,8 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from unibus import Bus, deadletter
 from unibus_contracts import supply
-from unibus_contracts.chaos import native, service
-from unibus_contracts.chaos.faults import FAULTS, NOT_DRAWN, NOT_ON, NoBite, Stage
+from unibus_contracts.chaos import native, nodes, service
+from unibus_contracts.chaos.faults import FAULTS, NOT_DRAWN, NoBite, Stage, not_tried
 from unibus_contracts.chaos.proxy import Proxy
 from unibus_contracts.chaos.workers import Worker
 from unibus_contracts.history import History, Recorder, Tail, Verdict, check
@@ -37,6 +37,7 @@ class Plan:
     """What to do. `progress`: seconds in which messages must flow again; `drain`: until nothing is left.
 
     `minutes`: begin no fault after that; the faults are repeated until then, with as many messages for each.
+    `cluster`: on three nodes that are one, with the faults of those.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Plan:
     minutes: float | None = None
     progress: float = 180.0
     drain: float = 180.0
+    cluster: bool = False
 
 
 @dataclass
@@ -192,25 +194,32 @@ class Run:
             raise FileExistsError(f"{folder} holds another run's history; name an empty folder")
 
     async def run(self) -> Result:
+        if self.plan.cluster:
+            cluster = await asyncio.to_thread(supply.cluster, self.plan.kind, "chaos")
+            try:
+                return await self._on(cluster.nodes[0], cluster)
+            finally:
+                await asyncio.to_thread(cluster.stop)
         broker = await asyncio.to_thread(supply.start, self.plan.kind, "chaos")
         try:
             return await self._on(broker)
         finally:
             await asyncio.to_thread(broker.stop)
 
-    async def _on(self, broker: supply.Broker) -> Result:
+    async def _on(self, broker: supply.Broker, cluster: supply.Cluster | None = None) -> Result:
         began = time.monotonic()
         with Recorder(self.folder, "runner") as recorder:
-            bus = service.make(broker.url, self.prefix)
+            bus = service.make(broker.url if cluster is None else nodes.url_of(cluster), self.prefix)
             service.Handling(recorder).register(
                 bus
             )  # handles nothing here, but its groups are declared before anything is sent
-            async with bus, proxied(broker) as (proxy, url):
+            async with bus, proxied(broker) as (proxy, through):
+                url = through if cluster is None else nodes.url_of(cluster)
                 consumers = [
                     Worker("consume", self.folder, f"consumer{number}", self.prefix, url)
                     for number in range(_CONSUMERS)
                 ]
-                stage = Stage(broker, proxy, consumers, random.Random(self.plan.seed), self.plan.hold)  # noqa: S311  # repeatable
+                stage = Stage(broker, proxy, consumers, random.Random(self.plan.seed), self.plan.hold, cluster)  # noqa: S311  # repeatable
                 producer = Worker("produce", self.folder, "producer", self.prefix, url)
                 pulse = Worker("produce", self.folder, service.PULSE, self.prefix, url)
                 workers = [*consumers, producer, pulse]
@@ -229,14 +238,17 @@ class Run:
                     proxy.heal()
                     for worker in workers:
                         await worker.kill()
-                await self._look(bus, broker, recorder)
+                seen = broker if cluster is None else await nodes.looked_at(cluster)
+                await self._look(bus, seen, recorder)
                 expected = service.expected(bus)
+                if cluster is not None:
+                    expected = nodes.promised(cluster, expected)
                 able = bus.capabilities
         verdict = await asyncio.to_thread(check, History(self.folder), expected)
         result = Result(self.plan, verdict, self.faults, able.adapter, able.version)
         result.seconds, result.unclean = round(time.monotonic() - began, 1), self.unclean
         passed_over = {n: why for n, why in NOT_DRAWN.get(self.plan.kind, {}).items() if n not in self.plan.faults}
-        result.not_tried = {**NOT_ON.get(self.plan.kind, {}), **passed_over}
+        result.not_tried = {**not_tried(self.plan.kind, self.plan.cluster), **passed_over}
         (self.folder / "result.json").write_text(result.as_json())
         return result
 

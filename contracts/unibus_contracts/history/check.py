@@ -362,7 +362,7 @@ class _Run:
                 before = last.get(call.process)
                 # Failures between two durable steps may be forgotten with the delivery, never else.
                 if before is not None and told < before.attempt:
-                    lost = self.causes.given_up(before, name, call.at)
+                    lost = self.causes.given_up(before, name, call.at) or self._may_be_undone(before, name, call.at)
                     if not lost and not self.causes.copies(name, self.sends.get(value, ()), tries):
                         why = f"{place}: attempt {told} after attempt {before.attempt} in {call.process}"
                         yield Finding("attempt_back", value, why, call.at)
@@ -372,6 +372,13 @@ class _Run:
                 if told > failed + 1:
                     why = f"{place}: attempt {told} in {call.process} after {failed} failures"
                     yield Finding("attempt_high", value, why, call.at)
+
+    def _may_be_undone(self, call: Call, name: Name, by: int) -> bool:
+        """What its process settled after this handling, where no settlement is confirmed: then it comes as it was before."""
+        mine = [s for s in self.causes.settled.get(name, ()) if s.process == call.process and s.at >= call.at]
+        return not self.promised.settle_confirmed and any(
+            self.causes.in_doubt(settled, name, by) for settled in mine if settled.end is not None
+        )
 
     def replies(self) -> Iterable[Finding]:
         for call in self.requests:
