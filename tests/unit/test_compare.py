@@ -213,18 +213,16 @@ async def test_a_broker_that_can_not_be_reached_is_a_column_of_errors() -> None:
     assert "hunter22" not in json.dumps(document)
 
 
-async def test_a_feature_that_is_declared_as_anything_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_feature_that_is_declared_as_anything_is_a_column_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     from unibus.memory import MemoryAdapter
 
     def declared(adapter: MemoryAdapter) -> Any:
         return replace(adapter._capabilities, delay="yes")  # type: ignore[arg-type]  # that is the mistake
 
     monkeypatch.setattr(MemoryAdapter, "capabilities", property(declared))
-    run = run_of(probe(fine, name="fine", feature="delay"), replace(probe(fine, name="other"), needs="delay"))
-    found = cells(await run())
-    assert (found["x.fine"]["state"], found["x.fine"]["level"]) == ("measured", "refused")
-    assert found["x.fine"]["declared"] == "declared as 'yes', which is no Support of unibus.capabilities"
-    assert found["x.other"]["state"] == "refused"
+    found = cells(await run_of(probe(fine, name="fine", feature="delay"))())
+    assert found["x.fine"]["state"] == "failed"
+    assert "memory declares delay='yes': use native()" in found["x.fine"]["text"]
 
 
 async def test_one_broker_twice_has_two_names() -> None:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
-from unibus.capabilities import Support, refused
+from unibus.capabilities import Support
 from unibus.deadletter import describe
 
 from . import contracts
@@ -203,7 +203,8 @@ class Run:
                 self._put(row.id, column, "measured", found[row.id])
             else:
                 self._put(row.id, column, "failed" if state == "measured" else state, fallback)
-        self._progress(told["name"], probe.name, perf_counter() - begun)
+        if "error" not in told:
+            self._progress(told["name"], probe.name, perf_counter() - begun)
 
     def _put(self, row_id: str, column: int, state: State, found: Found) -> None:
         entry = self._rows[row_id]
@@ -259,11 +260,8 @@ def known_names() -> set[str]:
 
 
 def _support(lab: Lab, feature: str | None) -> Support | None:
-    """What is declared of a feature. An adapter of others may declare it as anything: then the cell says that."""
-    found: object = None if feature is None or lab.capabilities is None else getattr(lab.capabilities, feature)
-    if found is None or isinstance(found, Support):
-        return found
-    return refused(f"declared as {found!r}, which is no Support of unibus.capabilities")
+    """What is declared of a feature."""
+    return None if feature is None or lab.capabilities is None else getattr(lab.capabilities, feature)
 
 
 def _said(error: BaseException) -> str:

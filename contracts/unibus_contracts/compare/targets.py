@@ -13,7 +13,8 @@ from urllib.parse import quote, urlencode, urlsplit
 from unibus import ConfigError
 from unibus.adapter import Secret, Url
 from unibus.config import load
-from unibus.url import masked
+from unibus.registry import broker_name
+from unibus.url import masked, parse
 
 from .. import supply
 from ..cleanup import Made, NotingBus
@@ -135,6 +136,8 @@ def _given(text: str) -> Target:
 
 def _target(given: str, code: Mapping[str, object], emulator: str | None, file: Path | None = None) -> Target:
     """The settings that reach a broker."""
+    if isinstance(url := code["url"], str):
+        broker_name(parse(url).scheme)
     settings = load(code, file=False, environ={})
     driver = dict(settings.driver)
     server = driver.get("endpoint_url")

@@ -15,6 +15,8 @@ from unibus.cli import output
 from unibus.cli.run import FAILED, USAGE, Failure, command
 from unibus.cli.target import JsonOption
 from unibus.errors import ConfigError
+from unibus.registry import broker_name
+from unibus.url import parse
 
 Like = Annotated[str | None, typer.Option("--like", "-k", metavar="TEXT", help="Only those whose id contains this.")]
 
@@ -140,6 +142,7 @@ def _check(url: str) -> None:
         where = url
         if _suite("__main__").of_file(url):
             where, more = harness.of_file(Path(url))
+        broker_name(parse(where).scheme)
         async with harness.UrlHarness(where, more=more).bus():
             pass
 
