@@ -74,11 +74,20 @@ def main() -> int:
         options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written to {options.json}")
     if options.check is not None:
-        fallen = floor.fallen(content, json.loads(options.check.read_text(encoding="utf-8")))
-        for line in fallen:
-            print(f"fell: {line}", file=sys.stderr)
-        return bool(fallen)
+        return _checked(content, floor.read(options.check))
     return 0
+
+
+def _checked(now: dict[str, Any], before: dict[str, Any]) -> int:
+    for line in floor.differences(now, before):
+        print(f"note: {line}", file=sys.stderr)
+    lines, compared = floor.fallen(now, before)
+    for line in lines:
+        print(f"fell: {line}", file=sys.stderr)
+    print(f"{compared} ratios compared with those of {before['date']}, {len(lines)} fell by more than their noise")
+    if not compared:
+        print("error: the floor has none of these cases; was no broker there?", file=sys.stderr)
+    return bool(lines) or not compared
 
 
 def _run(options: argparse.Namespace, profiles: Profiles, about: dict[str, Any]) -> tuple[list[Case], list[Growth]]:
@@ -145,7 +154,7 @@ def _options() -> argparse.Namespace:
         "--check",
         type=Path,
         metavar="FILE",
-        help="fail where a ratio fell below that of this --json by more than its noise",
+        help="fail where a ratio fell below that of this floor, or --json, by more than its noise",
     )
     parser.add_argument(
         "--profile",

@@ -12,15 +12,14 @@ from typing import Any
 from benchmarks import backlog, cold, fanout, growth, tools, workers
 from benchmarks.cases import Case
 from benchmarks.flows import TURN, Contestant, Flow, Plan, Stage, measure, rotated
+from benchmarks.goals import CONFLUENT_ENGINE
 from benchmarks.growth import Growth
 from benchmarks.load import Miscount
 from benchmarks.unibus import Unibus
 from benchmarks.watch import Profiles, Watch
 
 NAMES = {"rabbitmq": "RabbitMQ", "kafka": "Kafka", "redis": "Redis", "sqs": "SQS"}
-_ENGINES = {
-    "kafka": {"confluent": "unibus, confluent engine"}
-}  # of URLs as kafka+confluent://, where an adapter has it
+_ENGINES = {"kafka": {"confluent": CONFLUENT_ENGINE}}  # of URLs as kafka+confluent://, where an adapter has it
 _RIVALS = {  # modules and classes
     "rabbitmq": (("faststream", "Rabbit"), ("mq_bridge", "MqBridge")),
     "kafka": (("confluent", "Confluent"), ("faststream", "Kafka"), ("mq_bridge", "MqBridge")),

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.cases import TOOL
 from benchmarks.flows import Contestant, Flow, Raw
 from benchmarks.load import Miscount
 from benchmarks.watch import Watch
 
-TOOL = "the broker's own tool"
 _LOCAL = {"127.0.0.1", "::1", "localhost"}
 _PIPELINED = 100  # commands a write
 

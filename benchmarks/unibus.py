@@ -6,12 +6,13 @@ import itertools
 from functools import partial
 from typing import Any
 
+from benchmarks.cases import OURS
 from benchmarks.flows import Flow, Raw
 from benchmarks.load import BODY, Handled, flood, round_trips
 from benchmarks.watch import Watch
 from unibus import Bus, Delivery, Message, Queue, Retry, RetryPolicy
 
-UNIBUS = "unibus"
+UNIBUS = OURS
 _MANY = 500  # messages in one call of send_many
 
 
