@@ -48,7 +48,7 @@ class MqBridge(Raw):
 
     def _consume(self, queue: str, messages: int, watch: Watch) -> int:
         count = 0
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
         watch.start()
         with Consumer.from_config(self._endpoint(self._url, queue, publishes=False)) as consumer:
             while count < messages:
