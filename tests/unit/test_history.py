@@ -979,6 +979,15 @@ def test_the_command_says_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
 
 
+def test_the_command_is_told_what_the_policy_wants(tmp_path: Path) -> None:
+    story = Story()
+    dead_too_early(story)
+    story.end()
+    write(tmp_path, story)
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--runs", "2"]) == 1
+
+
 def test_the_command_tells_proof_from_its_absence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     story = Story()
     a_retry(story)
