@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from unibus_contracts.chaos import faults, native, service
+from unibus_contracts.chaos import faults, native, service, worker
 from unibus_contracts.chaos.__main__ import main, summary
 from unibus_contracts.chaos.faults import FAULTS, NOT_DRAWN, NOT_ON, NoBite, Stage, schedule
 from unibus_contracts.chaos.proxy import Proxy
 from unibus_contracts.chaos.run import Fault, Plan, Progress, Result, Run, proxied
-from unibus_contracts.history import Recorder, Verdict
+from unibus_contracts.history import History, Recorder, Verdict
 from unibus_contracts.supply import KINDS
 
 
@@ -352,6 +352,20 @@ async def test_each_channel_that_goes_on_is_seen(tmp_path: Path) -> None:
             raise service.Refusal
         await progress.read()
         assert list(progress.again) == [("told", "audit")]
+
+
+async def test_a_worker_notices_that_its_loop_stood_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_STALL", 0.2)
+    with Recorder(tmp_path, "c") as recorder:
+        noticing = asyncio.create_task(worker.notice_stalls(recorder))
+        await asyncio.sleep(0)
+        time.sleep(0.5)  # noqa: ASYNC251  # that is the stall
+        await until(lambda: list(History(tmp_path)))
+        noticing.cancel()
+        await asyncio.gather(noticing, return_exceptions=True)
+    told = next(iter(History(tmp_path)))
+    assert (told.what, told.kind) == ("stalled", "ok")
+    assert float(told.detail) > 0.3
 
 
 def test_pulses_are_never_behind_others() -> None:

@@ -337,6 +337,27 @@ async def test_what_is_late_is_carried_out_all_the_same(
     assert at.proof.endswith("were carried out 0 s late")
 
 
+async def test_lateness_is_over_when_the_last_request_is_carried_out(
+    behind: tuple[Server, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the time that a run takes to recover would be that of the fault."""
+    server, proxy = behind
+    monkeypatch.setattr(http_faults, "_LATE", 0.3)
+    met: list[bool] = []
+
+    def drawn(*_: object) -> bool:
+        met.append(True)
+        return True
+
+    monkeypatch.setattr(http_faults.Service, "drawn", drawn)
+    at = stage(proxy)
+    async with FAULTS["http-late"](at):
+        asking = asyncio.create_task(asyncio.to_thread(post, proxy, "SendMessage", 0))
+        await until(lambda: bool(met))
+    assert len(server.asked) == 1
+    assert (await asking)[0] == 200
+
+
 async def test_some_entries_of_a_batch_fail_and_were_not_carried_out(behind: tuple[Server, Proxy]) -> None:
     server, proxy = behind
     at = stage(proxy)

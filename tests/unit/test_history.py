@@ -360,6 +360,53 @@ def a_settlement_that_nothing_followed(story: Story) -> Expected:
     return Expected(settle_confirmed=False)
 
 
+def stalled(story: Story, process: str = "d", seconds: float = 0.0) -> None:
+    """It stood still until now: for so long, or since the beginning."""
+    story.calls += 1
+    detail = f"{seconds or story.now / SECOND:.2f}"
+    story.told.append(Operation(process, story.calls, story.now, "stalled", "ok", detail=detail))
+
+
+def settled_by_another(story: Story) -> None:
+    story.send("a")
+    story.handle("a")
+    story.settled("a")
+
+
+def stood_still_and_lost_nothing(story: Story) -> Expected:
+    settled_by_another(story)
+    stalled(story)
+    story.handle("a", process="d")
+    return CALM
+
+
+def stood_still_long_before_it_lost_its_link(story: Story) -> Expected:
+    settled_by_another(story)
+    stalled(story)
+    story.handle("a", process="d")
+    story.now += 10 * SECOND
+    story.note("lost", process="d")
+    return CALM
+
+
+def lost_its_link_and_did_not_stand_still(story: Story) -> Expected:
+    settled_by_another(story)
+    story.now += SECOND
+    stalled(story, seconds=0.5)
+    stalled(story, process="c")
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+    return CALM
+
+
+def stood_still_lost_its_link_and_got_it_by_a_new_one(story: Story) -> Expected:
+    settled_by_another(story)
+    stalled(story)
+    story.note("lost", process="d")
+    story.handle("a", process="d")
+    return CALM
+
+
 def back_in_a_fault_that_lost_nothing(story: Story) -> Expected:
     story.send("a")
     story.handle("a", "fail", attempt=1)
@@ -422,6 +469,10 @@ def without_effect(story: Story) -> Expected:
         (another_of_the_batch_was_not_settled, [("came_back", "a")]),
         (an_old_settlement_without_confirmation, [("came_back", "a")]),
         (a_settlement_that_nothing_followed, [("came_back", "a")]),
+        (stood_still_and_lost_nothing, [("came_back", "a")]),
+        (stood_still_long_before_it_lost_its_link, [("came_back", "a")]),
+        (lost_its_link_and_did_not_stand_still, [("came_back", "a")]),
+        (stood_still_lost_its_link_and_got_it_by_a_new_one, [("came_back", "a")]),
         (back_in_a_fault_that_lost_nothing, [("attempt_back", "a")]),
         (both_in_a_fault_that_lost_nothing, [("overlap", "b")]),
         (without_effect, [("no_bite", "cut")]),
@@ -537,6 +588,14 @@ def copies_by_one_that_was_killed(story: Story) -> None:
     story.settled("a")
 
 
+def again_by_one_that_stood_still(story: Story) -> None:
+    """It had it in hand when its loop stopped, and noticed that its link was gone when it had begun to handle it."""
+    settled_by_another(story)
+    stalled(story)
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+
+
 def overtaken_by_who_got_the_key(story: Story) -> None:
     story.send("a", key="k")
     story.send("b", key="k")
@@ -586,6 +645,7 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
         copies_of_an_unsure_send,
         copies_of_an_unsure_retry,
         copies_by_one_that_was_killed,
+        again_by_one_that_stood_still,
         overtaken_by_who_got_the_key,
         unconfirmed_ones_in_any_order,
         senders_know_nothing_of_each_other,
@@ -933,6 +993,15 @@ def test_the_command_says_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixt
         "lost: t: q: never delivered and not on the broker: lost by the sender or the broker",
         "order: a: q, key 'k': a later message was handled first",
     ]
+
+
+def test_the_command_is_told_what_the_policy_wants(tmp_path: Path) -> None:
+    story = Story()
+    dead_too_early(story)
+    story.end()
+    write(tmp_path, story)
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--runs", "2"]) == 1
 
 
 def test_the_command_tells_proof_from_its_absence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,8 @@ from unibus_contracts.history.record import outcome
 URL = "UNIBUS_CHAOS_URL"
 _IN_FLIGHT = 1600
 _BATCH = 80
+_LOOK = 0.1  # seconds between two looks at how late the event loop is
+_STALL = 1.0  # seconds that are worth a line
 _TICK = 0.1  # seconds between two batches, where fewer messages than that are asked for
 
 Place = Queue[Any] | Topic[Any]
@@ -103,6 +106,15 @@ async def _send_many(bus: Bus, recorder: Recorder, place: Place, items: list[ser
             print(f"{items[0].value} and others: {error}", file=sys.stderr, flush=True)
 
 
+async def notice_stalls(recorder: Recorder) -> None:
+    """Write down when the event loop has stood still: whoever stops or starves the process, it is the one that knows."""
+    while True:
+        began = time.monotonic()
+        await asyncio.sleep(_LOOK)
+        if (late := time.monotonic() - began - _LOOK) > _STALL:
+            recorder.note("stalled", detail=f"{late:.2f}")
+
+
 async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
     handling = service.Handling(recorder)
     handling.register(bus)
@@ -111,13 +123,15 @@ async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
             traps.set_into(bus)
             receiving = asyncio.create_task(handling.by_hand(bus))
             working = asyncio.create_task(bus.run())
+            noticing = asyncio.create_task(notice_stalls(recorder))
             await asyncio.sleep(0)  # now it hears SIGTERM, which may follow at once
             print("ready", flush=True)
             try:
                 await working  # until SIGTERM
             finally:
                 receiving.cancel()
-                await asyncio.gather(receiving, return_exceptions=True)
+                noticing.cancel()
+                await asyncio.gather(receiving, noticing, return_exceptions=True)
     recorder.note("bye")
 
 

@@ -172,6 +172,9 @@ class _Run:
     def _note(self, operation: Operation, process: str) -> None:
         if operation.what == "look":
             self.seen[operation.value].add((operation.detail, operation.group))
+        elif operation.what == "stalled":
+            begun = operation.at - int(float(operation.detail) * SECOND)
+            self.causes.stalls[process].append((begun, operation.at))
         elif operation.what == "bye":
             self.causes.ended.add(process)
         elif operation.what == "drain":
@@ -279,6 +282,8 @@ class _Run:
                         self.explained["ack"] += before is not None
                     elif not self.promised.settle_confirmed and self.causes.never_told(over, name, call.at):
                         self.explained["unsettled"] += before is not None
+                    elif self.causes.held_by_one_that_stood_still(call, over, name):
+                        self.explained["stalled"] += before is not None
                     else:
                         why = f"{place}: delivered to {call.process} after {over.process} had settled it"
                         yield Finding("came_back", value, why, call.at)

@@ -33,7 +33,8 @@ Kind = Literal["invoke", "ok", "fail", "unknown"]
 # try (a send that was not confirmed), copied (a retry's or a dead letter's copy, confirmed), settled (`detail`: accepted,
 # released, or moved when a copy has been made before), uncommitted (settled before, and the adapter could not tell the broker),
 # lost (no longer ours; without a `value`: all that came by the link).
-# Of the run: look, drain, fault, and bye, the last word of a process that was not killed.
+# Of the run: look, drain, fault; of a process: stalled (its event loop has just stood still for `detail` seconds), and bye, the
+# last word of one that was not killed.
 What = Literal[
     "send",
     "request",
@@ -47,6 +48,7 @@ What = Literal[
     "look",
     "drain",
     "fault",
+    "stalled",
     "bye",
 ]
 
