@@ -473,7 +473,7 @@ def test_the_command_says_what_it_could_not_delete(cli: Cli, monkeypatch: pytest
     [
         (("memory://", "--only", "lattency"), "--only lattency"),
         (("rabbit",), "'rabbit'"),
-        (("memory://", "--json", "no/such/folder/x.json"), "no/such/folder/x.json"),
+        (("memory://", "--json", f"{__file__}/x.json"), f"{__file__}/x.json can't be written"),
         (("memory://", "--against", "no.json"), "no.json"),
     ],
 )
@@ -481,6 +481,16 @@ def test_what_is_wrong_is_said_first(cli: Cli, arguments: tuple[str, ...], said:
     done = cli("compare", *arguments, url=None)
     assert done.code == 2
     assert said in done.err
+
+
+def test_a_broker_that_can_not_be_reached_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    arguments = ("memory://", "redis://127.0.0.1:1", "--only", "unroutable", "--json", str(tmp_path / "new" / "x.json"))
+    done = cli("compare", *arguments, url=None)
+    assert done.code == 1
+    assert [line for line in done.err.splitlines() if line.startswith("unibus: redis")] == [
+        line for line in done.err.splitlines() if "unibus: redis://127.0.0.1:1: can't be reached: " in line
+    ]
+    assert (tmp_path / "new" / "x.json").exists()
 
 
 def test_where_no_broker_answers(cli: Cli) -> None:

@@ -82,7 +82,7 @@ async def compare(
     yours = None if app is None else touched(Application(app, "memory://").bus)
     for file in (html, json_file):
         if file is not None:
-            _writable(file)
+            output.writable(file)
     try:
         places, started = resolve(targets)
     except SupplyError as error:
@@ -130,15 +130,6 @@ def _chosen(only: Sequence[str] | None, known: set[str]) -> set[str]:
         chapters = ", ".join(sorted(name for name in known if "." not in name and " " not in name))
         raise ConfigError(f"--only {unknown[0]}: there is no such chapter; there are {chapters}")
     return chosen
-
-
-def _writable(file: Path) -> None:
-    """Now, not after ten minutes of measuring."""
-    try:
-        with file.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{file} can't be written: {error.strerror}") from error
 
 
 def _tell(document: Document, old: Any, html: Path | None, json_file: Path | None) -> None:
