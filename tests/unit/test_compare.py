@@ -468,6 +468,14 @@ def test_the_command_says_what_it_could_not_delete(cli: Cli, monkeypatch: pytest
     assert "memory: not deleted: what begins with 'cmp-" in done.err
 
 
+def test_what_of_a_file_is_not_used_is_said(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "shop.toml"
+    file.write_text('url = "memory://"\n[queues.orders]\nconcurrency = 5\n[memory]\nlease = 5\n')
+    done = cli("compare", str(file), "--only", "unroutable", url=None)
+    assert done.code == 0
+    assert f"{file}: [queues] not used: the comparison has channels of its own" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -173,7 +173,7 @@ class Run:
             self._put(row.id, column, "failed", Found(text=error))
             return
         support = _support(self._labs[column], row.feature)
-        limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f})"
+        limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f} {row.unit})"
         text = "nothing is declared" if support is None else f"{support.level}{limit}"
         self._put(row.id, column, "declared", Found(text=text))
 

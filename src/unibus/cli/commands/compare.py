@@ -18,6 +18,7 @@ from unibus.errors import ConfigError
 
 if TYPE_CHECKING:
     from unibus_contracts.compare.run import Document
+    from unibus_contracts.compare.targets import Target
 
 
 def register(app: typer.Typer) -> None:
@@ -87,6 +88,7 @@ async def compare(
         places, started = resolve(targets)
     except SupplyError as error:
         raise Failure(str(error)) from None
+    _say_unused(places)
     log = logging.getLogger("unibus")
     level = log.level
     log.setLevel(logging.CRITICAL)  # handlers fail on purpose, by the hundred
@@ -130,6 +132,15 @@ def _chosen(only: Sequence[str] | None, known: set[str]) -> set[str]:
         chapters = ", ".join(sorted(name for name in known if "." not in name and " " not in name))
         raise ConfigError(f"--only {unknown[0]}: there is no such chapter; there are {chapters}")
     return chosen
+
+
+def _say_unused(places: Sequence[Target]) -> None:
+    from unibus_contracts.compare.targets import left_out
+
+    for place in places:
+        if tables := left_out(place):
+            told = ", ".join(f"[{name}]" for name in tables)
+            output.say(f"{place.given}: {told} not used: the comparison has channels of its own, in default settings")
 
 
 def _tell(document: Document, old: Any, html: Path | None, json_file: Path | None) -> None:
