@@ -173,7 +173,7 @@ class Run:
             self._put(row.id, column, "failed", Found(text=error))
             return
         support = _support(self._labs[column], row.feature)
-        limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f})"
+        limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f} {row.unit})"
         text = "nothing is declared" if support is None else f"{support.level}{limit}"
         self._put(row.id, column, "declared", Found(text=text))
 
@@ -233,13 +233,14 @@ def cell(state: State, level: str, text: str) -> dict[str, Any]:
 
 
 def failures(document: Document) -> list[str]:
-    """A line for each cell that failed."""
-    names = [target["name"] for target in document["targets"]]
-    return [
-        f"{names[column]}: {row['title']}: {found['text']}"
+    """A line for each broker that could not be reached, and for each cell of the others that failed."""
+    targets = document["targets"]
+    gone = [f"{target['name']}: can't be reached: {target['error']}" for target in targets if "error" in target]
+    return gone + [
+        f"{targets[column]['name']}: {row['title']}: {found['text']}"
         for row in document["rows"]
         for column, found in enumerate(row["cells"])
-        if found["state"] == "failed"
+        if found["state"] == "failed" and "error" not in targets[column]
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,17 @@ class Target:
             "emulator": self.emulator,
             "settings": masked("", {k: v for k, v in self.settings.items() if not isinstance(v, Secret)}),
         }
+
+
+def left_out(target: Target) -> list[str]:
+    """The tables of its unibus.toml that are about channels of an application, and so have no part in the comparison."""
+    if target.file is None:
+        return []
+    return [
+        name
+        for name in ("defaults", "queues", "topics")
+        if name in tomllib.loads(target.file.read_text(encoding="utf-8"))
+    ]
 
 
 def _text(value: object) -> str:

@@ -75,6 +75,9 @@ def run(
         raise ConfigError("--junit: name one broker, or take --report")
     if channels is not None and len(urls) > 1:
         raise ConfigError("--channels: name one broker")
+    for file in (junit, None if declare == "assume" else channels, report if len(urls) == 1 else None):
+        if file is not None:
+            output.writable(file)
     arguments = [] if workers == 1 else ["-n", str(workers)]
     arguments += [] if junit is None else [f"--junitxml={junit}"]
     arguments += [] if pin is None else [f"--unibus-pin={pin}"]
