@@ -62,6 +62,10 @@ def main() -> int:
     if not cases and not grown:
         return 1  # why was said
     about["minutes"] = round((perf_counter() - begun) / 60, 1)
+    content = {**about, "cases": [case.as_json() for case in cases], "growth": grown}
+    if options.json is not None:
+        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"written to {options.json}")
     print(_heading(about))
     if cases:
         print(table(cases))
@@ -69,10 +73,6 @@ def main() -> int:
         print(beside(cases))
     for line in growth.lines(grown):
         print(line)
-    content = {**about, "cases": [case.as_json() for case in cases], "growth": grown}
-    if options.json is not None:
-        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"written to {options.json}")
     if options.check is not None:
         return _checked(content, floor.read(options.check))
     return 0

@@ -76,8 +76,16 @@ def worse(points: Points) -> bool:
 
 def grows(points: Points) -> bool:
     """Memory with what varies, more than its tenth fold needs anyway. For what waits on a broker, not in the process."""
-    *before, last = [point["MB"] for point in points]
+    before, last = [point["MB"] for point in points[:-1]], points[-1]["MB"] if points else 0.0
     return bool(before) and last > before[-1] * 1.25 + _SPARE
+
+
+def verdict(own: Growth) -> str:
+    """What is wrong with it; nothing, mostly. Memory is judged where a backlog waits on a broker, not in this process."""
+    found = ["worse than n log n"] if own["points"] and worse(own["points"]) else []
+    if own["variable"] == "messages" and own["broker"] != "memory" and grows(own["points"]):
+        found.append("memory grows with the backlog")
+    return ", ".join(found)
 
 
 def lines(grown: Sequence[Growth]) -> list[str]:
@@ -85,7 +93,7 @@ def lines(grown: Sequence[Growth]) -> list[str]:
     found = []
     for own in grown:
         costs = "; ".join(f"{point['n']:,}: {point['CPU µs']:.3g} µs, {point['MB']:.1f} MB" for point in own["points"])
-        said = "WORSE than n log n" if own["points"] and worse(own["points"]) else "not worse than n log n"
+        said = verdict(own).upper() or "not worse than n log n"
         found.append(f"{own['broker']}, {own['variable']}, CPU a {own['unit']}: {costs or 'not measured'} ({said})")
     return found
 

@@ -49,7 +49,16 @@ class KafkaTools(_Tool):
     async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         with self._config() as config:
             found = await self._run(
-                *("ConsumerPerformance", "--topic", queue, "--command-config", config, "--hide-header"),
+                *(
+                    "ConsumerPerformance",
+                    "--topic",
+                    queue,
+                    "--command-config",
+                    config,
+                    "--hide-header",
+                    "--timeout",
+                    "60000",
+                ),
                 *("--num-records", str(messages), "--group", queue),
             )
         return consumed(found, watch)
