@@ -169,7 +169,7 @@ async def shop(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
 
         monkeypatch.setattr(unibus_sqs.private, "BEAT", 0.1)
         await made.open()
-        send = AIOHTTPSession.send
+        send: Any = AIOHTTPSession.send
         monkeypatch.setattr(AIOHTTPSession, "send", watched)
         yield made
 
