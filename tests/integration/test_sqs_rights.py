@@ -162,14 +162,14 @@ def add_responder(bus: Bus) -> None:
 async def shop(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
     async with at(broker_url()) as lab:
         made = Shop(lab, await lab.client("iam"))
+        through: Callable[[Any, Any], Awaitable[Any]] = AIOHTTPSession.send
 
         async def watched(session: Any, request: Any) -> Any:
             made.seen(request)
-            return await send(session, request)
+            return await through(session, request)
 
         monkeypatch.setattr(unibus_sqs.private, "BEAT", 0.1)
         await made.open()
-        send: Any = AIOHTTPSession.send
         monkeypatch.setattr(AIOHTTPSession, "send", watched)
         yield made
 
