@@ -1,7 +1,9 @@
 """Confirmed publishing: a batch goes out in one write, and its confirms are counted as they come.
 
 One confirm channel per exchange, because RabbitMQ closes the channel on a publish to a missing or forbidden exchange:
-so it takes no message along that goes elsewhere.
+so it takes no message along that goes elsewhere. And one for each way on which a message was refused, opened anew as long as
+that goes on: the server looks up a quorum queue's leader once for a channel, and where that was a node that had just died,
+it refuses whatever comes on this channel, long after another one leads (seen on 3.10).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from unibus_rabbitmq.topology import Names, Route, step
 
 _tag = struct.Struct(">QB").unpack_from
 
+_Way = tuple[str, str | None]  # exchange, and the routing key where a lane is for that alone
+
 # Of a message that has no result yet.
 _UNSENT = Throttled("not sent: RabbitMQ did not take it in time")
 _WAITING = Timeout("RabbitMQ has not confirmed the message in time; it may or may not have it")
@@ -65,7 +69,8 @@ class Publisher:
         self._names = names
         self._clock = clock
         self._max_body = max_body
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[_Way, _Lane] = {}
+        self._refused: set[_Way] = set()  # have a lane of their own
         self._opening = asyncio.Lock()
 
     async def send(
@@ -77,8 +82,8 @@ class Publisher:
         try:
             async with asyncio.timeout(timeout):
                 await self._link.unblocked.wait()
-                for exchange in dict.fromkeys(way[0] for way in ways if way is not None):
-                    await self._open(exchange)
+                for lane in dict.fromkeys(self._lane(way[0], way[1]) for way in ways if way is not None):
+                    await self._open(lane)
                 self._write(state, batch, ways, now)
                 await self._link.drain()
                 if state.left:
@@ -112,7 +117,7 @@ class Publisher:
             if way is None:
                 continue
             exchange, key, hop = way
-            lane = self._lanes[exchange]
+            lane = self._lanes.get((exchange, key)) or self._lanes[exchange, None]
             if lane.dead:  # since a moment ago; undecided is what it would be a moment later
                 state.done(index, self._link.lost or ConnectionLost("the publishing channel was closed"))
                 continue
@@ -126,7 +131,7 @@ class Publisher:
                 state.done(index, Refused(f"{outgoing.to}: the message has no AMQP form: {exc}"))
             else:
                 out += frames
-                lane.add(state, index, outgoing, amqp_id)
+                lane.add(state, index, outgoing, amqp_id, key)
         if out:
             self._link.write(b"".join(out))
 
@@ -140,21 +145,27 @@ class Publisher:
             raise MessageTooLarge(f"{outgoing.to}: {len(properties)} bytes of headers, RabbitMQ takes {frame_max}")
         return content_frames(number, properties, body, frame_max)
 
-    async def _open(self, exchange: str) -> None:
+    def _lane(self, exchange: str, key: str) -> _Way:
+        return (exchange, key) if (exchange, key) in self._refused else (exchange, None)
+
+    async def _open(self, way: _Way) -> None:
         """See to it that there is a lane."""
-        if exchange in self._lanes and not self._lanes[exchange].dead:
+        if way in self._lanes and not self._lanes[way].used_up:
             return
         async with self._opening:
-            if exchange in self._lanes and not self._lanes[exchange].dead:
+            old = self._lanes.get(way)
+            if old is not None and not old.used_up:
                 return
             try:
                 channel = await self._link.channel()
                 await channel.confirm_delivery()
+                self._lanes[way] = _Lane(way, channel, self._link, self._refused)
+                if old is not None and not old.dead:
+                    await old.channel.close()
             except TimeoutError:
                 raise
             except Exception as exc:
                 raise errors.translate(exc, "open a channel for publishing") from exc
-            self._lanes[exchange] = _Lane(exchange, channel, self._link)
 
     def _undecided(self, outgoing: Outgoing, error: TransportError | None) -> TransportError | None:
         why = f"; RabbitMQ blocks publishing: {self._link.blocked}" if self._link.blocked is not None else ""
@@ -164,15 +175,19 @@ class Publisher:
 
 
 class _Lane:
-    """A confirm channel for one exchange: what is published on it, and what the server says to it."""
+    """A confirm channel: what is published on it, and what the server says to it."""
 
-    def __init__(self, exchange: str, channel: AbstractChannel, link: Link) -> None:
+    def __init__(self, way: _Way, channel: AbstractChannel, link: Link, refused: set[_Way]) -> None:
+        self.channel = channel
         self.number = channel.number
         self.dead = False
-        self._exchange = exchange
+        self._exchange, self._key = way
         self._link = link
+        self._refused = refused  # the ways on which something was, for whoever publishes next
+        self._stale = False  # something was refused on this lane
         self._next = 1  # the server counts the publishes of a channel from 1
-        self._pending: dict[int, tuple[_Batch, int, str, Outgoing]] = {}  # tag -> place of the result, AMQP message id
+        # tag -> place of the result, AMQP message id, message, routing key
+        self._pending: dict[int, tuple[_Batch, int, str, Outgoing, str]] = {}
         self._flying: dict[str, int] = {}  # AMQP message id -> tag
         self._returned: dict[int, str] = {}  # tag -> the server's words; its ack follows
         self._return_text = ""  # of the return whose content is coming
@@ -189,10 +204,15 @@ class _Lane:
                 amqp_id += "~"
         return amqp_id
 
-    def add(self, batch: _Batch, index: int, outgoing: Outgoing, amqp_id: str) -> None:
+    @property
+    def used_up(self) -> bool:
+        """Another one has to take its place. A lane of one way alone goes once nothing is out on it, so that order is kept."""
+        return self.dead or (self._stale and self._key is not None and not self._pending)
+
+    def add(self, batch: _Batch, index: int, outgoing: Outgoing, amqp_id: str, key: str) -> None:
         """Count it: the caller writes it before anything else can be written to this channel."""
         batch.results[index] = _WAITING
-        self._pending[self._next] = (batch, index, amqp_id, outgoing)
+        self._pending[self._next] = (batch, index, amqp_id, outgoing, key)
         self._flying[amqp_id] = self._next
         self._next += 1
 
@@ -236,10 +256,12 @@ class _Lane:
         for each in tags:
             if (entry := pending.pop(each, None)) is None:
                 continue
-            batch, index, amqp_id, outgoing = entry
+            batch, index, amqp_id, outgoing, key = entry
             del self._flying[amqp_id]
             error: TransportError | None = None
             if refused:
+                self._stale = True
+                self._refused.add((self._exchange, key))
                 error = Throttled(f"RabbitMQ refused a message to {outgoing.to}: a queue is full or has no leader")
             elif self._returned and (words := self._returned.pop(each, None)) is not None:
                 error = _unrouted(outgoing, words)
@@ -262,7 +284,7 @@ class _Lane:
         else:
             error = errors.translate(cause, f"publish to exchange {self._exchange or '(default)'!r}")
         most = errors.largest(cause)
-        for batch, index, _, outgoing in self._pending.values():
+        for batch, index, _, outgoing, _ in self._pending.values():
             mine: UnibusError = error
             if most is not None and len(outgoing.message.body) > most:
                 mine = MessageTooLarge(f"{outgoing.to}: {len(outgoing.message.body)} bytes, RabbitMQ takes {most}")

@@ -268,6 +268,35 @@ async def test_a_full_queue_is_throttled(lab: Bench) -> None:
     assert errors_of(results) == ["NoneType", "Throttled"]
 
 
+async def test_what_was_refused_is_sent_again_on_a_new_channel(lab: Bench) -> None:
+    """The leader that RabbitMQ has once looked up for a channel may be dead; and others must not lose theirs with it."""
+    full, other = Declared(Queue("full"), lab.name("full")), lab.queue()
+    raw = await lab.raw()
+    queue = await raw.declare_queue(
+        full.name, durable=True, arguments={"x-max-length": 1, "x-overflow": "reject-publish"}
+    )
+    await (await lab.adapter(other)).close()
+    adapter = await lab.adapter(full, other, mode="assume")
+    lanes = adapter._publisher._lanes  # type: ignore[union-attr]  # the channels in use
+
+    used = []
+    for _ in range(4):
+        await adapter.send([out(full), out(other)], SOON)
+        used.append({way: lane.number for way, lane in lanes.items()})
+    shared, own = ("", None), ("", full.name)
+    assert [set(each) for each in used] == [{shared}, {shared}, {shared, own}, {shared, own}]
+    assert len({each[shared] for each in used}) == 1, "what goes elsewhere keeps its channel"
+    assert used[2][own] != used[3][own], "as long as it is refused the next one is taken"
+
+    await queue.purge()
+    assert await adapter.send([out(full), out(other)], SOON) == [None, None]
+    kept = lanes[own].number
+    await queue.purge()
+    assert await adapter.send([out(full)], SOON) == [None]
+    assert lanes[own].number == kept, "and stays when it is taken"
+    assert len(await drink(await adapter.subscribe(source(other)), 5)) == 5
+
+
 async def test_what_is_too_large_is_not_sent(lab: Bench) -> None:
     q = lab.queue()
     adapter = await lab.adapter(q)
