@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from tests.unit.cli_lab import APP, Cli
 
-from unibus import Bus, ConfigError, Queue, Topic
+from unibus import Bus, ConfigError, ConnectionLost, Queue, Topic
 from unibus_contracts import supply
 from unibus_contracts.compare import contracts
+from unibus_contracts.compare import run as running
 from unibus_contracts.compare.child import order
 from unibus_contracts.compare.lab import Lab, percentile
 from unibus_contracts.compare.model import FULL, QUICK, Found, NotMeasurable, Probe, Row, Sizes
@@ -215,6 +216,24 @@ async def test_a_broker_that_can_not_be_reached_is_a_column_of_errors() -> None:
     assert "127.0.0.1:1" in cells(document, 0)["x.fine"]["text"]
     assert cells(document, 1)["x.fine"]["state"] == "measured"
     assert "hunter22" not in json.dumps(document)
+
+
+async def test_a_broker_that_goes_is_asked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks(lab: Lab) -> dict[str, Found]:
+        monkeypatch.setattr(Lab, "connect", gone)
+        raise ConnectionLost("nobody there")
+
+    async def gone(lab: Lab) -> None:
+        raise ConnectionLost("nobody there any more")
+
+    monkeypatch.setattr(running, "GONE", 0.01)
+    run = run_of(probe(fine, name="fine"), probe(breaks, name="breaks"), probe(fine, name="later"))
+    document = await run()
+    found = cells(document)
+    assert [found[f"x.{name}"]["state"] for name in ("fine", "breaks", "later")] == ["measured", "failed", "not run"]
+    assert found["x.later"]["text"] == "the broker has gone: ConnectionLost: nobody there any more"
+    assert document["finished"] is False
+    assert failures(document)[0] == "memory: the broker has gone: ConnectionLost: nobody there any more"
 
 
 async def test_a_feature_that_is_declared_as_anything_is_a_column_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:

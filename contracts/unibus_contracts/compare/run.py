@@ -27,6 +27,7 @@ from .probes import ALL
 from .targets import Target
 
 FORMAT = 1
+GONE = 5.0  # seconds without an answer after which a broker has gone
 FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
 log = logging.getLogger("unibus.compare")
 
@@ -105,7 +106,7 @@ class Run:
                     elif not probe.waits:
                         await self._measure(probe, column)
             await asyncio.gather(*(self._wait(column) for column in range(len(self._labs))))
-            self.document["finished"] = True
+            self.document["finished"] = not any("gone" in told for told in self.document["targets"])
         finally:
             self.document["seconds"] = round(perf_counter() - begun, 1)
         return self.document
@@ -184,6 +185,8 @@ class Run:
         fallback = Found(text="nothing was found")
         if "error" in told:
             state, fallback = "failed", Found(text=told["error"])
+        elif "gone" in told:
+            state, fallback = "not run", Found(text=f"the broker has gone: {told['gone']}")
         elif probe.needs is not None and not _support(lab, probe.needs):
             state, fallback = "refused", Found(text="refused")
         else:
@@ -203,8 +206,11 @@ class Run:
                 self._put(row.id, column, "measured", found[row.id])
             else:
                 self._put(row.id, column, "failed" if state == "measured" else state, fallback)
-        if "error" not in told:
-            self._progress(told["name"], probe.name, perf_counter() - begun)
+        if "error" in told or "gone" in told:
+            return
+        self._progress(told["name"], probe.name, perf_counter() - begun)
+        if state == "failed" and (gone := await _gone(lab)):
+            told["gone"] = gone
 
     def _put(self, row_id: str, column: int, state: State, found: Found) -> None:
         entry = self._rows[row_id]
@@ -233,9 +239,10 @@ def cell(state: State, level: str, text: str) -> dict[str, Any]:
 
 
 def failures(document: Document) -> list[str]:
-    """A line for each broker that could not be reached, and for each cell of the others that failed."""
+    """A line for each broker that could not be reached or has gone, and for each cell that failed otherwise."""
     targets = document["targets"]
     gone = [f"{target['name']}: can't be reached: {target['error']}" for target in targets if "error" in target]
+    gone += [f"{target['name']}: the broker has gone: {target['gone']}" for target in targets if "gone" in target]
     return gone + [
         f"{targets[column]['name']}: {row['title']}: {found['text']}"
         for row in document["rows"]
@@ -263,6 +270,23 @@ def known_names() -> set[str]:
 def _support(lab: Lab, feature: str | None) -> Support | None:
     """What is declared of a feature."""
     return None if feature is None or lab.capabilities is None else getattr(lab.capabilities, feature)
+
+
+async def _gone(lab: Lab) -> str | None:
+    """Why the broker, which was there when the run began, can't be reached any more. None: it can, or comes back."""
+    deadline = perf_counter() + GONE
+    while True:
+        try:
+            async with asyncio.timeout(GONE):
+                await lab.connect()
+        except (ConnectionError, TimeoutError) as error:
+            if perf_counter() > deadline:
+                return _said(error)
+        except Exception:  # a refusal is an answer
+            return None
+        else:
+            return None
+        await asyncio.sleep(GONE / 10)
 
 
 def _said(error: BaseException) -> str:
