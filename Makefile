@@ -60,11 +60,11 @@ contracts: $(STAMP) ## the contract suite on the memory adapter, the example ada
 integration: $(STAMP) ## adapters on real brokers, faults included
 	@$(BROKERS); $(BIN)/pytest tests/integration -n 4 --dist loadfile --no-loadscope-reorder
 
-chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10 (or MINUTES=5), and its history judged
-	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS) $(addprefix --minutes ,$(MINUTES))
+chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10 (or MINUTES=5), and its history judged; CLUSTER=1: on three nodes
+	$(BIN)/python -m unibus_contracts.chaos $(BROKER) $(if $(CLUSTER),--cluster) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS) $(addprefix --minutes ,$(MINUTES))
 
-chaos-million: $(STAMP) ## the same with 1,000,000 messages and 20 faults drawn from the seed: BROKER=redis SEED=7; takes an hour
-	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages 1000000 --faults 20
+chaos-million: $(STAMP) ## the same with 1,000,000 messages and 24 faults drawn from the seed: BROKER=redis SEED=7; takes an hour
+	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages 1000000 --faults 24
 
 fuzz: $(STAMP) ## foreign input for every decoder, mutated: INPUTS=100000 of each, SEED=7; `make test` runs 4,000 with seed 1
 	UNIBUS_TEST_FUZZ_INPUTS=$(INPUTS) UNIBUS_TEST_FUZZ_SEED=$(SEED) $(BIN)/pytest tests/unit/test_fuzz.py -k documented -rP -n 2

@@ -27,6 +27,8 @@ from unibus_redis.scripts import ALL, Script
 Reply = Any  # bytes, int, None, a list of these, or an error
 TIMEOUT = 10.0  # of a call, unless it has its own
 _SILENCE = 20  # seconds after which a peer that does not answer is dead, as the operating system sees it
+_LOOK = 2.5  # seconds
+_LOOKS = 4  # without a byte while an answer is due: the peer hangs. Looks, since a process that stood still itself has heard nothing
 _OLDEST = (7, 0)
 _SECTIONS = ("server", "memory", "persistence", "replication", "cluster")
 
@@ -35,26 +37,29 @@ class Link(asyncio.Protocol):
     """One connection."""
 
     _transport: asyncio.Transport
+    _timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, login: Login, host: str, port: int) -> None:
-        self.login, self.host, self.port = login, host, port
+    def __init__(self, login: Login, host: str, port: int, waits: bool = False) -> None:
+        """`waits`: for its replicas, which may take long and is no silence."""
+        self.login, self.host, self.port, self._waits = login, host, port, waits
         self.where = f"{host}:{port}"
         self.lost: ConnectionLost | None = None
         self.number = 0  # by which the server knows the connection
         self.version: tuple[int, ...] = ()
         self.sending = self  # to the same server, for what waits for its replicas; it ends with this one
+        self._silent = 0  # looks
         self._ended = asyncio.get_running_loop().create_future()
         self._reader = Reader()
         self._waiting: deque[tuple[asyncio.Future[list[Reply]], int]] = deque()
         self._replies: list[Reply] = []
 
     @classmethod
-    async def open(cls, login: Login, host: str, port: int) -> Link:
+    async def open(cls, login: Login, host: str, port: int, *, waits: bool = False) -> Link:
         """Connected and logged in. Raises the error of that host."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(login.timeout):
-                _, link = await loop.create_connection(lambda: cls(login, host, port), host, port, ssl=login.tls)
+                _, link = await loop.create_connection(lambda: cls(login, host, port, waits), host, port, ssl=login.tls)
                 try:
                     for reply in await link.run(*login.commands()):
                         if isinstance(reply, Exception):
@@ -70,8 +75,28 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         _keep_alive(transport.get_extra_info("socket"))
+        if not self._waits:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        """A server that hangs keeps its connections, and its system acknowledges all it is sent: only the missing answer tells."""
+        if self.sending is not self and self.sending._waiting and not self._waiting:
+            self._ask()
+        self._silent = self._silent + 1 if self._waiting else 0
+        if self._silent > _LOOKS:
+            self.lose(ConnectionLost(f"Redis at {self.where} has answered nothing for {_LOOKS * _LOOK:g} s"))
+        else:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
+
+    def _ask(self) -> None:
+        """Whether the server is well, for a connection that waits for its replicas."""
+        self._transport.write(pack_command(("PING",)))
+        answer: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda it: it.exception())  # nobody waits for it: that something comes is enough
+        self._waiting.append((answer, 1))
 
     def data_received(self, data: bytes) -> None:
+        self._silent = 0
         reader, replies, waiting = self._reader, self._replies, self._waiting
         reader.feed(data)
         while (reply := reader.gets()) is not False:
@@ -157,6 +182,8 @@ class Link(asyncio.Protocol):
             if not future.done():
                 future.set_exception(self.lost)
         self._transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
         if self.sending is not self:
             self.sending.lose(exc)
 
@@ -242,7 +269,7 @@ class Links:
             )
         await link.load()
         if self._apart:
-            link.sending = await Link.open(login, host, port)
+            link.sending = await Link.open(login, host, port, waits=True)
         return link, info
 
     def slot(self, key: str) -> int:

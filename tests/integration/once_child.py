@@ -18,8 +18,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 import unibus.config  # noqa: F401
+import unibus_kafka  # noqa: F401
 import unibus_rabbitmq  # noqa: F401
 import unibus_redis  # noqa: F401
+import unibus_sqs  # noqa: F401
 from unibus import Bus, Queue, RetryPolicy, retry
 from unibus.delivery import Delivery
 from unibus.intake import Intake

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -254,61 +251,6 @@ async def test_nothing_is_committed_for_a_partition_that_is_no_longer_ours(lab: 
             await made.close()
 
 
-# The crash guard
-
-
-@pytest.mark.timeout(240)
-async def test_a_message_that_kills_its_process_dies_alone(lab: Bench) -> None:
-    """Each life of the service is a process that has no time to say anything; the last one stops in order."""
-    queue: Queue[bytes] = Queue("q")
-    innocents = [b"%d" % n for n in range(10)]
-    url = lab.broker.url + "?session_timeout=1&heartbeat=0.2"
-    async with lab.bus(queue) as bus:
-        await bus.send_many(queue, [*innocents[:5], POISON, *innocents[5:]])
-        handled: set[bytes] = set()
-        lives = 0
-        while lives < 20:
-            lives += 1
-            child = await asyncio.create_subprocess_exec(
-                *(sys.executable, __file__, lab.prefix), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            output, _ = await asyncio.wait_for(child.communicate(url.encode()), 60)
-            handled.update(output.split())
-            if child.returncode == 0:
-                break
-        assert child.returncode == 0, f"it killed {lives} processes"
-        assert handled == set(innocents)
-        assert lives <= 3 + 1 + 3 + 1, (
-            "seen only after a death; three starts, three more alone, and the one that buries it"
-        )
-        (letter,) = [letter async for letter in deadletter.browse(bus, queue)]
-        assert (letter.message.body, letter.message.headers["x-dlq-reason"]) == (POISON, "crash_loop")
-        async with lab.subscribed(bus, queue) as made:
-            assert await made.receive(1, 1.0) == []
-
-
-POISON = b"poison"
-
-
-async def serve(url: str, prefix: str) -> None:
-    """Until there is nothing to do, or until it is killed."""
-    queue: Queue[bytes] = Queue("q")
-    bus = Bus(url, service="svc", prefix=prefix, config=False, environ={})
-
-    @bus.consumer(queue)
-    async def handle(body: bytes) -> None:
-        if body == POISON:
-            os._exit(9)
-        os.write(1, body + b"\n")
-
-    async with bus.running():
-
-        async def empty() -> bool:
-            return (await bus.backlog(queue)).ready == 0
-
-        await until(empty, "nothing is left", 40)
-
-
 # Delays
 
 
@@ -542,7 +484,3 @@ async def test_a_message_beyond_the_largest_request(lab: Bench) -> None:
         assert [type(error).__name__ for error in results] == ["NoneType", "MessageTooLarge", "NoneType"]
         async with lab.subscribed(bus, queue) as made:
             assert [d.message.id for d in await take(made, 2)] == ["largest", "s"]
-
-
-if __name__ == "__main__":  # a life of the service above
-    asyncio.run(serve(sys.stdin.readline(), sys.argv[1]))

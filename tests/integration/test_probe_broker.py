@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.with_us import WITH_US
 
 from unibus_contracts import supply
 from unibus_contracts.supply import Broker
@@ -67,7 +68,18 @@ def test_ready_as_long_as_the_broker_is_there(broker: Broker, workers: int, tmp_
     (tmp_path / "probed.py").write_text(APP)
     environ = {name: value for name, value in os.environ.items() if not name.startswith("UNIBUS_")}
     environ |= {"UNIBUS_URL": broker.url, "UNIBUS_PREFIX": f"pr{secrets.token_hex(3)}."}
-    command = [sys.executable, "-m", "unibus", "run", "probed:bus", "--probe", "127.0.0.1:0", "--workers", str(workers)]
+    command = [
+        *WITH_US,
+        sys.executable,
+        "-m",
+        "unibus",
+        "run",
+        "probed:bus",
+        "--probe",
+        "127.0.0.1:0",
+        "--workers",
+        str(workers),
+    ]
     log = tmp_path / "log"
     with log.open("w") as stderr, subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=stderr) as process:
         try:

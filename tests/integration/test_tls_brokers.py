@@ -123,6 +123,47 @@ async def test_a_server_that_wants_a_certificate_gets_ours(sealed: Sealed, tmp_p
             await sealed.refusal(ConnectionError, sealed.at(front.port), ca_file=ca_file, **settings)
 
 
+@pytest.mark.parametrize("sealed", ["RABBITMQ", "KAFKA", "REDIS"], indirect=True)
+async def test_of_several_hosts_each_is_checked(sealed: Sealed) -> None:
+    """One that can't be had is passed over; one that shows a wrong certificate ends the search, whatever the others are."""
+
+    def beside(host: str) -> str:
+        user, at, hosts = urlsplit(sealed.url).netloc.rpartition("@")
+        return urlsplit(sealed.url)._replace(netloc=f"{user}{at}{host},{hosts}").geturl()
+
+    await sealed.goes_through(beside("127.0.0.1:1"), ca_file=sealed.ca_file)
+    said = await sealed.refusal(ConfigError, beside("127.0.0.1:1"))
+    assert f"set {sealed.kind.lower()}.ca_file" in said
+    async with Front(sealed.target, sealed.authority.server("127.0.0.1")) as front:
+        said = await sealed.refusal(ConfigError, beside(f"127.0.0.1:{front.port}"), ca_file=sealed.ca_file)
+        assert f"127.0.0.1:{front.port}" in said
+        assert front.accepted == 0
+
+
+@pytest.mark.parametrize("sealed", ["REDIS"], indirect=True)  # what becomes of it is the core's
+async def test_a_certificate_that_is_not_trusted_any_more_ends_the_link_for_good(
+    sealed: Sealed, tmp_path: Path
+) -> None:
+    """Somebody else may be there now: no password is sent there, and what runs ends with the reason."""
+    context = sealed.authority.server("127.0.0.1")
+    async with Front(sealed.target, context) as front:
+        bus = sealed.bus(sealed.at(front.port), ca_file=sealed.authority.ca_file)
+        async with bus:
+            await bus.send(QUEUE, b"1")
+            accepted = front.accepted
+            Authority(tmp_path, "other").takes_over(context, "127.0.0.1")
+            await front.cut()
+
+            async def sends_until_it_is_told() -> None:
+                while True:
+                    await bus.send(QUEUE, b"2")
+
+            with pytest.raises(ConfigError, match=r"set redis\.ca_file"):
+                await asyncio.wait_for(sends_until_it_is_told(), SOON)
+            assert (await bus.health()).status == "down"
+        assert front.accepted == accepted
+
+
 @pytest.mark.parametrize("sealed", ["RABBITMQ", "SQS"], indirect=True)  # the other two say nothing to a TLS greeting
 async def test_a_server_without_tls_is_named_as_such(sealed: Sealed) -> None:
     said = await sealed.refusal(ConnectionError, sealed.at(sealed.target[1]), ca_file=sealed.authority.ca_file)

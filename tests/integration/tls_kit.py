@@ -29,6 +29,10 @@ class Authority:
             context.load_verify_locations(clients_of.ca_file)
         return context
 
+    def takes_over(self, context: ssl.SSLContext, *names: str) -> None:
+        """From now on a server with this context shows a certificate of ours."""
+        self._ca.issue_cert(*names).configure_cert(context)
+
     def client(self) -> tuple[Path, Path]:
         """Files of a certificate and its key."""
         made = self._ca.issue_cert("client@unibus.example")
@@ -59,6 +63,10 @@ class Front:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        await self.cut()
+
+    async def cut(self) -> None:
+        """All links that there are."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:

@@ -416,12 +416,12 @@ async def test_a_cluster_that_has_no_broker_for_a_moment_is_asked_again() -> Non
 
     class Client:  # what the server says; the rest is for a real broker
         cluster = SimpleNamespace(
-            controller=SimpleNamespace(nodeId=1), partitions_for_topic=lambda _: None, leader_for_partition=lambda _: 1
+            controller=SimpleNamespace(nodeId=1),
+            brokers=lambda: [SimpleNamespace(nodeId=1)],
+            partitions_for_topic=lambda _: None if answers else {0},
+            leader_for_partition=lambda _: 1,
         )
         _topics = frozenset({"q", "r"})
-
-        def get_random_node(self) -> int:
-            return 1
 
         async def force_metadata_update(self) -> None: ...
 

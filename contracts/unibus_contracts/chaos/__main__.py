@@ -1,4 +1,4 @@
-"""`python -m unibus_contracts.chaos BROKER [--seed N] [--messages N] [--faults N | --only FAULT…] [--minutes N] [--folder DIR]`.
+"""`python -m unibus_contracts.chaos BROKER [--cluster] [--seed N] [--messages N] [--faults N | --only FAULT…] [--minutes N] [--folder DIR]`.
 
 Exit status: 0 all promises kept, 1 one was broken, 2 wrong usage, 3 the run proves nothing (inconclusive, invalid, broken off).
 The same seed draws the same faults; what happens between them is the machine's doing, so the history of a failed run is kept.
@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from unibus_contracts.chaos.faults import FAULTS, NOT_ON, possible, schedule
+from unibus_contracts.chaos.faults import FAULTS, not_tried, possible, schedule
 from unibus_contracts.chaos.run import Plan, Result, Run
 from unibus_contracts.history.__main__ import lines
-from unibus_contracts.supply import KINDS, SupplyError
+from unibus_contracts.supply import ASSEMBLIES, KINDS, SupplyError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,15 +31,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), help="these, in this order; may be repeated")
     parser.add_argument("--hold", type=float, default=3.0, help="seconds that a fault lasts; default 3")
     parser.add_argument("--folder", type=Path, help="for the history; default: a new one, kept if the run is no pass")
+    parser.add_argument("--cluster", action="store_true", help="three nodes that are one, and the faults of those")
     given = parser.parse_args(arguments)
-    faults = given.only or schedule(given.broker, given.seed, given.faults)
+    kind, cluster = given.broker, given.cluster
+    if cluster and kind not in ASSEMBLIES:
+        parser.error(f"no cluster of {kind}; there are: {', '.join(ASSEMBLIES)}")
+    faults = given.only or schedule(kind, given.seed, given.faults, cluster)
     for name in faults:
-        if name not in possible(given.broker):
-            why = NOT_ON.get(given.broker, {}).get(name, "it is a fault of another kind of broker")
-            parser.error(f"{name} can't be made on {given.broker}: {why}")
+        if name not in possible(kind, cluster):
+            other = (
+                "it is one of a single broker"
+                if cluster
+                else "it is a fault of another kind of broker, or of a cluster"
+            )
+            why = not_tried(kind, cluster).get(name, other)
+            parser.error(f"{name} can't be made on {kind}{' with --cluster' if cluster else ''}: {why}")
     folder = given.folder or Path(tempfile.mkdtemp(prefix=f"chaos-{given.broker}-"))
-    plan = Plan(given.broker, given.seed, given.messages, faults, given.hold, given.minutes)
-    print(f"{given.broker}, seed {given.seed}: {given.messages} messages, {', '.join(faults)}", flush=True)
+    plan = Plan(kind, given.seed, given.messages, faults, given.hold, given.minutes, cluster=cluster)
+    print(
+        f"{kind}{', a cluster' if cluster else ''}, seed {given.seed}: {given.messages} messages, {', '.join(faults)}",
+        flush=True,
+    )
     began = time.monotonic()
     try:
         result = asyncio.run(
@@ -60,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 def summary(result: Result) -> list[str]:
     """What the run has shown, for people."""
     told = [f"{result.adapter} {result.version or ''}".strip() + f", {result.seconds} s"]
-    told += [f"  {fault.name}: {fault.proof}; {fault.recovery} s until work went on" for fault in result.faults]
+    told += [f"  {fault.name}: {fault.proof}; {fault.told()}" for fault in result.faults]
     told += [f"  not tried: {name}: {why}" for name, why in result.not_tried.items()]
     told += [f"  {complaint}" for complaint in result.unclean]
     return [*told, *lines(result.verdict)]

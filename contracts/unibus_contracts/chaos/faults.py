@@ -10,10 +10,17 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from unibus_contracts.chaos import http_faults, kafka_faults, process_faults, rabbitmq_faults, redis_faults
+from unibus_contracts.chaos import (
+    cluster_faults,
+    http_faults,
+    kafka_faults,
+    process_faults,
+    rabbitmq_faults,
+    redis_faults,
+)
 from unibus_contracts.chaos.stage import Fault, NoBite, Stage, bit, reaches
 
-__all__ = ["FAULTS", "NOT_ON", "NoBite", "Stage", "possible", "schedule"]
+__all__ = ["FAULTS", "NOT_DRAWN", "NOT_ON", "NoBite", "Stage", "not_tried", "possible", "schedule"]
 
 
 @asynccontextmanager
@@ -168,7 +175,12 @@ _OF: Mapping[str, Mapping[str, Fault]] = {
     "sqs": http_faults.FAULTS,
 }  # those that only one kind of broker knows
 
-FAULTS: Mapping[str, Fault] = {**_ANYWHERE, **{name: fault for own in _OF.values() for name, fault in own.items()}}
+FAULTS: Mapping[str, Fault] = {
+    **_ANYWHERE,
+    **{name: fault for of in (_OF, cluster_faults.FAULTS) for own in of.values() for name, fault in own.items()},
+}
+# Those of the consumers: they need neither a proxy nor a broker that is alone.
+_CONSUMERS = ("consumer-killed", "consumer-hangs", *process_faults.FAULTS)
 
 # What one would look for there, and why it isn't tried.
 _NOT_ANYWHERE = {
@@ -177,8 +189,8 @@ _NOT_ANYWHERE = {
 NOT_ON: Mapping[str, Mapping[str, str]] = {
     "kafka": {
         **_NOT_ANYWHERE,
-        "kafka-leader-moved": "one node has no other leader",
-        "kafka-replicas-missing": "a server asks for no more replicas than a topic has, and here each has one",
+        "kafka-leader-moved": "one node has no other leader: CLUSTER=1",
+        "kafka-replicas-missing": "a server asks for no more replicas than a topic has, and here each has one: CLUSTER=1",
         "kafka-coordinator-gone": "one node has no other coordinator, and it is gone with the node by broker-killed",
         "kafka-disk-full": "with its only folder gone a node ends itself, as by broker-killed; that needs three of them",
     },
@@ -186,26 +198,44 @@ NOT_ON: Mapping[str, Mapping[str, str]] = {
     "redis": {
         **_NOT_ANYWHERE,
         "consumer-killed-copied": "a copy and the end of its original are one step there",
-        "redis-replica-promoted": "one node has no replica",
+        "redis-failover": "one node has no replica: CLUSTER=1",
         **({"redis-disk-full": why} if (why := redis_faults.cannot_mount()) else {}),
     },
-    "sqs": {"broker-killed": "the emulator keeps nothing over a kill, and AWS has no server that we could kill"},
+    "sqs": {
+        **_NOT_ANYWHERE,
+        "broker-killed": "the emulator keeps nothing over a kill, and AWS has no server that we could kill",
+    },
 }
-NOT_ANYWHERE = {
-    "broker-clock": "the wrong time of one process alone needs libfaketime, and consumers have theirs without it"
+
+# What can be made there, and is not drawn: by `--only`.
+NOT_DRAWN: Mapping[str, Mapping[str, str]] = {
+    "kafka": {
+        "clock-fast": "a due time is a time of day there: what fails meanwhile is due an hour later, and the drain would wait for it"
+    }
+}
+_NOT_ON_CLUSTER = {
+    **_NOT_ANYWHERE,
+    "cut, torn, silent, unanswered, late, narrow": "clients of a cluster come by many ways, and one proxy is one of them: without CLUSTER=1",
 }
 
 
-def possible(kind: str) -> list[str]:
-    """The faults that are tried on this kind of broker."""
+def not_tried(kind: str, cluster: bool = False) -> Mapping[str, str]:
+    """What one would look for on this kind of broker, or on a cluster of it, and why it isn't tried."""
+    return {**cluster_faults.NOT_ON.get(kind, {}), **_NOT_ON_CLUSTER} if cluster else NOT_ON.get(kind, {})
+
+
+def possible(kind: str, cluster: bool = False) -> list[str]:
+    """The faults that are tried on this kind of broker, or on a cluster of it."""
+    if cluster:
+        return [*cluster_faults.FAULTS.get(kind, ()), *(name for name in _CONSUMERS if name not in NOT_ON[kind])]
     return [name for name in (*_ANYWHERE, *_OF.get(kind, ())) if name not in NOT_ON.get(kind, {})]
 
 
-def schedule(kind: str, seed: int, count: int) -> list[str]:
+def schedule(kind: str, seed: int, count: int, cluster: bool = False) -> list[str]:
     """`count` faults, drawn from the seed: each kind once before any comes again."""
     draws = random.Random(seed)  # noqa: S311  # it has to be repeatable, not secret
     drawn: list[str] = []
-    names = possible(kind)
+    names = [name for name in possible(kind, cluster) if name not in NOT_DRAWN.get(kind, {})]
     while len(drawn) < count:
         draws.shuffle(names)
         drawn += names

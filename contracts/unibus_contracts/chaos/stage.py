@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from unibus_contracts.chaos.proxy import Proxy
 from unibus_contracts.chaos.workers import Worker
-from unibus_contracts.supply import Broker
+from unibus_contracts.supply import Broker, Cluster
 
 
 class NoBite(Exception):
@@ -27,6 +27,7 @@ class Stage:
     consumers: list[Worker]
     random: random.Random
     pause: float  # seconds that a fault lasts
+    cluster: Cluster | None = None  # that the broker is the first node of; its clients don't use the proxy
     proof: str = ""  # how the last fault is known to have bitten
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of what faults add, such as consumers
 

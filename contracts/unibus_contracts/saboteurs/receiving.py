@@ -55,6 +55,23 @@ class DealsMessagesOut(Subscription):
 
 
 @saboteur(
+    "When another consumer comes, it gets what the others have in hand as well, as after a rebalance that waits for nobody.",
+    "competing.comers_repeat_nothing",
+)
+class HandsOutAnewWhenAnotherComes(Subscription):
+    def __init__(self, adapter: Adapter, inner: MemorySubscription) -> None:
+        super().__init__(adapter, inner)
+        self.others = len(inner.place.consumers)
+
+    async def receive(self, limit: int, timeout: float) -> Deliveries:
+        if len(self.inner.place.consumers) > self.others and self.inner.held:
+            copies = [Outgoing(self.inner.address, delivery.message) for delivery in self.inner.held]
+            await self.adapter.inner.send(copies, timeout)
+        self.others = len(self.inner.place.consumers)
+        return await super().receive(limit, timeout)
+
+
+@saboteur(
     "A receive returns all there is, more than was asked for.",
     "consume.receive_keeps_its_limit",
     "prefetch.of_a_receiver",

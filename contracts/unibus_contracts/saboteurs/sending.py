@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,17 @@ class ConfirmsBeforeItStores(Adapter):
             await self.inner.send(batch, timeout)
         except ConnectionLost:
             return
+
+
+@saboteur(
+    "A time of sending that does not fit into 32 bits can't be written, so such a message can go nowhere once it has failed.",
+    "dlq.any_time_of_sending",
+)
+class WritesTimesOf32Bits(Adapter):
+    def sending(self, outgoing: Outgoing) -> Iterable[Outgoing]:
+        if outgoing.origin is not None:
+            struct.pack(">I", int(outgoing.message.timestamp or 0))
+        return (outgoing,)
 
 
 @saboteur(

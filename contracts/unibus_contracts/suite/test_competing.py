@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
-from unibus import Bus, Queue
+from unibus import Bus, Delivery, Queue
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import Kit, Seen, leftover, take, until
 
@@ -117,6 +117,46 @@ async def test_leaver(kit: Kit) -> None:
                 await delivery.ack()
         assert await leftover(stayer, queue) == []
     assert sorted([begun.body, *(delivery.body for delivery in rest)]) == sorted(b"%d" % n for n in range(20))
+
+
+@contract(
+    "competing.comers_repeat_nothing", "While consumers come and go, none of the messages under way is lost or twice."
+)
+async def test_come_and_go(kit: Kit) -> None:
+    queue, seen, over = kit.queue(), Seen[tuple[bytes, int]](), asyncio.Event()
+
+    def another() -> Bus:
+        bus = kit.bus()
+
+        @bus.consumer(queue, concurrency=3, prefetch=10)
+        async def handle(body: bytes, delivery: Delivery[bytes]) -> None:
+            seen((body, delivery.attempt))
+            await asyncio.sleep(0.02)  # so that some are always in hand
+
+        return bus
+
+    async def produce(bus: Bus) -> int:
+        count = 0
+        while not over.is_set():
+            await bus.send_many(queue, [b"%d" % (count + n) for n in range(3)])
+            count += 3
+            await seen.reach(count - 15)  # no heap
+        return count
+
+    async with kit.bus(queue) as sender, another().running():
+        producing = asyncio.create_task(produce(sender))
+        try:
+            for _ in range(2):
+                await seen.reach(len(seen) + 10)
+                async with another().running():
+                    await seen.reach(len(seen) + 10)
+        finally:
+            over.set()
+            sent = await producing
+        await seen.reach(sent)
+    async with kit.bus(queue) as reader:
+        assert await leftover(reader, queue) == []
+    assert sorted(seen.all) == sorted((b"%d" % n, 1) for n in range(sent))
 
 
 @contract("competing.surplus_is_harmless", "Consumers beyond what there is to do are idle: no error, no message lost.")

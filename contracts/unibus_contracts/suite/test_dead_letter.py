@@ -114,6 +114,21 @@ async def test_at_once(kit: Kit) -> None:
     assert headers["x-retry-count"] == "1"
 
 
+@contract(
+    "dlq.any_time_of_sending", "A message may name any time as that of its sending: it is retried and dies like others."
+)
+async def test_any_time(kit: Kit) -> None:
+    queue = kit.queue()
+    bus = failing(kit, queue)
+    times = [-1.0, 0.5, 2.0**33, 2.0**64, 1e308]
+    async with bus.running():
+        for at in times:
+            await bus.send(queue, Message(f"{at!r}".encode(), timestamp=at))
+        found = await letters(bus, queue, len(times))
+        assert sorted(bodies(found)) == sorted(f"{at!r}".encode() for at in times)
+        assert bus.counts["retried"] == 2 * len(times)
+
+
 @contract("dlq.browse_leaves_everything", "Browsing dead letters shows all and takes none away.", needs="browse")
 async def test_browse(kit: Kit) -> None:
     queue = kit.queue()

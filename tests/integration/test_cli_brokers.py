@@ -15,6 +15,7 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+from tests.integration.with_us import WITH_US
 
 BROKERS = ("RABBITMQ", "KAFKA", "REDIS", "SQS")
 FACTOR = float(os.environ.get("UNIBUS_TEST_TIMEOUT_FACTOR", "1"))
@@ -116,7 +117,7 @@ class Service:
     def __init__(self, terminal: Terminal, *arguments: str) -> None:
         self.log = terminal.folder / f"log{secrets.token_hex(2)}"
         with self.log.open("w") as log:
-            command = [UNIBUS, "run", *arguments]
+            command = [*WITH_US, UNIBUS, "run", *arguments]
             self.process = subprocess.Popen(command, cwd=terminal.folder, env=terminal.environ, stdout=log, stderr=log)
 
     def says(self, text: str, times: int = 1) -> None:
