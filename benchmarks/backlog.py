@@ -20,13 +20,13 @@ from unibus import Bus, Queue
 _LONGEST = 1800.0
 
 
-async def measure(broker: str, url: str, stage: Stage, messages: int) -> Case:
+async def measure(broker: str, url: str, stage: Stage, messages: int) -> list[Case]:
     case = Case(f"{broker}: a backlog of {messages:,}, default settings")
     async with stage.queue(Flow(), declare=True) as queue:
         question = {"variable": "messages", "url": url, "queue": queue, "n": messages}
         case.add(UNIBUS, await children.ask("benchmarks.growth_point", question, _LONGEST))
         await stage.expect(queue, 0, "when all were handled")
-    return case
+    return [case]
 
 
 async def once(url: str, queue: str, messages: int) -> dict[str, float]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
 from statistics import quantiles
@@ -28,8 +31,28 @@ _RIVALS = {  # modules and classes
 }
 
 
-async def run(kind: str, url: str, plan: Plan, profiles: Profiles) -> tuple[list[Case], list[Growth], str]:
-    """The cases, how cost grew, and the broker's version."""
+@dataclass
+class Measured:
+    """`failed`: what has no figures, and why."""
+
+    cases: list[Case] = field(default_factory=list)
+    grown: list[Growth] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    version: str = "?"
+
+    async def attempt(self, what: str, work: Awaitable[Sequence[Case]]) -> None:
+        """What goes wrong is left out, and said; the others go on."""
+        print(f"measuring {what}", file=sys.stderr)
+        try:
+            self.cases += await work
+        except Exception as error:
+            if not isinstance(error, Miscount):
+                traceback.print_exc()
+            self.failed.append(f"{what}: {error}")
+            print(f"error: {self.failed[-1]}", file=sys.stderr)
+
+
+async def run(kind: str, url: str, plan: Plan, profiles: Profiles) -> Measured:
     name, module = NAMES[kind], import_module(f"benchmarks.{kind}")
     ours, stage = Unibus(url, module.PREFETCH), Stage(url)
     contestants: list[Contestant] = [ours]
@@ -37,22 +60,23 @@ async def run(kind: str, url: str, plan: Plan, profiles: Profiles) -> tuple[list
         contestants += module.contestants(url)
         if plan.rivals:
             contestants += [*engines(kind, url, module.PREFETCH), *rivals(kind, url)]
-    found: list[Case] = []
-    if "flows" in plan.parts:
-        for flow in plan.flows:
-            found += await measure(name, stage, contestants, flow, plan, profiles)
-    if "fan-out" in plan.parts:
-        found.append(await fanout.measure(name, url, stage, plan))
-    if "requests" in plan.parts:
-        found.append(await _requests(name, stage, contestants[:2], plan, profiles))
-    if "cold" in plan.parts:
-        found.append(await cold.measure(kind, name, url, stage, plan, module.BASE))
-    if "workers" in plan.parts:
-        found.append(await workers.measure(kind, name, url, stage, plan))
-    grown = await growth.measure(kind, name, url, stage) if "growth" in plan.parts else []
-    if "backlog" in plan.parts:
-        found.append(await backlog.measure(name, url, stage, plan.backlog))
-    return found, grown, await stage.version()
+    found = Measured(version=await stage.version())
+    for flow in plan.flows if "flows" in plan.parts else ():
+        work = measure(name, stage, contestants, flow, plan, profiles)
+        await found.attempt(f"{name}: {flow.title or 'send and consume'}", work)
+    parts: dict[str, Callable[[], Awaitable[Sequence[Case]]]] = {
+        "fan-out": lambda: fanout.measure(name, url, stage, plan),
+        "requests": lambda: _requests(name, stage, contestants[:2], plan, profiles),
+        "cold": lambda: cold.measure(kind, name, url, stage, plan, module.BASE),
+        "workers": lambda: workers.measure(kind, name, url, stage, plan),
+        "backlog": lambda: backlog.measure(name, url, stage, plan.backlog),
+    }
+    for part, begin in parts.items():
+        if part in plan.parts:
+            await found.attempt(f"{name}: {part}", begin())
+    if "growth" in plan.parts:
+        found.grown = await growth.measure(kind, name, url, stage)
+    return found
 
 
 def engines(kind: str, url: str, prefetch: int) -> list[Contestant]:
@@ -77,7 +101,7 @@ def rivals(kind: str, url: str) -> list[Contestant]:
     return found + tools.of(kind, url)
 
 
-async def _requests(broker: str, stage: Stage, contestants: list[Any], plan: Plan, profiles: Profiles) -> Case:
+async def _requests(broker: str, stage: Stage, contestants: list[Any], plan: Plan, profiles: Profiles) -> list[Case]:
     case = Case(f"{broker}: request and reply, one at a time", contestants[-1].name if len(contestants) > 1 else None)
     for number in range(plan.rounds):
         for contestant in rotated(contestants, number):
@@ -90,4 +114,4 @@ async def _requests(broker: str, stage: Stage, contestants: list[Any], plan: Pla
             cuts = quantiles(times, n=100)
             cpu = watch.figures(plan.requests)["CPU µs/message"]
             case.add(contestant.name, {"p50 ms": cuts[49] * 1e3, "p99 ms": cuts[98] * 1e3, "CPU µs/round trip": cpu})
-    return case
+    return [case]

@@ -14,7 +14,7 @@ from unibus.url import parse
 _LONGEST = 60.0
 
 
-async def measure(kind: str, broker: str, url: str, stage: Stage, plan: Plan, base: str) -> Case:
+async def measure(kind: str, broker: str, url: str, stage: Stage, plan: Plan, base: str) -> list[Case]:
     """Seconds of each step, and of the whole process from outside: the interpreter's own start is in that one."""
     case = Case(f"{broker}: cold start", base)
     own = known(kind, url)
@@ -24,7 +24,7 @@ async def measure(kind: str, broker: str, url: str, stage: Stage, plan: Plan, ba
                 case.add(name, await _child(client, {**own, "queue": queue}))
                 await stage.expect(queue, 0, f"after the first message of {name}")
     case.samples = {name: case.samples[name] for name in (UNIBUS, base)}
-    return case
+    return [case]
 
 
 def known(kind: str, url: str) -> dict[str, Any]:

@@ -73,8 +73,8 @@ FLOWS = (
     Flow("ordered, 1 key", keys=1, share=0.2),
     Flow("ordered, 100 keys", keys=100, share=0.5),
     Flow("ordered, 100,000 keys", keys=100_000, share=0.5),
-    Flow("1 % retried after 1 s", failing=100, sends=False),
-    Flow("10 % retried after 1 s", failing=10, sends=False),
+    Flow("1 % retried after 1 s", failing=100, sends=False, share=0.25),
+    Flow("10 % retried after 1 s", failing=10, sends=False, share=0.25),
 )
 
 
@@ -195,7 +195,7 @@ async def measure(
 ) -> list[Case]:
     """The second contestant is the base. One whose name ends in EACH sends like the one before it: that isn't shown."""
     contestants = contestants[: 1 + flow.beside]
-    rounds, seconds = (plan.rounds, plan.seconds) if flow.beside > 1 else (min(3, plan.rounds), plan.seconds / 2)
+    rounds, seconds = (plan.rounds, plan.seconds) if flow.beside > 1 else (min(3, plan.rounds), plan.seconds * 0.3)
     base = contestants[1].name if len(contestants) > 1 else None
     after = f", {flow.title}" if flow.title else ""
     sends = Case(f"{broker}: send{after}", base)

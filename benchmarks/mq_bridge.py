@@ -16,7 +16,8 @@ from unibus.url import parse
 
 MQ_BRIDGE = "mq-bridge, batches"
 _MANY = 500
-_PATIENCE = 30  # polls of a second without anything, until what is missing is taken for lost
+_POLL_MS = 5_000  # what an SQS poll brings after its time is over comes again only when its visibility ends
+_PATIENCE = 8  # polls without anything, until what is missing is taken for lost
 _GROUP = "unibus"  # the group that Declared has made on the stream
 _OWN = {"content-type": "application/octet-stream"}
 
@@ -54,7 +55,7 @@ class MqBridge(Raw):
         with Consumer.from_config(self._endpoint(self._url, queue, publishes=False)) as consumer:
             empty = 0
             while count < messages and empty < _PATIENCE:
-                found = consumer.poll(_MANY, timeout_ms=1000)
+                found = consumer.poll(_MANY, timeout_ms=_POLL_MS)
                 empty = 0 if found else empty + 1
                 for message in found:
                     handled.handle(message.payload, message.id, None, None, message.metadata)

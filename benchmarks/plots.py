@@ -61,6 +61,7 @@ def _growth(runs: Runs, key: str, label: str) -> Path:
                 plot.plot(ns, [point[key] for point in own["points"]], marker=".", label=own["broker"])
         plot.set_xscale("log")
         plot.set_yscale("log" if key != "MB" else "linear")
+        plot.minorticks_off()  # a third of the file
         plot.set_title(f"{variable.name}" + (f", a {variable.unit}" if key != "MB" else ""))
     axes[0][0].set_ylabel(label)
     axes[1][0].set_ylabel(label)

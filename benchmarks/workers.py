@@ -27,14 +27,14 @@ _LONGEST = 120.0
 _ROUNDS = 3
 
 
-async def measure(kind: str, broker: str, url: str, stage: Stage, plan: Plan) -> Case:
+async def measure(kind: str, broker: str, url: str, stage: Stage, plan: Plan) -> list[Case]:
     case = Case(f"{broker}: unibus run --workers", _name(1))
     messages = min(plan.messages, 4_000)
     for number in range(min(_ROUNDS, plan.rounds)):
         for count in rotated(COUNTS, number):
             case.add(_name(count), {"messages/s": await _once(kind, url, stage, count, messages)})
     case.samples = {_name(count): case.samples[_name(count)] for count in COUNTS}
-    return case
+    return [case]
 
 
 def together(notes: Sequence[Sequence[float]]) -> float:

@@ -226,6 +226,12 @@ def test_of_two_runs_each_case_is_that_of_one() -> None:
     assert runs.cases["Redis: send"]["contestants"]["unibus"]["messages/s"]["to"]["raw"]["median"] == 3.0
 
 
+def test_no_bottleneck_is_named_on_a_busy_machine() -> None:
+    sends = rates("Redis: send", "raw", unibus=[20], raw=[10])
+    assert Runs([run(sends)]).limit("Redis: send").startswith("Redis: unibus waited 50 % of the time")
+    assert Runs([run(sends, load=[9.0, 1.0, 1.0])]).limit("Redis: send").startswith("not judged")
+
+
 def test_every_block_can_be_made_of_a_run_that_has_nothing() -> None:
     nothing = Runs([run()])
     assert all(block(nothing) for block in BLOCKS.values())
