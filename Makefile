@@ -21,7 +21,7 @@ CODE := $(wildcard src adapters contracts tests examples benchmarks)
 BROKERS := urls=$$($(SUPPLY) up); set -a; eval "$$urls"; set +a
 
 .NOTPARALLEL:
-.PHONY: help demo demo-all test unit saboteurs contracts integration chaos chaos-million fuzz brokers-up brokers-down cluster-up cluster-down cluster-test lint types bench checks lock clean
+.PHONY: help demo demo-all test unit saboteurs contracts integration chaos chaos-million fuzz brokers-up brokers-down cluster-up cluster-down cluster-test lint types bench bench-check bench-page checks lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -63,8 +63,8 @@ integration: $(STAMP) ## adapters on real brokers, faults included
 chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10 (or MINUTES=5), and its history judged; CLUSTER=1: on three nodes
 	$(BIN)/python -m unibus_contracts.chaos $(BROKER) $(if $(CLUSTER),--cluster) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS) $(addprefix --minutes ,$(MINUTES))
 
-chaos-million: $(STAMP) ## the same with 1,000,000 messages and 20 faults drawn from the seed: BROKER=redis SEED=7; takes an hour
-	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages 1000000 --faults 20
+chaos-million: $(STAMP) ## the same with 1,000,000 messages and 24 faults drawn from the seed: BROKER=redis SEED=7; takes an hour
+	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages 1000000 --faults 24
 
 fuzz: $(STAMP) ## foreign input for every decoder, mutated: INPUTS=100000 of each, SEED=7; `make test` runs 4,000 with seed 1
 	UNIBUS_TEST_FUZZ_INPUTS=$(INPUTS) UNIBUS_TEST_FUZZ_SEED=$(SEED) $(BIN)/pytest tests/unit/test_fuzz.py -k documented -rP -n 2
@@ -92,9 +92,17 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy $(CODE)
 
-bench: $(BENCH) ## throughput and latency beside the raw clients and other libraries; reports/bench.json
+bench: $(BENCH) ## throughput and latency beside the raw clients and other libraries, 20 minutes; reports/bench.json
 	@mkdir -p reports
 	$(BIN)/python -m benchmarks --json reports/bench.json
+
+bench-check: $(BENCH) ## has a ratio fallen below the committed floor by more than its noise? What has a goal only, 5 minutes
+	@mkdir -p reports
+	$(BIN)/python -m benchmarks --headline --json reports/bench-check.json --check benchmarks/floor.json
+
+bench-page: $(BENCH) ## tables and plots of docs/performance.md, and the floor, from reports/bench.json: after a run on an idle machine
+	$(BIN)/python -m benchmarks.page reports/bench.json
+	$(BIN)/python -m benchmarks.floor reports/bench.json
 
 lock: ## resolve the newest versions into constraints.txt
 	rm -rf .venv && $(PYTHON) -m venv .venv

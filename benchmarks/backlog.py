@@ -1,62 +1,66 @@
-"""Does memory stay flat over a long backlog? One process fills a queue with so many messages, then handles them all.
+"""Does memory stay flat over a long backlog? So many messages are sent, all of them wait on the broker, then all are handled.
 
-Resident memory is looked at as the messages go by: what grows with the backlog would show.
+Resident memory is looked at as the messages go by: what grows with the backlog would show. In a process of its own, since
+one that has been bigger before would hide it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from functools import partial
-from pathlib import Path
-from time import perf_counter
 
+from benchmarks import children
 from benchmarks.cases import Case
 from benchmarks.flows import Flow, Stage
 from benchmarks.load import BODY, Miscount, flood
 from benchmarks.unibus import UNIBUS
+from benchmarks.watch import Watch, resident
 from unibus import Bus, Queue
 
-_TURN = 1800.0
+_LONGEST = 1800.0
 
 
 async def measure(broker: str, url: str, stage: Stage, messages: int) -> Case:
     case = Case(f"{broker}: a backlog of {messages:,}, default settings")
-    async with asyncio.timeout(_TURN), stage.queue(Flow(), declare=True) as name:
-        orders = Queue(name, bytes)
-        figures = {"MB at the start": _resident()}
-        async with Bus(url, channels=[orders], service="bench", declare="assume", config=False, environ={}) as bus:
-            begun = perf_counter()
-            await flood(partial(bus.send, orders, BODY), messages)
-            figures["sent/s"] = messages / (perf_counter() - begun)
-        figures["MB when all are sent"] = _resident()
-        await stage.expect(name, messages, "when all were sent")
-        bus = Bus(url, service="bench", declare="assume", config=False, environ={})
-        looks = {messages // 100, messages // 2, messages}
-        handled = 0
-        done = asyncio.Event()
-
-        @bus.consumer(orders)
-        async def handle(body: bytes) -> None:  # noqa: ARG001  # every handler takes a body
-            nonlocal handled
-            handled += 1
-            if handled in looks:
-                figures[f"MB after {handled / messages:.0%} handled"] = _resident()
-            if handled == messages:
-                done.set()
-
-        begun = perf_counter()
-        async with bus.running():
-            await done.wait()
-            figures["handled/s"] = messages / (perf_counter() - begun)
-        await stage.expect(name, 0, "when all were handled")
-        if handled != messages:
-            raise Miscount(f"{broker}: {messages} sent, {handled} handled")
-    case.add(UNIBUS, figures)
+    async with stage.queue(Flow(), declare=True) as queue:
+        question = {"variable": "messages", "url": url, "queue": queue, "n": messages}
+        case.add(UNIBUS, await children.ask("benchmarks.growth_point", question, _LONGEST))
+        await stage.expect(queue, 0, "when all were handled")
     return case
 
 
-def _resident() -> float:
-    """Of this process, in MB."""
-    found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    return int(found[1]) / 1024 if found else float("nan")
+async def once(url: str, queue: str, messages: int) -> dict[str, float]:
+    orders = Queue(queue, bytes)
+    bus = Bus(url, service="bench", declare="create", config=False, environ={})
+    looks = {max(1, messages // 100), messages // 2, messages}
+    handled = 0
+    done = asyncio.Event()
+    watch = Watch()
+    figures = {}
+
+    @bus.consumer(orders)
+    async def handle(body: bytes) -> None:  # noqa: ARG001  # every handler takes a body
+        nonlocal handled
+        if not handled:
+            watch.restart()
+        handled += 1
+        if handled in looks:
+            figures[f"MB after {handled / messages:.0%} handled"] = resident()
+        if handled == messages:
+            done.set()
+
+    async with bus:
+        figures["MB at the start"] = resident()
+        watch.start()
+        await flood(partial(bus.send, orders, BODY), messages)
+        watch.stop()
+        figures |= {f"{figure}, send": value for figure, value in watch.figures(messages).items()}
+        figures["MB when all are sent"] = resident()
+        async with bus.running():
+            await done.wait()
+            watch.stop()
+        figures |= {f"{figure}, handle": value for figure, value in watch.figures(messages).items()}
+    if handled != messages:
+        raise Miscount(f"{messages} sent, {handled} handled")
+    figures["MB at the most"] = resident("VmHWM")
+    return figures

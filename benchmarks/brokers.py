@@ -5,51 +5,76 @@ from __future__ import annotations
 import asyncio
 import sys
 from importlib import import_module
+from importlib.metadata import entry_points
 from statistics import quantiles
 from typing import Any
 
-from benchmarks import backlog, fanout
+from benchmarks import backlog, cold, fanout, growth, tools, workers
 from benchmarks.cases import Case
 from benchmarks.flows import TURN, Contestant, Flow, Plan, Stage, measure, rotated
+from benchmarks.goals import CONFLUENT_ENGINE
+from benchmarks.growth import Growth
 from benchmarks.load import Miscount
 from benchmarks.unibus import Unibus
 from benchmarks.watch import Profiles, Watch
 
 NAMES = {"rabbitmq": "RabbitMQ", "kafka": "Kafka", "redis": "Redis", "sqs": "SQS"}
-_RIVALS = {"rabbitmq": "Rabbit", "kafka": "Kafka", "redis": "Redis"}  # classes of benchmarks.faststream
+_ENGINES = {"kafka": {"confluent": CONFLUENT_ENGINE}}  # of URLs as kafka+confluent://, where an adapter has it
+_RIVALS = {  # modules and classes
+    "rabbitmq": (("faststream", "Rabbit"), ("mq_bridge", "MqBridge")),
+    "kafka": (("confluent", "Confluent"), ("faststream", "Kafka"), ("mq_bridge", "MqBridge")),
+    "redis": (("faststream", "Redis"), ("mq_bridge", "MqBridge")),
+    "sqs": (("mq_bridge", "MqBridge"),),
+}
 
 
-async def run(kind: str, url: str, plan: Plan, profiles: Profiles) -> tuple[list[Case], str]:
-    """The cases, and the broker's version."""
+async def run(kind: str, url: str, plan: Plan, profiles: Profiles) -> tuple[list[Case], list[Growth], str]:
+    """The cases, how cost grew, and the broker's version."""
     name, module = NAMES[kind], import_module(f"benchmarks.{kind}")
     ours, stage = Unibus(url, module.PREFETCH), Stage(url)
-    if plan.backlog:
-        return [await backlog.measure(name, url, stage, plan.backlog)], await stage.version()
     contestants: list[Contestant] = [ours]
     if not profiles:
         contestants += module.contestants(url)
         if plan.rivals:
-            contestants += rivals(kind, url)
+            contestants += [*engines(kind, url, module.PREFETCH), *rivals(kind, url)]
     found: list[Case] = []
-    for flow in plan.flows:
-        found += await measure(name, stage, contestants, flow, plan, profiles)
-    if plan.fan_out:
+    if "flows" in plan.parts:
+        for flow in plan.flows:
+            found += await measure(name, stage, contestants, flow, plan, profiles)
+    if "fan-out" in plan.parts:
         found.append(await fanout.measure(name, url, stage, plan))
-    if plan.requests:
+    if "requests" in plan.parts:
         found.append(await _requests(name, stage, contestants[:2], plan, profiles))
-    return found, await stage.version()
+    if "cold" in plan.parts:
+        found.append(await cold.measure(kind, name, url, stage, plan, module.BASE))
+    if "workers" in plan.parts:
+        found.append(await workers.measure(kind, name, url, stage, plan))
+    grown = await growth.measure(kind, name, url, stage) if "growth" in plan.parts else []
+    if "backlog" in plan.parts:
+        found.append(await backlog.measure(name, url, stage, plan.backlog))
+    return found, grown, await stage.version()
+
+
+def engines(kind: str, url: str, prefetch: int) -> list[Contestant]:
+    """The bus again, over other clients of the same broker: those whose URL scheme an installed adapter has."""
+    known = {point.name for point in entry_points(group="unibus.adapters")}
+    scheme, rest = url.split(":", 1)
+    return [
+        Unibus(f"{scheme}+{engine}:{rest}", prefetch, name)
+        for engine, name in _ENGINES.get(kind, {}).items()
+        if f"{scheme}+{engine}" in known
+    ]
 
 
 def rivals(kind: str, url: str) -> list[Contestant]:
-    """Other libraries, where they are installed; what is missing is said once."""
+    """Other libraries, where they are installed, and the broker's own tool; what is missing is said."""
     found: list[Contestant] = []
-    try:
-        if kind in _RIVALS:
-            found.append(getattr(import_module("benchmarks.faststream"), _RIVALS[kind])(url))
-        found.append(import_module("benchmarks.mq_bridge").MqBridge(url))
-    except ImportError as error:
-        print(f"{NAMES[kind]}: without {error.name}: pip install 'unibus[bench]'", file=sys.stderr)
-    return found
+    for module, name in _RIVALS[kind]:
+        try:
+            found.append(getattr(import_module(f"benchmarks.{module}"), name)(url))
+        except ImportError as error:
+            print(f"{NAMES[kind]}: without {error.name}: pip install 'unibus[bench]'", file=sys.stderr)
+    return found + tools.of(kind, url)
 
 
 async def _requests(broker: str, stage: Stage, contestants: list[Any], plan: Plan, profiles: Profiles) -> Case:

@@ -25,9 +25,14 @@ _PACKAGES = (
     "hiredis",
     "aiobotocore",
     "pydantic",
+    "confluent-kafka",
+    "uvloop",
     "faststream",
     "mq-bridge",
 )
+
+OURS = "unibus"  # so begin the names of contestants that are
+TOOL = "the broker's own tool"
 
 Figures = Mapping[str, float]
 
@@ -84,10 +89,10 @@ def table(cases: Sequence[Case]) -> str:
             who = contestant + (" (base)" if contestant == case.base else "")
             for figure in rounds[0]:
                 values = [sample[figure] for sample in rounds]
-                shown = [_shown(value) for value in (median(values), min(values), max(values))]
+                cells = [shown(value) for value in (median(values), min(values), max(values))]
                 ratios = case.ratios(contestant, case.base, figure)
                 ratio = (f"{median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}") if ratios else ("", "")
-                rows.append((case_name, who, figure, *shown, *ratio))
+                rows.append((case_name, who, figure, *cells, *ratio))
                 case_name = who = ""
     return _aligned(rows, texts=3)
 
@@ -117,7 +122,7 @@ def _aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
     )
 
 
-def _shown(value: float) -> str:
+def shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -23,13 +23,12 @@ _GROUP = "unibus"  # the group that Declared has made on the stream
 
 class _FastStream(Raw):
     name = FASTSTREAM
-    share = 0.2
 
     def __init__(self, url: str) -> None:
         self._url = url
 
     async def _consume(self, broker: Any, messages: int, subscriber: Any, kind: type, watch: Watch) -> int:
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
 
         async def handle(body: bytes, message: Any) -> None:
             handled.handle(body, message.message_id, message.content_type, None, message.headers)

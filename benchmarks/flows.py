@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol, Self
 
-from benchmarks.cases import Case
+from benchmarks.cases import OURS, Case
 from benchmarks.load import BODY, IN_FLIGHT, TENANT, Miscount, body
 from benchmarks.watch import Profiles, Watch
 from unibus import Bus, Queue
@@ -19,6 +20,7 @@ from unibus_contracts.cleanup import Made, remove
 
 EACH = ", ack each"
 SETTLES_IN = 10.0  # seconds until a broker has counted the last acks
+LEAST = 100  # messages in a turn
 TURN = 300.0  # seconds that nobody needs, even on a busy machine
 
 
@@ -49,8 +51,11 @@ class Flow:
     failing: int = 0  # each so many'th message fails once
 
     @property
-    def everybodys(self) -> bool:
-        return not (self.many or self.by_hand or self.at_most_once or self.keys or self.failing)
+    def beside(self) -> int:
+        """How many others are measured beside unibus."""
+        if self.many or self.by_hand or self.at_most_once or self.keys or self.failing:
+            return 0
+        return 99 if self == Flow() else 1
 
 
 HEADLINE = (Flow(),)
@@ -74,12 +79,13 @@ FLOWS = (
 
 
 class Contestant(Protocol):
-    """`share`: of the messages, where it is slow; `leaves`: entries stay behind after they were settled; `declares` its queue."""
+    """`leaves`: entries stay behind after they were settled; `declares` its queue; `only_sends`; `untried`: it knows how to warm up."""
 
     name: str
-    share: float
     leaves: bool
     declares: bool
+    only_sends: bool
+    untried: bool
 
     async def __aenter__(self) -> Self: ...
     async def __aexit__(self, *_: object) -> None: ...
@@ -90,15 +96,19 @@ class Contestant(Protocol):
 class Raw:
     """What a contestant is that does what all can do, with every message, on a queue made for it."""
 
-    share = 1.0
     leaves = False
     declares = False
+    only_sends = False
+    untried = False
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         pass
+
+    async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
+        raise NotImplementedError(type(self).__name__)  # who only sends is not asked
 
 
 class Stage:
@@ -152,13 +162,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
+    """`seconds`: what sending or consuming may take in one turn; the slow ones get fewer messages, not more time."""
+
     rounds: int
     messages: int
+    seconds: float
     requests: int
     flows: Sequence[Flow]
-    fan_out: bool = True
+    parts: frozenset[str]
     rivals: bool = True
-    backlog: int = 0  # not 0: instead of all that, memory over a backlog of so many
+    backlog: int = 0
 
 
 def find_broker(kind: str) -> tuple[str, str]:
@@ -181,22 +194,29 @@ async def measure(
     broker: str, stage: Stage, contestants: Sequence[Contestant], flow: Flow, plan: Plan, profiles: Profiles
 ) -> list[Case]:
     """The second contestant is the base. One whose name ends in EACH sends like the one before it: that isn't shown."""
-    if not flow.everybodys:
-        contestants = contestants[:1]
+    contestants = contestants[: 1 + flow.beside]
+    rounds, seconds = (plan.rounds, plan.seconds) if flow.beside > 1 else (min(3, plan.rounds), plan.seconds / 2)
     base = contestants[1].name if len(contestants) > 1 else None
     after = f", {flow.title}" if flow.title else ""
     sends = Case(f"{broker}: send{after}", base)
     consumes = Case(f"{broker}: consume{after}", base)
-    planned = max(20, round(plan.messages * flow.share))
-    for contestant in contestants:
-        await _turn(stage, contestant, flow, max(20, planned // 10), Watch(), Watch())  # warms up
-    for number in range(plan.rounds):
+    most = round(plan.messages * flow.share)
+    planned = {}
+    for contestant in list(contestants):
+        try:
+            planned[contestant.name] = await _fitting(stage, contestant, flow, most, seconds)
+        except Miscount as error:
+            if contestant.name in {OURS, base}:
+                raise
+            print(f"{broker}: without {contestant.name}: {error}", file=sys.stderr)
+    contestants = [contestant for contestant in contestants if contestant.name in planned]
+    for number in range(rounds):
         for contestant in rotated(contestants, number):
-            name, messages = contestant.name, max(20, round(planned * contestant.share))
+            name, messages = contestant.name, planned[contestant.name]
             send = Watch(profiles.of(sends.name, messages))
             consume = Watch(profiles.of(consumes.name, messages))
             await _turn(stage, contestant, flow, messages, send, consume)
-            if flow.consumes:
+            if flow.consumes and not contestant.only_sends:
                 consumes.add(name, consume.figures(messages))
             if flow.sends and not name.endswith(EACH):  # sends like the other one
                 sends.add(name, send.figures(messages))
@@ -206,6 +226,17 @@ async def measure(
     return [case for case in (sends, consumes) if case.samples]
 
 
+async def _fitting(stage: Stage, contestant: Contestant, flow: Flow, most: int, seconds: float) -> int:
+    """How many messages of a flow one has time for; the trial warms it up, too."""
+    trial, send, consume = max(LEAST, most // 20), Watch(), Watch()
+    if contestant.untried:
+        return fitting(most, most)
+    await _turn(stage, contestant, flow, trial, send, consume)
+    if flow.failing:  # the wait for the retries is the same for few and for many
+        return fitting(most, most)
+    return fitting(trial * 2 * seconds / (send.wall + consume.wall), most)
+
+
 async def _turn(stage: Stage, contestant: Contestant, flow: Flow, messages: int, send: Watch, consume: Watch) -> None:
     """One contestant, one round: fill a new queue, see that all is there, empty it, see that nothing is left."""
     try:
@@ -213,6 +244,8 @@ async def _turn(stage: Stage, contestant: Contestant, flow: Flow, messages: int,
             async with contestant:
                 await contestant.send(queue, messages, flow, send)
                 await stage.expect(queue, messages, f"sent by {contestant.name}")
+                if contestant.only_sends:
+                    return
                 handled = await contestant.consume(queue, messages, flow, consume)
             if handled != messages:
                 raise Miscount(f"{contestant.name}: {messages} were in the queue, {handled} handled")
@@ -220,6 +253,11 @@ async def _turn(stage: Stage, contestant: Contestant, flow: Flow, messages: int,
                 await stage.expect(queue, 0, f"after {contestant.name} had handled all")
     except TimeoutError as error:
         raise Miscount(f"{contestant.name} is not through with {messages} messages after {TURN:.0f} s") from error
+
+
+def fitting(fits: float, planned: int) -> int:
+    """How many messages: as planned, or what fits; whole hundreds, which is what tools with batches of their own can send."""
+    return max(LEAST, round(min(fits, planned) / LEAST) * LEAST)
 
 
 def rotated(contestants: Sequence[Any], by: int) -> list[Any]:

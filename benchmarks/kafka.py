@@ -57,7 +57,7 @@ class AioKafka(Raw):
             watch.stop()
 
     async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
         consumer = AIOKafkaConsumer(
             queue, **self._options, group_id=queue, enable_auto_commit=False, auto_offset_reset="earliest"
         )

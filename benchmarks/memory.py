@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from functools import partial
+from typing import Any
 
-from benchmarks.cases import Case
+from benchmarks.cases import OURS, Case
+from benchmarks.flows import rotated
 from benchmarks.load import BODY, Miscount, flood
 from benchmarks.watch import Profiles, Watch
 from unibus import Bus, Queue
 
-NAME = "unibus"
+Loop = Callable[[], asyncio.AbstractEventLoop]
 ORDERS = Queue("orders", bytes)
 DEFAULTS = "memory: send, handle, ack; default settings"
 PREFETCH = "memory: send, handle, ack; prefetch=1000"
@@ -18,15 +21,33 @@ PREFETCH = "memory: send, handle, ack; prefetch=1000"
 
 def run(rounds: int, messages: int, profiles: Profiles) -> list[Case]:
     found = []
+    loops = {OURS: None, **({} if profiles else _uvloop())}
     for name, prefetch in ((DEFAULTS, None), (PREFETCH, 1000)):
         case = Case(name)
-        asyncio.run(_once(max(1000, messages // 10), prefetch, Watch()))  # the first one pays for imports and caches
-        for _ in range(rounds):
-            watch = Watch(profiles.of(name, messages))
-            asyncio.run(_once(messages, prefetch, watch))
-            case.add(NAME, watch.figures(messages))
+        for loop in loops.values():
+            _run(_once(max(1000, messages // 10), prefetch, Watch()), loop)  # the first one pays for imports and caches
+        for number in range(rounds):
+            for contestant in rotated(list(loops), number):
+                watch = Watch(profiles.of(name, messages))
+                _run(_once(messages, prefetch, watch), loops[contestant])
+                case.add(contestant, watch.figures(messages))
+        case.samples = {contestant: case.samples[contestant] for contestant in loops}
         found.append(case)
     return found
+
+
+def _run(work: Coroutine[Any, Any, None], loop: Loop | None) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(work)
+
+
+def _uvloop() -> dict[str, Loop]:
+    """The same on its event loop, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return {}
+    return {f"{OURS}, uvloop": uvloop.new_event_loop}
 
 
 async def _once(messages: int, prefetch: int | None, watch: Watch) -> None:

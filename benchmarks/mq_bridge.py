@@ -16,6 +16,7 @@ from unibus.url import parse
 
 MQ_BRIDGE = "mq-bridge, batches"
 _MANY = 500
+_PATIENCE = 30  # polls of a second without anything, until what is missing is taken for lost
 _GROUP = "unibus"  # the group that Declared has made on the stream
 _OWN = {"content-type": "application/octet-stream"}
 
@@ -48,11 +49,13 @@ class MqBridge(Raw):
 
     def _consume(self, queue: str, messages: int, watch: Watch) -> int:
         count = 0
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
         watch.start()
         with Consumer.from_config(self._endpoint(self._url, queue, publishes=False)) as consumer:
-            while count < messages:
+            empty = 0
+            while count < messages and empty < _PATIENCE:
                 found = consumer.poll(_MANY, timeout_ms=1000)
+                empty = 0 if found else empty + 1
                 for message in found:
                     handled.handle(message.payload, message.id, None, None, message.metadata)
                     count += 1

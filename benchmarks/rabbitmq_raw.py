@@ -109,7 +109,7 @@ class AioPika(Raw):
         await channel.set_qos(prefetch_count=prefetch)
         source = await channel.get_queue(queue, ensure=False)
         acks = Acks(await channel.get_underlay_channel(), min(self._every, max(1, prefetch // 2)))
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
 
         async def on_message(message: AbstractIncomingMessage) -> None:
             handled.handle(message.body, message.message_id, message.content_type, message.timestamp, message.headers)
@@ -202,7 +202,7 @@ class Aiormq(Raw):
         prefetch = flow.prefetch or PREFETCH
         await channel.basic_qos(prefetch_count=prefetch)
         acks = Acks(channel, min(self._every, max(1, prefetch // 2)))
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
 
         async def on_message(message: DeliveredMessage) -> None:
             p = message.header.properties

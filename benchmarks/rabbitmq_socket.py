@@ -145,7 +145,10 @@ class Socket(Raw):
         self._put(Basic.Consume(queue=queue), 1)
         while count < messages:
             for payload in self._frames():
-                count += payload[:4] == _DELIVER
+                if payload[:4] == _DELIVER:
+                    if not count:
+                        watch.restart()
+                    count += 1
             if count - acked >= every or count == messages:
                 self._put(Basic.Ack(count, multiple=True), 1)
                 acked = count

@@ -49,7 +49,7 @@ class RedisPy(Raw):
         watch.stop()
 
     async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
         watch.start()
         while not handled.all.is_set():
             ids = []

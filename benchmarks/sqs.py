@@ -77,7 +77,7 @@ class AioBotocore(Raw):
 
     async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         url = (await self._sqs.get_queue_url(QueueName=queue))["QueueUrl"]
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
 
         async def poll() -> None:
             while not handled.all.is_set():

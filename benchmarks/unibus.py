@@ -6,21 +6,21 @@ import itertools
 from functools import partial
 from typing import Any
 
+from benchmarks.cases import OURS
 from benchmarks.flows import Flow, Raw
 from benchmarks.load import BODY, Handled, flood, round_trips
 from benchmarks.watch import Watch
 from unibus import Bus, Delivery, Message, Queue, Retry, RetryPolicy
 
-UNIBUS = "unibus"
+UNIBUS = OURS
 _MANY = 500  # messages in one call of send_many
 
 
 class Unibus(Raw):
     """`prefetch`: where a flow names none. As many slots as the prefetch, since the raw clients run a task for each delivery."""
 
-    name = UNIBUS
-
-    def __init__(self, url: str, prefetch: int = 200) -> None:
+    def __init__(self, url: str, prefetch: int = 200, name: str = UNIBUS) -> None:
+        self.name = name
         self._url = url
         self._prefetch = prefetch
 
@@ -44,13 +44,15 @@ class Unibus(Raw):
 
     async def consume(self, queue: str, messages: int, flow: Flow, watch: Watch) -> int:
         orders = Queue(queue, bytes, ordered=bool(flow.keys))
-        handled = Handled(messages)
+        handled = Handled(messages, watch)
         prefetch = flow.prefetch or self._prefetch
         if flow.by_hand:
             async with self.bus(orders) as bus, bus.receiver(orders, prefetch=prefetch) as receiver:
                 watch.start()
                 async for delivery in receiver:
                     async with delivery:
+                        if not handled.count:
+                            watch.restart()
                         handled.count += 1
                     if handled.count == messages:
                         break

@@ -5,7 +5,10 @@ from __future__ import annotations
 import cProfile
 import gc
 import io
+import math
 import pstats
+import re
+from pathlib import Path
 from time import perf_counter, process_time
 
 _LINES = 45
@@ -25,6 +28,14 @@ class Watch:
             self._profile.enable()
         self._cpu_at, self._wall_at = process_time(), perf_counter()
 
+    def restart(self) -> None:
+        """What was until now is not counted."""
+        self._cpu_at, self._wall_at = process_time(), perf_counter()
+
+    def told(self, seconds: float) -> None:
+        """By another process that has measured itself."""
+        self.wall, self.cpu = seconds, math.nan
+
     def stop(self) -> None:
         self.wall, self.cpu = perf_counter() - self._wall_at, process_time() - self._cpu_at
         if self._profile is not None:
@@ -32,11 +43,23 @@ class Watch:
 
     def figures(self, messages: int) -> dict[str, float]:
         """Of a throughput case. `busy`: how much of the time this process computed; the rest it waited."""
+        if math.isnan(self.cpu):
+            return {"messages/s": messages / self.wall}
         return {
             "messages/s": messages / self.wall,
             "CPU µs/message": self.cpu / messages * 1e6,
             "busy %": self.cpu / self.wall * 100,
         }
+
+
+def resident(field: str = "VmRSS") -> float:
+    """Memory of this process in MB, of /proc; not a number where there is none. `VmHWM`: the most it was."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return math.nan
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) / 1024 if found else math.nan
 
 
 class Profiles:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from unibus.adapter import Backlog, Endpoint, Health, Inspected, Outgoing, Results, Source, Start, Topology
 from unibus.capabilities import Capabilities
@@ -24,8 +24,10 @@ from unibus.errors import (
     Unroutable,
 )
 from unibus_kafka import config, errors, topology, wire
+from unibus_kafka.aio import AioEngine
 from unibus_kafka.capabilities import known
-from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link, by_name
+from unibus_kafka.engine import Batch
+from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link
 from unibus_kafka.offsets import decode
 from unibus_kafka.subscription import KafkaSubscription, Kit
 from unibus_kafka.topology import Place
@@ -45,6 +47,7 @@ class KafkaAdapter:
         self._endpoint = endpoint
         self._clock = endpoint.clock
         self._settings = config.settings(endpoint.settings)
+        self._engine = AioEngine()
         self.capabilities: Capabilities = known(max_request_size=self._settings.max_request_size)
         self._link: Link | None = None
         self._plan = topology.Plan()
@@ -53,14 +56,15 @@ class KafkaAdapter:
 
     @property
     def native(self) -> object:
-        """Aiokafka's producer, or None while there is none."""
-        return None if self._link is None else self._link.producer
+        """The client library's producer, or None while there is none."""
+        return None if self._link is None else self._link.producer.native
 
     async def connect(self) -> None:
         await self.close()
         url, given = self._endpoint.url, self._settings
         context = await asyncio.get_running_loop().run_in_executor(None, config.tls, url, given)
-        self._link = await Link.open(config.client(url, given, context, self._endpoint.service), given)
+        options = config.client(url, given, context, self._endpoint.service)
+        self._link = await Link.open(options, given, self._engine)
 
     async def close(self) -> None:
         await asyncio.gather(*(subscription.close() for subscription in list(self._subscriptions)))
@@ -155,7 +159,7 @@ class KafkaAdapter:
         results: list[TransportError | None] = [None] * len(batch)
         routes = [self._route(outgoing, now) for outgoing in batch]
         gone = await link.missing({topic for topic, _, _ in routes})
-        builders: dict[TopicPartition, list[tuple[Any, list[int]]]] = defaultdict(list)
+        batches: dict[TopicPartition, list[Batch]] = defaultdict(list)
         for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
             key, value, headers, at = record = wire.encode(outgoing, now, later=later)
             tp = link.partition(topic, key) if number is None else TopicPartition(topic, number)
@@ -164,14 +168,11 @@ class KafkaAdapter:
             elif too_large := wire.too_large(outgoing, record, self._settings.max_request_size):
                 results[i] = too_large
             else:
-                of_partition = builders[tp]
-                fields = {"timestamp": at, "key": key, "value": value, "headers": headers}
-                if not of_partition or of_partition[-1][0].append(**fields) is None:
-                    builder = link.producer.create_batch()
-                    builder.append(**fields)
-                    of_partition.append((builder, []))
-                of_partition[-1][1].append(i)
-        await asyncio.gather(*(self._deliver(link, tp, made, timeout, results) for tp, made in builders.items()))
+                of_partition = batches[tp]
+                if not of_partition or not of_partition[-1].append(i, key, value, headers, at):
+                    of_partition.append(new := link.producer.batch(tp))
+                    new.append(i, key, value, headers, at)
+        await asyncio.gather(*(self._deliver(link, tp, made, timeout, results) for tp, made in batches.items()))
         for topic in {topic for topic, _, later in routes if later} | {
             r[0] for r, o in zip(routes, batch, strict=True) if type(o.to) is Group
         }:
@@ -200,35 +201,35 @@ class KafkaAdapter:
         )
 
     async def _deliver(
-        self, link: Link, tp: TopicPartition, made: list[tuple[Any, list[int]]], timeout: float, results: list[Any]
+        self, link: Link, tp: TopicPartition, made: list[Batch], timeout: float, results: list[Any]
     ) -> None:
         """The batches of one partition, one after the other; behind one that may be sent again the others wait for that."""
         deadline = asyncio.get_running_loop().time() + timeout
         error: UnibusError | None = None
-        for builder, indices in made:
+        for batch in made:
             if error is not None and error.retryable:
-                for i in indices:
+                for i in batch.indices:
                     results[i] = error
                 continue
             error = None
             try:
-                builder.close()
                 async with asyncio.timeout_at(deadline):
-                    confirmed = await link.producer.send_batch(builder, tp.topic, partition=tp.partition)
+                    confirmed = await batch.send()
                     confirmed.add_done_callback(_seen)
                     while not (await asyncio.wait([confirmed], timeout=_LOOK))[0]:
                         if await link.missing({tp.topic}, fresh=True):  # the producer alone would try for ever
                             raise NotFound(f"topic {tp.topic!r} was deleted")
                     confirmed.result()
+                    for i, exc in batch.failed.items():
+                        results[i] = _failed(exc, tp)
+                    continue
             except TimeoutError as exc:
                 error = Timeout(f"send to {tp.topic!r}: not confirmed within {timeout:g} s; it may or may not be there")
                 error.__cause__ = exc
             except Exception as exc:
-                error = errors.translate(exc, f"send to {tp.topic!r}", "Write")
-                error.__cause__ = None if error is exc else exc
-            if error is not None:
-                for i in indices:
-                    results[i] = error
+                error = _failed(exc, tp)
+            for i in batch.indices:
+                results[i] = error
 
     async def _has_group(self, link: Link, topic: Topic[Any]) -> bool:
         """By name: `<topic>.<group>`. What was found holds on; what was not is looked for again soon."""
@@ -259,7 +260,7 @@ class KafkaAdapter:
         gone = sorted(await link.missing(place.topics))
         all_there("Kafka", (f"{address} (topic {name!r})" for name in gone), _HIDDEN)
         group = None if source.browse or place not in self._plan.places.values() else place.name
-        consumer = self._consumer(link, group)
+        consumer = self._engine.consumer(link.options, given, group)
         hop = partial(send_all, self.send, timeout=TIMEOUT)
         kit = Kit(link, self._clock, given, hop, self._subscriptions.discard)
         subscription = KafkaSubscription(source, place, consumer, kit, group, token)
@@ -267,7 +268,7 @@ class KafkaAdapter:
         try:
             await consumer.start()
             if group is not None:
-                consumer.subscribe(list(place.topics), listener=subscription)
+                consumer.subscribe(list(place.topics), subscription)
                 subscription.begin()
                 await subscription.joined(_JOIN)
             else:
@@ -291,26 +292,7 @@ class KafkaAdapter:
         starts = {tp: (at, "") for tp, at in (await link.offsets(tps, EARLIEST if browse else LATEST)).items()}
         if browse:
             starts |= {tp: at for tp, at in (await link.committed(place.name)).items() if tp in starts}
-        subscription.assign(starts)
-
-    def _consumer(self, link: Link, group: str | None) -> Any:
-        given = self._settings
-        rebalance = round((given.rebalance_grace + given.heartbeat + 5) * 1000)
-        consumer = AIOKafkaConsumer(
-            **link.options,
-            group_id=group,
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            isolation_level="read_committed",
-            session_timeout_ms=round(given.session_timeout * 1000),
-            heartbeat_interval_ms=round(given.heartbeat * 1000),
-            rebalance_timeout_ms=rebalance,
-            request_timeout_ms=max(40_000, rebalance + 10_000),  # joining takes as long as the slowest member
-            max_poll_interval_ms=2**31
-            - 1,  # slow handlers don't stop us from polling, and heartbeats tell who is alive
-        )
-        by_name(consumer._client)
-        return consumer
+        await subscription.assign(starts)
 
     async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         link, place = self._linked(), self._place(address)
@@ -338,6 +320,12 @@ class KafkaAdapter:
     def reply_to(self, text: str) -> Address:
         wire.reply_address(text)
         return Inbox(text)
+
+
+def _failed(exc: Exception, tp: TopicPartition) -> UnibusError:
+    error = errors.translate(exc, f"send to {tp.topic!r}", "Write")
+    error.__cause__ = None if error is exc else exc
+    return error
 
 
 def _seen(confirmed: asyncio.Future[Any]) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.conn import create_conn
 from aiokafka.errors import (
@@ -32,6 +32,7 @@ from aiokafka.protocol.offset import OffsetRequest
 from unibus.errors import ConnectionLost
 from unibus.translation import first_that_answers, of_host
 from unibus_kafka import config, errors
+from unibus_kafka.engine import Engine, Producer
 
 log = logging.getLogger("unibus.kafka")
 T = TypeVar("T")
@@ -52,21 +53,14 @@ hash_of = lru_cache(maxsize=10_000)(murmur2)  # in Python it costs more than all
 class Link:
     """One producer, from `open` to `close`. `options`: what every client is made with."""
 
-    def __init__(self, options: dict[str, Any], given: config.Settings) -> None:
+    def __init__(self, options: dict[str, Any], producer: Producer) -> None:
         self.options = options
-        self.producer: Any = AIOKafkaProducer(
-            **options,
-            acks="all",
-            enable_idempotence=True,
-            max_request_size=given.max_request_size,
-            max_batch_size=given.batch_size,
-            compression_type=given.compression,
-        )
-        self._client: Any = by_name(self.producer.client)
+        self.producer = producer
+        self._client: Any = producer.client
         self._next = 0
 
     @classmethod
-    async def open(cls, options: dict[str, Any], given: config.Settings) -> Link:
+    async def open(cls, options: dict[str, Any], given: config.Settings, engine: Engine) -> Link:
         """By the first host that answers; the client library itself would not say why none did."""
         more = {key: value for key, value in options.items() if key not in {"bootstrap_servers", "metadata_max_age_ms"}}
         limit = round(given.connect_timeout * 1000)
@@ -80,7 +74,7 @@ class Link:
             connection.close()
 
         await first_that_answers(options["bootstrap_servers"], look)
-        link = cls(options, given)
+        link = cls(options, engine.producer(options, given))
         try:
             async with asyncio.timeout(given.connect_timeout):
                 await link.producer.start()
@@ -93,7 +87,7 @@ class Link:
 
     async def close(self) -> None:
         """What was not confirmed by now is given up: its senders have been told."""
-        await put_away(self.producer.stop, self.producer._sender.close, self._client.close)
+        await self.producer.close()
 
     async def up(self) -> bool:
         """One server that answers is enough: the others' partitions will have found new leaders, or will."""

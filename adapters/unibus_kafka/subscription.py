@@ -8,19 +8,11 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from aiokafka import ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import (
-    CommitFailedError,
-    IllegalStateError,
-    KafkaError,
-    NoOffsetForPartitionError,
-    OffsetOutOfRangeError,
-    RebalanceInProgressError,
-)
+from aiokafka import TopicPartition
+from aiokafka.errors import CommitFailedError, KafkaError, OffsetOutOfRangeError, RebalanceInProgressError
 
 from unibus.adapter import Outcome, Outgoing, Results, Source, Standing
 from unibus.channel import Address, Group
@@ -32,14 +24,13 @@ from unibus.inflow import Inflow, closed
 from unibus.waiting import Tasks, happens
 from unibus_kafka import config, errors, offsets, wire
 from unibus_kafka.capabilities import HOLD_BELOW
-from unibus_kafka.link import EARLIEST, LATEST, Link, put_away
+from unibus_kafka.engine import Consumer
+from unibus_kafka.link import EARLIEST, LATEST, Link
 from unibus_kafka.offsets import Partition
 from unibus_kafka.topology import Place
 
 log = logging.getLogger("unibus.kafka")
 
-_POLL = 500  # milliseconds; what arrives ends it
-_MANY = 500  # records of one poll
 _LOOK = 1.0  # seconds between looks whether there is anything on the topics beside the main one
 _HELD = 1000  # records of one partition that wait for their time, before it is paused
 _CLOSE = 5.0  # seconds
@@ -57,14 +48,14 @@ class Kit:
     closed: Callable[[KafkaSubscription], None]
 
 
-class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ignore[misc]  # the client library is not typed
+class KafkaSubscription(NoMove, NoLease):
     """`group`: as a member of it; None: by itself, from where it is told, and nothing is committed.
 
     `token`: of an inbox, the key of its replies.
     """
 
     def __init__(
-        self, source: Source, place: Place, consumer: Any, kit: Kit, group: str | None, token: str = ""
+        self, source: Source, place: Place, consumer: Consumer, kit: Kit, group: str | None, token: str = ""
     ) -> None:
         self.source = source
         self.address: Address = source.address
@@ -100,10 +91,9 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         work = [self._pump()] if len(self._place.topics) == 1 else [self._pump(), self._look_aside()]
         self._readers = [asyncio.get_running_loop().create_task(one) for one in work]
 
-    def assign(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
+    async def assign(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
         """By ourselves: begin here."""
-        self._consumer.assign(list(starts))
-        self._take_over(starts)
+        await self._take_over(starts, assign=True)
 
     async def joined(self, timeout: float) -> None:
         """Until partitions are assigned, or it is clear that somebody else has them for the time being."""
@@ -111,33 +101,33 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         if self._inflow.error is not None:
             raise self._inflow.error
 
-    def _take_over(self, starts: dict[TopicPartition, tuple[int, str]]) -> None:
+    async def _take_over(self, starts: dict[TopicPartition, tuple[int, str]], *, assign: bool = False) -> None:
         for tp, (offset, metadata) in starts.items():
             part = self._parts[tp] = Partition(tp, offset, metadata, self._place.topics.get(tp.topic, 0.0))
             if part.orphan:
                 part.careful = self._kit.clock.monotonic() + _CAREFUL
-            self._consumer.seek(tp, offset)
-            if tp.topic != self._place.topic:
-                self._consumer.pause(tp)
+        aside = [tp for tp in starts if tp.topic != self._place.topic]
+        await self._consumer.begin({tp: offset for tp, (offset, _) in starts.items()}, aside, assign=assign)
         self._joined.set()
         self._hint.set()
 
-    # Rebalances: called by the client library, whose heart goes on beating meanwhile.
+    # Rebalances: called by the engine, whose heart goes on beating meanwhile.
 
-    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+    async def assigned(self, tps: Iterable[TopicPartition]) -> None:
         try:
             committed = await self._kit.link.committed(str(self._group))
-            missing = [tp for tp in assigned if tp not in committed]
+            missing = [tp for tp in tps if tp not in committed]
             begin = await self._kit.link.offsets(missing, EARLIEST) if missing else {}
             self._fenced = False
-            self._take_over({tp: committed.get(tp) or (begin[tp], "") for tp in assigned})
+            await self._take_over({tp: committed.get(tp) or (begin[tp], "") for tp in tps})
             if isinstance(self.address, Group) and any(tp.topic == self._place.topic for tp in missing):
                 text = "%s: no offset is committed for %d partitions (they are new, or it has expired); read from the beginning"
                 log.warning(text, self.address, len(missing))
         except Exception as exc:
             self._end(errors.translate(exc, f"take over the partitions of {self._group!r}"))
 
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+    async def revoked(self, *, lost: bool) -> None:
+        self._fenced |= lost
         grace = 0.0 if self._fenced or self._closing.is_set() else self._kit.settings.rebalance_grace
         await self._give_up(list(self._parts.values()), grace)
 
@@ -195,9 +185,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                     self._room.clear()
                     await self._room.wait()
                 try:
-                    found = await consumer.getmany(timeout_ms=_POLL, max_records=_MANY)
-                except NoOffsetForPartitionError:  # on_partitions_assigned is about to say where to begin
-                    continue
+                    found = await consumer.getmany()
                 except OffsetOutOfRangeError as exc:
                     await self._begin_anew(list(exc.args[0]))
                     continue
@@ -205,7 +193,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
                     if records and (part := self._parts.get(tp)) is not None:
                         self._arrived(part, records)
                 topic = self._place.topic
-                forgotten = self._joined.is_set() and consumer.partitions_for_topic(topic) is None
+                forgotten = self._joined.is_set() and consumer.forgets(topic)
                 # Its client also forgets a topic that has no leader for a moment: another one has to agree.
                 if forgotten and await self._kit.link.missing([topic], fresh=True):
                     raise NotFound(f"{self.address}: its topic {topic!r} was deleted")
@@ -244,22 +232,17 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         log.warning("%s: the records to be read next are gone; read on from the earliest that is there", self.address)
         lost = [part for tp in tps if (part := self._parts.get(tp)) is not None]
         await self._give_up(lost, 0.0)
-        self._take_over({tp: (offset, "") for tp, offset in begin.items()})
+        await self._take_over({tp: (offset, "") for tp, offset in begin.items()})
 
     async def _look_for_new(self) -> None:
         """Without a group nobody tells us that a topic has more partitions now."""
         if isinstance(self.address, Group) and not self.source.browse:
-            known = self._consumer.partitions_for_topic
-            new = [
-                tp
-                for t in self._place.topics
-                for n in known(t) or ()
-                if (tp := TopicPartition(t, n)) not in self._parts
-            ]
+            known = self._kit.link.partitions
+            new = [tp for topic in self._place.topics for tp in known(topic) if tp not in self._parts]
             if new:
-                old = {tp: (await self._consumer.position(tp), part) for tp, part in self._parts.items()}
-                self.assign(dict.fromkeys(new, (0, "")) | {tp: (at, "") for tp, (at, _) in old.items()})
-                self._parts |= {tp: part for tp, (_, part) in old.items()}
+                old = self._parts.copy()
+                await self.assign(dict.fromkeys(new, (0, "")) | {tp: (part.next, "") for tp, part in old.items()})
+                self._parts |= old
 
     def _arrived(self, part: Partition, records: Sequence[Any]) -> None:
         ready, later = part.read(records, self.source, self._kit.clock.time(), self._token)
@@ -278,8 +261,7 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         self._inflow.wake()
 
     def _pause(self, part: Partition, *, on: bool) -> None:
-        with suppress(IllegalStateError):  # taken away in this moment
-            (self._consumer.pause if on else self._consumer.resume)(part.tp)
+        self._consumer.pause(part.tp, on=on)
 
     # Records that wait for their time
 
@@ -477,7 +459,4 @@ class KafkaSubscription(NoMove, NoLease, ConsumerRebalanceListener):  # type: ig
         for part in self._parts.values():
             part.lose()
         self._end(closed(self.address))
-        # It leaves the group, so that others need not wait for the session's end.
-        consumer = self._consumer
-        parts = [part.close for part in (consumer._fetcher, consumer._client) if part is not None]
-        await put_away(consumer.stop, *parts)
+        await self._consumer.close()

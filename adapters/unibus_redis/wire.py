@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.envelope import JSON, read, write
+from unibus.envelope import JSON, packed, read, write
 from unibus.inboxes import inbox, inbox_shape
 from unibus.message import (
     ENVELOPE_HEADERS,
@@ -70,14 +71,17 @@ def encode(outgoing: Outgoing, now: float) -> list[Any]:
     message, origin = outgoing.message, outgoing.origin
     headers: dict[str, Any] = {}
     more: list[bytes] = []
+    pack: Callable[[dict[str, Any]], str] = packed
     if origin is not None and isinstance(origin.native, Entry):
         more, odd = origin.native.foreign()
-        headers |= odd
+        if odd:  # values that are no texts
+            headers |= odd
+            pack = _dump
     if message.headers is not NO_HEADERS:
         headers |= message.headers
     stamped = origin is not None or outgoing.not_before or abs(now - (message.timestamp or now)) > 1
     write(message, headers, message.timestamp if stamped else None)
-    return [BODY, message.body, HEADERS, _dump(headers), *more]
+    return [BODY, message.body, HEADERS, pack(headers), *more]
 
 
 def delay(outgoing: Outgoing, now: float) -> int | str:

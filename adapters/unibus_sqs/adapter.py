@@ -122,7 +122,7 @@ class SqsAdapter:
                 results[i] = as_result(error)
             return
         is_topic = isinstance(to, Topic)
-        operation, name, where, limit = link.sqs.send_message_batch, "Entries", "QueueUrl", LIMIT
+        operation, name, where, limit = link.send_message_batch, "Entries", "QueueUrl", LIMIT
         if is_topic:
             operation, name, where = link.sns.publish_batch, "PublishBatchRequestEntries", "TopicArn"
             limit = TOPIC_LIMIT

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import get_session
 from botocore.exceptions import UnknownRegionError
 from botocore.loaders import Loader, create_loader
@@ -17,6 +18,7 @@ from unibus.adapter import Url
 from unibus.driver import as_result, quiet
 from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, TransportError, UnibusError
 from unibus_sqs import config, errors
+from unibus_sqs.direct import Call, Direct
 
 BATCH = 10  # entries that a request takes
 _ANSWER = 10.0  # seconds that a request may take beyond its long poll
@@ -29,7 +31,15 @@ def _loader() -> Loader:
 
 
 class Link:
-    """`sqs` and `sns` are the clients; `trouble` says why the last request got no answer."""
+    """`sqs` and `sns` are the clients; `trouble` says why the last request got no answer.
+
+    What runs for every message has its methods here: they are shorter ways to what those of `sqs` do.
+    """
+
+    send_message_batch: Call
+    receive_message: Call
+    delete_message_batch: Call
+    change_message_visibility_batch: Call
 
     def __init__(self, url: Url, settings: config.Settings) -> None:
         self.trouble: str | None = "not connected"
@@ -58,28 +68,42 @@ class Link:
                 raise ConfigError(
                     f"url: {self.region!r} is no region of AWS; write one as the host: sqs://eu-west-1"
                 ) from exc
-        self.sqs = await self._client("sqs")
+        if self._url.username is not None and self._url.password is not None:
+            session.set_credentials(self._url.username, self._url.password.value)
+        https: list[AIOHTTPSession] = []
+
+        def http(**given: Any) -> AIOHTTPSession:
+            https.append(AIOHTTPSession(**given))
+            return https[-1]
+
+        self.sqs = await self._client("sqs", http_session_cls=http)
         self.sns = await self._client("sns")
+        direct = Direct(self.sqs, https[0], await session.get_credentials())
+        self.send_message_batch = direct.operation("SendMessageBatch", "send_message_batch")
+        self.receive_message = direct.operation("ReceiveMessage", "receive_message")
+        self.delete_message_batch = direct.operation("DeleteMessageBatch", "delete_message_batch")
+        self.change_message_visibility_batch = direct.operation(
+            "ChangeMessageVisibilityBatch", "change_message_visibility_batch"
+        )
         try:  # any answer shows that the service is there and knows us; a right to list is not needed
             await self.call(self.sqs.list_queues, "connect", MaxResults=1)
         except PermissionDenied:
             self.trouble = None
 
-    async def _client(self, service: str) -> Any:
-        url, settings = self._url, self._settings
+    async def _client(self, service: str, **more: Any) -> Any:
+        settings = self._settings
         client = self._session.create_client(
             service,
             region_name=self.region,
             endpoint_url=settings.endpoint_url,
             verify=None if settings.ca_file is None else str(settings.ca_file),
-            aws_access_key_id=url.username,
-            aws_secret_access_key=None if url.password is None else url.password.value,
             config=AioConfig(
                 retries={"total_max_attempts": 1, "mode": "standard"},  # the core sends again
                 connect_timeout=settings.connect_timeout,
                 read_timeout=settings.wait + _ANSWER,
                 max_pool_connections=settings.connections,
                 parameter_validation=False,  # a fifth of the time of a request; the service checks as well
+                **more,
             ),
         )
         return await self._stack.enter_async_context(client)

@@ -84,7 +84,7 @@ class SqsSubscription(NoMove):
     async def _poll(self, room: int, seconds: float) -> None:
         try:
             answer = await self._link.call(
-                self._link.sqs.receive_message,
+                self._link.receive_message,
                 f"receive from {self.address}",
                 QueueUrl=self.place.target,
                 MaxNumberOfMessages=room,
@@ -193,12 +193,12 @@ class SqsSubscription(NoMove):
     async def _ours(self, deliveries: Sequence[Delivery[Any]], until: Sequence[int] | None) -> Results:
         """Hide those that are held for so many seconds, or delete them (None). By tens, side by side."""
         results, mine = held(deliveries, self._held.__contains__, "it is not held by this consumer")
-        sqs, doing = self._link.sqs, f"settle messages of {self.address}"
+        link, doing = self._link, f"settle messages of {self.address}"
         if until is None:
-            operation = sqs.delete_message_batch
+            operation = link.delete_message_batch
             entries = [{"ReceiptHandle": deliveries[i].token} for i in mine]
         else:
-            operation = sqs.change_message_visibility_batch
+            operation = link.change_message_visibility_batch
             entries = [{"ReceiptHandle": deliveries[i].token, "VisibilityTimeout": until[i]} for i in mine]
 
         async def request(at: int) -> None:

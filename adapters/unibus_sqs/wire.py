@@ -18,7 +18,7 @@ from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox, Topic
-from unibus.envelope import read, time_text, write
+from unibus.envelope import packed, read, time_text, write
 from unibus.errors import MessageTooLarge
 from unibus.inboxes import inbox, plain
 from unibus.message import CRASH_COUNT, NOT_BEFORE, REDRIVE_COUNT, RETRY_COUNT, Message
@@ -84,7 +84,7 @@ def encode(outgoing: Outgoing, not_before: float | None, promoted: Collection[st
     write(message, headers, message.timestamp)
     if not_before is not None:
         headers[NOT_BEFORE] = time_text(not_before)
-    attributes = {HEADERS: _text(json.dumps(headers, separators=(",", ":")))}
+    attributes = {HEADERS: _text(packed(headers))}
     body, encoding = _body(message.body)
     if encoding is not None:
         attributes[ENCODING] = _text(encoding)
@@ -164,10 +164,10 @@ def decode(native: dict[str, Any]) -> tuple[Message, float | None]:
     return message, read(fields, message)
 
 
-def _unpacked(packed: str) -> dict[str, str] | None:
+def _unpacked(text: str) -> dict[str, str] | None:
     """Our headers; None if the attribute only has our name."""
     try:
-        found = json.loads(packed)
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and all(type(value) is str for value in found.values()) else None

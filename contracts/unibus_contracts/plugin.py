@@ -220,17 +220,18 @@ class _Recorder:
         self._run = config.stash[_RUN]
         self._finished = False
         self._gone: str | None = None  # why the broker can't be reached any more
+        self._broken_off: str | None = None  # why the run ends before its time
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self._session = session
 
     def _stop(self, why: str) -> None:
-        """The broker has gone: whatever else is run says nothing. A worker of xdist stops by itself, with what it has queued."""
-        if self._gone is None:
-            self._gone = why
+        """Whatever else is run says nothing. A worker of xdist stops by itself, with what it has queued."""
+        if self._broken_off is None:
+            self._broken_off = why
             running = self._config.pluginmanager.getplugin("dsession") or self._session
-            running.shouldstop = f"the broker has gone: {why}"
+            running.shouldstop = why
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -245,7 +246,10 @@ class _Recorder:
         if "unibus_capabilities" in properties:
             self._run.capabilities = properties["unibus_capabilities"]  # type: ignore[assignment] # our own note
         if "unibus_gone" in properties:
-            self._stop(str(properties["unibus_gone"]))
+            self._gone = self._gone or str(properties["unibus_gone"])
+            self._stop(f"the broker has gone: {self._gone}")
+        if "unibus_unusable" in properties:
+            self._stop(str(properties["unibus_unusable"]))
         if "unibus_noted" in properties:
             self._run.noted[id] = properties["unibus_noted"]
         outcome, seconds = self._run.outcomes.get(id, (NOT_RUN, 0.0))
@@ -286,6 +290,7 @@ class _Recorder:
             errors=errors,
             declare=self._config.getoption("--unibus-declare"),
             gone=self._gone,
+            broken_off=self._broken_off,
         )
         if folder := self._config.getoption("--unibus-pin"):
             from .pins import differences

@@ -22,11 +22,13 @@ def build(
     errors: Mapping[str, str] | None = None,
     declare: str = "create",
     gone: str | None = None,
+    broken_off: str | None = None,
 ) -> dict[str, Any]:
     """`contracts`: id -> terms, in order; `outcomes`: id -> (outcome, seconds); `finished`: the run was not broken off.
 
     `errors`: id -> what a failed one said, or why one was not tried. `declare`: under `assume`, where nothing may be made, a feature of which not
-    all contracts could be tried may stay unproven. `gone`: why the broker could not be reached any more.
+    all contracts could be tried may stay unproven. `gone`: why the broker could not be reached any more. `broken_off`: why
+    the run has ended by itself before its time.
     """
     entries = []
     for id, terms in contracts.items():
@@ -40,6 +42,7 @@ def build(
         "url": url,
         "finished": finished,
         "gone": gone,
+        "broken_off": broken_off,
         "declare": declare,
         "adapter": told.get("adapter"),
         "version": told.get("version"),
@@ -72,8 +75,8 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     if not any(entry["outcome"] == PASSED for entry in entries):
         found.append("no contract passed: an empty report proves nothing")
     if not report["finished"]:
-        gone = report.get("gone")
-        found.append("the run was broken off" + (f": the broker has gone: {gone}" if gone else ""))
+        why = report.get("broken_off")
+        found.append("the run was broken off" + (f": {why}" if why else ""))
     found += [f"feature {name!r} is declared, and no passed contract has used it" for name in report["unexercised"]]
     found += report["differs"]
     return found

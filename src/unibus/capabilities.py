@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
+
+from unibus.errors import ConfigError
 
 Level = Literal["native", "emulated", "refused"]
 
@@ -30,6 +32,9 @@ def emulated(how: str, limit: float | None = None) -> Support:
 
 def refused(why: str) -> Support:
     return Support("refused", why)
+
+
+_PLAIN: dict[str, type | tuple[type, ...]] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,22 @@ class Capabilities:
     delay_steps: bool = False  # delays are rounded up to steps known at start: no jitter
     park_below: float = 0.0  # retries sooner than this wait in place: cheaper than a copy
     park_limit: float | None = None  # the longest a delivery may be held
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError: whoever reads a wrong type would stumble over it somewhere else, and say less."""
+        for field in fields(self):
+            value, told = getattr(self, field.name), str(field.type)
+            kind, _, optional = told.partition(" | ")
+            if kind == "Support":
+                if not isinstance(value, Support) or value.level not in get_args(Level):
+                    raise ConfigError(
+                        f"{self.adapter} declares {field.name}={value!r}: use native(), emulated(how) or refused(why) of "
+                        "unibus.capabilities"
+                    )
+            elif not (isinstance(value, _PLAIN[kind]) and isinstance(value, bool) == (kind == "bool")) and not (
+                optional and value is None
+            ):
+                raise ConfigError(f"{self.adapter} declares {field.name}={value!r}: it is {told}")
 
     def features(self) -> dict[str, Support]:
         """Name -> support of every feature, in the order of declaration."""

@@ -56,6 +56,10 @@ def _load(entry: EntryPoint, what: str) -> object:
         raise ConfigError(
             f"{what}: {entry.value} of {_distribution(entry)} does not exist ({exc}); reinstall it"
         ) from exc
+    except Exception as exc:  # whatever its code does wrong
+        raise ConfigError(
+            f"{what}: {entry.module} of {_distribution(entry)} can't be imported: {type(exc).__name__}: {exc}"
+        ) from exc
 
 
 def broker_name(scheme: str) -> str:
@@ -101,7 +105,8 @@ def _entry(scheme: str) -> EntryPoint:
         near = get_close_matches(scheme, schemes(), n=1)
         hint = f"did you mean {near[0]}://? " if near else ""
         known = ", ".join(f"{name}://" for name in schemes()) or "none; unibus itself is not properly installed"
-        raise ConfigError(f"url: no adapter for {scheme}://; {hint}known here: {known}")
+        own = f"an adapter of your own names its scheme in the entry-point group {GROUP}"
+        raise ConfigError(f"url: no adapter for {scheme}://; {hint}known here: {known}; {own}")
     if len(found) > 1:
         who = " and ".join(f"{entry.value} of {_distribution(entry)}" for entry in found)
         raise ConfigError(f"url: {scheme}:// is claimed by {who}; uninstall one of them")

@@ -8,6 +8,7 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from unibus import (
     ConfigError,
     Delivery,
     LeaseLost,
+    Message,
     MessageTooLarge,
     PermissionDenied,
     Queue,
@@ -39,7 +41,7 @@ from unibus.message import NOT_BEFORE
 from unibus.url import parse
 from unibus_contracts import supply
 from unibus_contracts.kit import until
-from unibus_sqs import private, topology
+from unibus_sqs import SqsAdapter, private, topology
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ async def test_throttling_is_told_and_costs_nothing(lab: Bench, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         for name in ("send_message_batch", "receive_message"):
-            patch.setattr(link.sqs, name, throttled)
+            patch.setattr(link, name, throttled)
         [error] = await adapter.send([out(queue)], SOON)
         assert isinstance(error, Throttled)
         with pytest.raises(Throttled):
@@ -203,7 +205,7 @@ async def test_an_answer_that_does_not_come_is_a_timeout(lab: Bench, monkeypatch
         await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr(link.sqs, "send_message_batch", silent)
+        patch.setattr(link, "send_message_batch", silent)
         results = await adapter.send([out(queue) for _ in range(25)], 0.2)
     assert [type(result) for result in results] == [Timeout] * 25
 
@@ -485,32 +487,76 @@ async def test_a_broker_that_dies_and_comes_back_empty_is_set_up_again() -> None
 
 
 class Counted:
-    """What a client was asked, and the real client's answers."""
+    """What a link was asked, and its real answers."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, client: Any, name: str) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, link: Any, name: str) -> None:
         self.asked: list[dict[str, Any]] = []
-        real = getattr(client, name)
+        real = getattr(link, name)
 
         async def ask(**parameters: Any) -> Any:
             self.asked.append(parameters)
             return await real(**parameters)
 
-        monkeypatch.setattr(client, name, ask)
+        monkeypatch.setattr(link, name, ask)
 
 
 async def test_an_idle_consumer_costs_one_long_poll_a_wait(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = await lab.adapter(queue := lab.queue(), wait=2)
     subscription = await subscribe(adapter, queue, prefetch=100)
-    polls = Counted(monkeypatch, adapter.native, "receive_message")
+    polls = Counted(monkeypatch, adapter._link, "receive_message")
     assert await asyncio.gather(*(subscription.receive(10, 2) for _ in range(8))) == [[]] * 8
     assert [poll["WaitTimeSeconds"] for poll in polls.asked[:1]] == [2]
     assert len(polls.asked) <= 2
 
 
+def went_by_the_client(adapter: SqsAdapter) -> Counter[str]:
+    """Requests from now on, by operation; those that the adapter makes itself are not among them."""
+    seen: Counter[str] = Counter()
+    client: Any = adapter.native
+    client.meta.events.register("before-send.sqs", lambda event_name, **_: seen.update([event_name.rpartition(".")[2]]))
+    return seen
+
+
+async def test_the_first_request_is_the_clients_and_those_that_follow_do_the_same(lab: Bench) -> None:
+    adapter = await lab.adapter(queue := lab.queue())
+    seen = went_by_the_client(adapter)
+    subscription = await subscribe(adapter, queue)
+    text = Message(b'"\xc3\xbc\\"', id="i", type="t", headers={"tenant": "\u00fc"})
+    raw = {"raw": {"DataType": "Binary", "BinaryValue": b"\x00\xff"}}
+    for _ in range(3):
+        await send(adapter, Outgoing(queue.address, text))
+        [delivery] = await take(subscription)
+        assert (delivery.message.body, delivery.message.id, delivery.message.type) == (text.body, "i", "t")
+        assert dict(delivery.message.headers) == {"tenant": "\u00fc"}
+        assert list(await subscription.extend([delivery], 30)) == [None]
+        assert list(await subscription.settle(Outcome.ACCEPTED, [delivery])) == [None]
+        await lab.sqs.send_message(QueueUrl=await lab.url_of("q"), MessageBody="hi", MessageAttributes=raw)
+        [foreign] = await take(subscription)
+        await send(adapter, Outgoing(queue.address, foreign.message, None, foreign))
+        assert list(await subscription.settle(Outcome.ACCEPTED, [foreign])) == [None]
+        [copy] = await take(subscription)
+        native: Any = copy.native
+        assert native["MessageAttributes"]["raw"]["BinaryValue"] == b"\x00\xff"
+        assert list(await subscription.settle(Outcome.ACCEPTED, [copy])) == [None]
+    assert set(seen.values()) == {1}
+    assert set(seen) >= {"SendMessageBatch", "ReceiveMessage", "DeleteMessageBatch", "ChangeMessageVisibilityBatch"}
+
+
+async def test_what_it_could_not_sign_like_the_client_it_leaves_to_the_client(lab: Bench) -> None:
+    url = parse(lab.url)
+    below = {**url.query, "endpoint_url": url.query["endpoint_url"] + "/aws"}  # as behind a gateway
+    adapter = await lab.adapter(queue := lab.queue(), endpoint=lab.endpoint(replace(url, query=below)))
+    seen = went_by_the_client(adapter)
+    for _ in range(3):
+        await send(adapter, out(queue))
+    assert seen["SendMessageBatch"] == 3
+    assert len(await take(await subscribe(adapter, queue), 3)) == 3
+
+
 async def test_sends_and_acks_go_by_tens(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = await lab.adapter(queue := lab.queue())
-    sends = Counted(monkeypatch, adapter.native, "send_message_batch")
-    deletes = Counted(monkeypatch, adapter.native, "delete_message_batch")
+    sends = Counted(monkeypatch, adapter._link, "send_message_batch")
+    deletes = Counted(monkeypatch, adapter._link, "delete_message_batch")
     await send(adapter, *(out(queue, b"%d" % n) for n in range(25)))
     subscription = await subscribe(adapter, queue, prefetch=100)
     taken = await take(subscription, 25)
@@ -522,8 +568,8 @@ async def test_sends_and_acks_go_by_tens(lab: Bench, monkeypatch: pytest.MonkeyP
 async def test_only_the_entries_that_failed_are_sent_again(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue("q", bytes)
     async with lab.bus(queue) as bus:
-        client: Any = bus.native
-        real = client.send_message_batch
+        link: Any = bus.adapter._link  # type: ignore[attr-defined]  # an SqsAdapter
+        real = link.send_message_batch
         sent: list[list[str]] = []
 
         async def ask(**parameters: Any) -> Any:
@@ -535,7 +581,7 @@ async def test_only_the_entries_that_failed_are_sent_again(lab: Bench, monkeypat
             failed = [{"Id": entry["Id"], "SenderFault": False, "Code": "InternalError"} for entry in entries[1:]]
             return {**answer, "Failed": failed}
 
-        monkeypatch.setattr(client, "send_message_batch", ask)
+        monkeypatch.setattr(link, "send_message_batch", ask)
         await bus.send_many(queue, [b"1", b"2", b"3"])
         assert sent == [["1", "2", "3"], ["2", "3"]]
         async with bus.receiver(queue) as receiver:

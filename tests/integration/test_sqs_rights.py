@@ -17,10 +17,9 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 import pytest
-from aiobotocore.session import get_session
+from aiobotocore.httpsession import AIOHTTPSession
 from tests.integration.sqs_kit import SOON, Bench, at, broker_url, eventually
 
-import unibus_sqs.link
 import unibus_sqs.private
 from unibus import Bus, DeadLetter, Queue, RetryPolicy, Topic, deadletter, tooling
 from unibus.errors import PermissionDenied
@@ -89,7 +88,7 @@ class Shop:
         document = json.dumps({"Version": "2012-10-17", "Statement": statements})
         await self.iam.put_user_policy(UserName=self.user, PolicyName="rights", PolicyDocument=document)
 
-    def seen(self, request: Any, **_: Any) -> None:
+    def seen(self, request: Any) -> None:
         """A request as it goes out."""
         if self.key not in text(request.headers["Authorization"]):
             return
@@ -163,15 +162,15 @@ def add_responder(bus: Bus) -> None:
 async def shop(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
     async with at(broker_url()) as lab:
         made = Shop(lab, await lab.client("iam"))
+        through: Callable[[Any, Any], Awaitable[Any]] = AIOHTTPSession.send
 
-        def watched() -> Any:
-            session = get_session()
-            session.register("before-send", made.seen)
-            return session
+        async def watched(session: Any, request: Any) -> Any:
+            made.seen(request)
+            return await through(session, request)
 
-        monkeypatch.setattr(unibus_sqs.link, "get_session", watched)
         monkeypatch.setattr(unibus_sqs.private, "BEAT", 0.1)
         await made.open()
+        monkeypatch.setattr(AIOHTTPSession, "send", watched)
         yield made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import secrets
 from collections.abc import AsyncIterator
@@ -60,6 +61,35 @@ async def test_credentials_and_region_come_from_a_profile(
     (tmp_path / "config").write_text(f"[profile shop]\nregion = {given.hosts[0][0]}\n")
     monkeypatch.setenv("AWS_PROFILE", "shop")
     adapter = await lab.adapter(queue := lab.queue(), endpoint=lab.endpoint(replace(anonymous, hosts=())))
+    await send(adapter, out(queue))
+
+
+async def test_credentials_that_end_are_fetched_anew(
+    lab: Bench, anonymous: Url, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As those of a role do. Here they end within the time in which botocore asks for new ones at each request."""
+    soon = (dt.datetime.now(dt.UTC) + dt.timedelta(minutes=5)).isoformat()
+    given, file = parse(lab.url), tmp_path / "keys.json"
+
+    def hand_out(key: str, secret: str) -> None:
+        keys = {"Version": 1, "AccessKeyId": key, "SecretAccessKey": secret, "Expiration": soon}
+        (tmp_path / "next").write_text(json.dumps(keys))
+        (tmp_path / "next").rename(file)
+
+    assert given.username is not None
+    assert given.password is not None
+    hand_out(given.username, given.password.value)
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {file}\n")
+    adapter = await lab.adapter(queue := lab.queue(), endpoint=lab.endpoint(anonymous))
+    for _ in range(2):
+        await send(adapter, out(queue))
+    iam = await lab.client("iam")
+    await iam.create_user(UserName=(name := f"u{secrets.token_hex(4)}"))  # who may do nothing
+    other = (await iam.create_access_key(UserName=name))["AccessKey"]
+    hand_out(other["AccessKeyId"], other["SecretAccessKey"])
+    [error] = await adapter.send([out(queue)], SOON)
+    assert isinstance(error, PermissionDenied)
+    hand_out(given.username, given.password.value)
     await send(adapter, out(queue))
 
 

@@ -47,7 +47,7 @@ class Trapped:
         self.folder, self.killed = folder, list[tuple[int, int]]()
         self.queue = Queue("q", bytes)
         self.bus = Bus("memory://", config=False, environ={}, channels=[self.queue])
-        self.traps = Traps(folder, "me")
+        self.traps = Traps(folder, "me", lambda: None)
         monkeypatch.setattr(os, "kill", lambda pid, number: self.killed.append((pid, number)))
 
     async def obey(self, **order: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ async def test_the_clock_of_the_product_is_wrong_until_told_otherwise(trapped: T
 
 def test_the_right_clock_is_back_at_the_end(tmp_path: Path) -> None:
     async def listen() -> None:
-        with Traps(tmp_path, "me").listening():
+        with Traps(tmp_path, "me", lambda: None).listening():
             assert SystemClock.time is not right
 
     right = SystemClock.time
@@ -337,6 +337,27 @@ async def test_what_is_late_is_carried_out_all_the_same(
     assert at.proof.endswith("were carried out 0 s late")
 
 
+async def test_lateness_is_over_when_the_last_request_is_carried_out(
+    behind: tuple[Server, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the time that a run takes to recover would be that of the fault."""
+    server, proxy = behind
+    monkeypatch.setattr(http_faults, "_LATE", 0.3)
+    met: list[bool] = []
+
+    def drawn(*_: object) -> bool:
+        met.append(True)
+        return True
+
+    monkeypatch.setattr(http_faults.Service, "drawn", drawn)
+    at = stage(proxy)
+    async with FAULTS["http-late"](at):
+        asking = asyncio.create_task(asyncio.to_thread(post, proxy, "SendMessage", 0))
+        await until(lambda: bool(met))
+    assert len(server.asked) == 1
+    assert (await asking)[0] == 200
+
+
 async def test_some_entries_of_a_batch_fail_and_were_not_carried_out(behind: tuple[Server, Proxy]) -> None:
     server, proxy = behind
     at = stage(proxy)
@@ -479,3 +500,10 @@ async def test_what_ends_a_storm_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(OSError, match="no way to p-work"):
         async with FAULTS["kafka-rebalances"](stage(consumers=[SimpleNamespace(prefix="p-")])):
             pass
+
+
+def test_the_small_disk_has_room_for_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.aof").write_bytes(bytes(1000))
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "b.aof").write_bytes(bytes(500))
+    assert redis_faults._size(tmp_path) == 1500

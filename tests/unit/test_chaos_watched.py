@@ -55,6 +55,31 @@ async def test_what_is_settled_is_written_down_with_its_word(scene: Scene) -> No
     ]
 
 
+async def test_what_was_said_before_is_on_disk_when_anything_leaves_the_process(scene: Scene) -> None:
+    """Else a kill could leave a message that was sent by nobody, or settled and never handled."""
+    scene.recorder.by_tick = True
+    inner: Any = scene.adapter._inner  # type: ignore[attr-defined]  # what is watched
+    seen: list[tuple[str, str]] = []
+
+    def looks(real: Any) -> Any:
+        async def looking(*told: Any, **more: Any) -> Any:
+            seen.append((scene.told()[-1][0], scene.told()[-1][1]))
+            return await real(*told, **more)
+
+        return looking
+
+    inner.send = looks(inner.send)
+    with scene.recorder.during("send", value="a", place="orders"):
+        await scene.send("a", "b")
+    subscription: Any = await scene.adapter.subscribe(Source(ORDERS))
+    subscription._inner.settle = looks(subscription._inner.settle)
+    subscription._inner.move = looks(subscription._inner.move)
+    a, b = await subscription.receive(2, 1)
+    await subscription.settle(Outcome.ACCEPTED, [a])
+    await subscription.move([Move(b, [Outgoing(ORDERS, b.message, None, b)])], 5)
+    assert seen == [("send", "invoke"), ("settled", "invoke"), ("settled", "invoke")]
+
+
 async def test_what_could_not_be_settled_is_named(scene: Scene) -> None:
     await scene.send("a", "b")
     subscription = await scene.adapter.subscribe(Source(ORDERS))

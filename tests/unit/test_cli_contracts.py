@@ -124,12 +124,13 @@ class TestRefused:
         assert done.code == 2
         assert "no adapter for nosuch://" in done.err
 
-    def test_a_report_that_cant_be_written(self, cli: Cli, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("option", ["--report", "--junit", "--channels"])
+    def test_a_report_that_cant_be_written(self, option: str, cli: Cli, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         path = str(tmp_path / "file" / "report.json")
-        done = cli("contracts", "run", "memory://", "-k", "ttl.is_told", "--report", path, url=None)
+        done = cli("contracts", "run", "memory://", "-k", "ttl.is_told", option, path, url=None)
         assert done.code == 2
-        assert "can't be written" in done.err
+        assert done.err == f"unibus: {path} can't be written: File exists\n"
 
     def test_no_such_contract(self, cli: Cli) -> None:
         done = cli("contracts", "run", "memory://", "-k", "nope", url=None)

@@ -37,6 +37,7 @@ TINY = Sizes(
     members=2,
     idle_seconds=0.05,
     largest=10_000,
+    patience=0.1,
 )
 PROBES = [probe for probe in ALL if isinstance(probe, Probe)]
 
@@ -66,6 +67,9 @@ def test_every_probe_of_the_memory_broker(measured: dict[str, Any]) -> None:
     assert said["receiving.unit"] == "one message"
     assert said["receiving.priority"] == "higher first"
     assert said["receiving.expiry"] == "dropped by the consumer"
+    assert said["receiving.browse"] == "sees all, takes none"
+    assert found["receiving.browse"]["note"] == "taken afterwards: in order; deliveries: 1, 1, 1"
+    assert said["receiving.count"] == "1, 1, 1"  # what was given back is not counted
     assert said["sending.unroutable"] == "refused: NotFound"
     assert said["sending.nobody"] == "accepted, and counted"
     assert said["sending.twice"] == "arrives twice"
@@ -85,11 +89,11 @@ def test_every_probe_of_the_memory_broker(measured: dict[str, Any]) -> None:
 
 def test_what_is_declared_refused_or_beyond_measuring_is_marked_so(measured: dict[str, Any]) -> None:
     found = cells(measured)
-    assert {found[id]["state"] for id in ("receiving.lease", "receiving.browse", "delays.longest")} == {"declared"}
+    assert found["delays.longest"]["state"] == "declared"
     assert (found["receiving.replay"]["state"], found["receiving.replay"]["level"]) == ("refused", "refused")
     assert found["receiving.replay"]["declared"] == "the memory broker keeps no history"
-    crash = found["failure.redelivery"]
-    assert (crash["state"], crash["text"].partition(":")[0]) == ("not run", "can't be measured here")
+    for id in ("failure.redelivery", "failure.standstill", "failure.copies", "sending.confirm", "limits.trimming"):
+        assert (found[id]["state"], found[id]["text"].partition(":")[0]) == ("not run", "can't be measured here"), id
     assert (found["failure.retry_late"]["level"], found["latency.confirm"]["level"]) == ("native", "plain")
 
 
@@ -213,18 +217,16 @@ async def test_a_broker_that_can_not_be_reached_is_a_column_of_errors() -> None:
     assert "hunter22" not in json.dumps(document)
 
 
-async def test_a_feature_that_is_declared_as_anything_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_feature_that_is_declared_as_anything_is_a_column_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     from unibus.memory import MemoryAdapter
 
     def declared(adapter: MemoryAdapter) -> Any:
         return replace(adapter._capabilities, delay="yes")  # type: ignore[arg-type]  # that is the mistake
 
     monkeypatch.setattr(MemoryAdapter, "capabilities", property(declared))
-    run = run_of(probe(fine, name="fine", feature="delay"), replace(probe(fine, name="other"), needs="delay"))
-    found = cells(await run())
-    assert (found["x.fine"]["state"], found["x.fine"]["level"]) == ("measured", "refused")
-    assert found["x.fine"]["declared"] == "declared as 'yes', which is no Support of unibus.capabilities"
-    assert found["x.other"]["state"] == "refused"
+    found = cells(await run_of(probe(fine, name="fine", feature="delay"))())
+    assert found["x.fine"]["state"] == "failed"
+    assert "memory declares delay='yes': use native()" in found["x.fine"]["text"]
 
 
 async def test_one_broker_twice_has_two_names() -> None:
@@ -336,7 +338,7 @@ def test_a_password_goes_to_the_child_and_nowhere_else() -> None:
     [other] = targets("sqs://eu-west-1?endpoint_url=http://user:hunter22@127.0.0.1:1")
     assert "hunter22" not in repr(other) + json.dumps(other.told())
     assert "p%40ss" not in repr(target) + json.dumps(target.told())
-    assert json.loads(order(target, "p.", "q", 1, 2))["url"] == target.text()
+    assert json.loads(order(target, "p.", "q", ack=1, hold=2))["url"] == target.text()
 
 
 @pytest.mark.parametrize("name", ["rabbit", "missing.toml", "nonsense://x"])
@@ -466,12 +468,20 @@ def test_the_command_says_what_it_could_not_delete(cli: Cli, monkeypatch: pytest
     assert "memory: not deleted: what begins with 'cmp-" in done.err
 
 
+def test_what_of_a_file_is_not_used_is_said(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "shop.toml"
+    file.write_text('url = "memory://"\n[queues.orders]\nconcurrency = 5\n[memory]\nlease = 5\n')
+    done = cli("compare", str(file), "--only", "unroutable", url=None)
+    assert done.code == 0
+    assert f"{file}: [queues] not used: the comparison has channels of its own" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("memory://", "--only", "lattency"), "--only lattency"),
         (("rabbit",), "'rabbit'"),
-        (("memory://", "--json", "no/such/folder/x.json"), "no/such/folder/x.json"),
+        (("memory://", "--json", f"{__file__}/x.json"), f"{__file__}/x.json can't be written"),
         (("memory://", "--against", "no.json"), "no.json"),
     ],
 )
@@ -479,6 +489,16 @@ def test_what_is_wrong_is_said_first(cli: Cli, arguments: tuple[str, ...], said:
     done = cli("compare", *arguments, url=None)
     assert done.code == 2
     assert said in done.err
+
+
+def test_a_broker_that_can_not_be_reached_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    arguments = ("memory://", "redis://127.0.0.1:1", "--only", "unroutable", "--json", str(tmp_path / "new" / "x.json"))
+    done = cli("compare", *arguments, url=None)
+    assert done.code == 1
+    assert [line for line in done.err.splitlines() if line.startswith("unibus: redis")] == [
+        line for line in done.err.splitlines() if "unibus: redis://127.0.0.1:1: can't be reached: " in line
+    ]
+    assert (tmp_path / "new" / "x.json").exists()
 
 
 def test_where_no_broker_answers(cli: Cli) -> None:

@@ -1,4 +1,4 @@
-"""The contract suite on adapters that can't even be begun with: one clear line for each contract, and a report."""
+"""The contract suite on adapters that can't even be begun with: one clear line, and a report."""
 
 from __future__ import annotations
 
@@ -30,11 +30,24 @@ ADAPTER = """
     class WrongLevel(WrongType):
         @property
         def capabilities(self):
-            known = super().capabilities
-            return replace(known, priority=replace(known.order, level="sometimes"))
+            known = MemoryAdapter.capabilities.fget(self)
+            return replace(known, adapter="wrong", priority=replace(known.order, level="sometimes"))
+
+    class WrongNumber(MemoryAdapter):
+        @property
+        def capabilities(self):
+            return replace(super().capabilities, adapter="wrong", max_body="10 MB")
 """
+UNREADABLE = "class Adapter(:"
 ENTRY_POINTS = "[unibus.adapters]\n{}"
-SCHEMES = {"raises": "RaisesInConnect", "type": "WrongType", "level": "WrongLevel", "empty": "Nothing"}
+SCHEMES = {
+    "raises": "bad_adapters:RaisesInConnect",
+    "type": "bad_adapters:WrongType",
+    "level": "bad_adapters:WrongLevel",
+    "number": "bad_adapters:WrongNumber",
+    "empty": "bad_adapters:Nothing",
+    "unreadable": "unreadable_adapters:Adapter",
+}
 CONTRACTS = """
     from unibus_contracts.contract import contract
 
@@ -53,9 +66,11 @@ CONTRACTS = """
     [
         ("raises", "the broker can't be reached: RuntimeError: the plug is pulled"),
         ("type", "wrong declares priority=True: use native(), emulated(how) or refused(why)"),
-        ("level", "wrong declares priority as 'sometimes'"),
+        ("level", "wrong declares priority=Support(level='sometimes'"),
+        ("number", "wrong declares max_body='10 MB': it is int | None"),
         ("empty", "does not exist"),
         ("unknown", "no adapter for unknown://"),
+        ("unreadable", "unreadable_adapters of bad can't be imported: SyntaxError: "),
     ],
 )
 def test_an_adapter_that_is_none(
@@ -66,11 +81,14 @@ def test_an_adapter_that_is_none(
     result = pytester.runpytest_inprocess(
         "-p", "no:cacheprovider", f"--unibus-url={scheme}://somewhere", "--unibus-report=report.json"
     )
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert result.ret == pytest.ExitCode.INTERRUPTED
     written: dict[str, Any] = json.loads(Path("report.json").read_text())
-    assert [entry["outcome"] for entry in written["contracts"]] == ["failed", "failed"]
-    assert all(said in entry["error"] for entry in written["contracts"]), written["contracts"]
-    result.stdout.fnmatch_lines(["*0 passed, 0 refused as declared, 2 failed, 0 not run"])
+    assert [entry["outcome"] for entry in written["contracts"]] == ["failed", "not-run"]
+    assert said in written["contracts"][0]["error"], written["contracts"]
+    assert said in written["broken_off"]
+    assert not written["finished"]
+    assert "async def " not in result.stdout.str()  # pytest's own way to show a traceback
+    result.stdout.fnmatch_lines(["*0 passed, 0 refused as declared, 1 failed, 1 not run", "*the run was broken off: *"])
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +102,10 @@ def _looked_up_anew() -> Iterator[None]:
 
 def installed(pytester: pytest.Pytester) -> None:
     """A distribution with these adapters, in the folder of the test."""
-    pytester.makepyfile(bad_adapters=ADAPTER, test_them=CONTRACTS)
+    pytester.makepyfile(bad_adapters=ADAPTER, test_them=CONTRACTS, unreadable_adapters=UNREADABLE)
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     folder = pytester.path / "bad-0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 0\n")
-    lines = "".join(f"{scheme} = bad_adapters:{name}\n" for scheme, name in SCHEMES.items())
+    lines = "".join(f"{scheme} = {place}\n" for scheme, place in SCHEMES.items())
     (folder / "entry_points.txt").write_text(ENTRY_POINTS.format(lines))

@@ -20,7 +20,7 @@ from unibus_contracts import __main__ as command
 from unibus_contracts import report, summary
 from unibus_contracts.contract import contract
 from unibus_contracts.harness import FaultUnavailable, UrlHarness, nowhere, of_file, shown
-from unibus_contracts.kit import Kit, Seen, eventually, supported, until
+from unibus_contracts.kit import Kit, Seen, checked, eventually, until
 from unibus_contracts.refusals import REFUSALS
 
 pytest_plugins = ["pytester"]
@@ -398,15 +398,20 @@ class TestPlugin:
 
     def test_a_capability_of_a_wrong_type(self) -> None:
         known = MemoryAdapter(Endpoint(Url("memory"), "svc", "1", SystemClock())).capabilities
-        wrong = dataclasses.replace(known, replay=True)  # type: ignore[arg-type]  # that is the point
-        assert supported(known, "order").level == "native"
-        with pytest.raises(AssertionError, match="memory declares replay=True: use native"):
-            supported(wrong, "replay")
+        with pytest.raises(ConfigError, match="memory declares replay=True: use native"):
+            dataclasses.replace(known, replay=True)  # type: ignore[arg-type]  # that is the point
+        with pytest.raises(ConfigError, match="memory declares flights=True: it is int"):
+            dataclasses.replace(known, flights=True)
+        with pytest.raises(ConfigError, match=r"memory declares park_limit='1': it is float \| None"):
+            dataclasses.replace(known, park_limit="1")  # type: ignore[arg-type]
+        assert dataclasses.replace(known, park_limit=1, max_body=None) != known
+        with pytest.raises(AssertionError, match="capabilities are dict"):
+            checked({})
 
     def test_a_broker_that_is_not_there(self, pytester: pytest.Pytester) -> None:
         result, written = self.run(pytester, "--unibus-url", "nosuch://u:hunter2@host")
-        assert result.ret == pytest.ExitCode.TESTS_FAILED
-        assert {entry["outcome"] for entry in written["contracts"]} == {"failed"}
+        assert result.ret == pytest.ExitCode.INTERRUPTED
+        assert {entry["outcome"] for entry in written["contracts"]} == {"failed", "not-run"}
         assert "hunter2" not in result.stdout.str()
         assert "hunter2" not in json.dumps(written)
 

@@ -334,6 +334,12 @@ def test_the_service_of_the_demo_imports_nothing_of_a_broker() -> None:
         assert outside <= {"unibus", "pydantic", "examples", "rich"}, path  # rich: the table of `everywhere`
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Or `pytest tests` collects neither."""
+    names = [path.name for folder in ("tests", "examples") for path in (ROOT / folder).rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize("page", ["docs/from-faststream.md", "docs/from-celery.md"])
 def test_the_command_lines_of_the_pages_for_those_who_move_exist(page: str) -> None:
     from unibus.cli.app import make

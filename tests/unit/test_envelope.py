@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from unibus.envelope import JSON, read, read_time, time_text, write
+from unibus.envelope import JSON, packed, read, read_time, time_text, write
 from unibus.message import ENVELOPE_HEADERS, NO_HEADERS, NOT_BEFORE, Message
 
 FULL = Message(
@@ -33,6 +36,12 @@ def test_what_is_set_is_written_in_one_order() -> None:
         ("x-expires-at", "1700000000.123"),
     ]
     assert written(Message(b"", "m")) == {"x-message-id": "m"}
+
+
+@given(st.dictionaries(st.text(), st.text(st.characters(exclude_categories=[])), max_size=4))
+def test_packed_headers_are_json_in_ascii(headers: dict[str, str]) -> None:
+    assert packed(headers) == json.dumps(headers, separators=(",", ":"))
+    assert packed(headers).isascii()
 
 
 def test_brief_leaves_out_what_the_adapter_writes_and_the_correlation_id_that_says_nothing() -> None:

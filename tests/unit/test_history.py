@@ -120,6 +120,7 @@ def not_in_each_group(story: Story) -> Expected:
 
 def dead_in_another_group(story: Story) -> Expected:
     story.send("a")
+    story.handle("a", "fail", group="g")
     story.look("a", "dead", "g")
     return Expected({"q": ("g", "h")})
 
@@ -128,6 +129,35 @@ def killed_while_handled(story: Story) -> Expected:
     story.send("a")
     story.handle("a", None)
     return CALM
+
+
+def dead_without_a_run(story: Story) -> Expected:
+    story.send("a")
+    story.look("a", "dead")
+    return CALM
+
+
+def dead_after_it_was_handled(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", attempt=1)
+    story.look("a", "dead")
+    return CALM
+
+
+def dead_for_another_groups_failure(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "fail", group="g")
+    story.handle("a", group="g")
+    story.handle("a", group="h")
+    story.look("a", "dead", "h")
+    return Expected({"q": ("g", "h")})
+
+
+def dead_too_early(story: Story) -> Expected:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.look("a", "dead")
+    return Expected(runs=2)
 
 
 def still_there(story: Story) -> Expected:
@@ -330,6 +360,53 @@ def a_settlement_that_nothing_followed(story: Story) -> Expected:
     return Expected(settle_confirmed=False)
 
 
+def stalled(story: Story, process: str = "d", seconds: float = 0.0) -> None:
+    """It stood still until now: for so long, or since the beginning."""
+    story.calls += 1
+    detail = f"{seconds or story.now / SECOND:.2f}"
+    story.told.append(Operation(process, story.calls, story.now, "stalled", "ok", detail=detail))
+
+
+def settled_by_another(story: Story) -> None:
+    story.send("a")
+    story.handle("a")
+    story.settled("a")
+
+
+def stood_still_and_lost_nothing(story: Story) -> Expected:
+    settled_by_another(story)
+    stalled(story)
+    story.handle("a", process="d")
+    return CALM
+
+
+def stood_still_long_before_it_lost_its_link(story: Story) -> Expected:
+    settled_by_another(story)
+    stalled(story)
+    story.handle("a", process="d")
+    story.now += 10 * SECOND
+    story.note("lost", process="d")
+    return CALM
+
+
+def lost_its_link_and_did_not_stand_still(story: Story) -> Expected:
+    settled_by_another(story)
+    story.now += SECOND
+    stalled(story, seconds=0.5)
+    stalled(story, process="c")
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+    return CALM
+
+
+def stood_still_lost_its_link_and_got_it_by_a_new_one(story: Story) -> Expected:
+    settled_by_another(story)
+    stalled(story)
+    story.note("lost", process="d")
+    story.handle("a", process="d")
+    return CALM
+
+
 def back_in_a_fault_that_lost_nothing(story: Story) -> Expected:
     story.send("a")
     story.handle("a", "fail", attempt=1)
@@ -365,6 +442,10 @@ def without_effect(story: Story) -> Expected:
         (not_in_each_group, [("lost", "a")]),
         (dead_in_another_group, [("lost", "a")]),
         (killed_while_handled, [("lost", "a")]),
+        (dead_without_a_run, [("innocent", "a")]),
+        (dead_after_it_was_handled, [("innocent", "a")]),
+        (dead_for_another_groups_failure, [("innocent", "a")]),
+        (dead_too_early, [("innocent", "a")]),
         (still_there, [("left", "a")]),
         (sent_by_nobody, [("unexpected", "a")]),
         (from_another_channel, [("unexpected", "a")]),
@@ -388,6 +469,10 @@ def without_effect(story: Story) -> Expected:
         (another_of_the_batch_was_not_settled, [("came_back", "a")]),
         (an_old_settlement_without_confirmation, [("came_back", "a")]),
         (a_settlement_that_nothing_followed, [("came_back", "a")]),
+        (stood_still_and_lost_nothing, [("came_back", "a")]),
+        (stood_still_long_before_it_lost_its_link, [("came_back", "a")]),
+        (lost_its_link_and_did_not_stand_still, [("came_back", "a")]),
+        (stood_still_lost_its_link_and_got_it_by_a_new_one, [("came_back", "a")]),
         (back_in_a_fault_that_lost_nothing, [("attempt_back", "a")]),
         (both_in_a_fault_that_lost_nothing, [("overlap", "b")]),
         (without_effect, [("no_bite", "cut")]),
@@ -410,6 +495,12 @@ def a_retry(story: Story) -> None:
 def dead_lettered(story: Story) -> None:
     story.send("a")
     story.handle("a", "fail", attempt=1)
+    story.look("a", "dead")
+
+
+def dead_after_its_process_was_killed(story: Story) -> None:
+    story.send("a")
+    story.handle("a", None, "killed")
     story.look("a", "dead")
 
 
@@ -497,6 +588,14 @@ def copies_by_one_that_was_killed(story: Story) -> None:
     story.settled("a")
 
 
+def again_by_one_that_stood_still(story: Story) -> None:
+    """It had it in hand when its loop stopped, and noticed that its link was gone when it had begun to handle it."""
+    settled_by_another(story)
+    stalled(story)
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+
+
 def overtaken_by_who_got_the_key(story: Story) -> None:
     story.send("a", key="k")
     story.send("b", key="k")
@@ -535,6 +634,7 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
     [
         a_retry,
         dead_lettered,
+        dead_after_its_process_was_killed,
         never_told_and_gone,
         never_told_and_there,
         again_after_its_link_broke,
@@ -545,6 +645,7 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
         copies_of_an_unsure_send,
         copies_of_an_unsure_retry,
         copies_by_one_that_was_killed,
+        again_by_one_that_stood_still,
         overtaken_by_who_got_the_key,
         unconfirmed_ones_in_any_order,
         senders_know_nothing_of_each_other,
@@ -568,6 +669,7 @@ def test_what_is_counted() -> None:
     story.send("c", "fail")
     story.send("d", "unknown")
     story.send("e")
+    story.handle("e", "fail")
     story.look("e", "dead")
     assert story.end(CALM).counts == {
         "sent": 5,
@@ -787,6 +889,62 @@ def test_what_a_killed_process_had_begun_is_there_without_an_end(tmp_path: Path)
     assert [(o.what, o.kind, o.value) for o in list(History(tmp_path))] == [("handle", "invoke", "a")]
 
 
+def test_lines_of_one_turn_are_written_at_its_end_or_when_told(tmp_path: Path) -> None:
+    def lines() -> int:
+        return (tmp_path / "p.jsonl").read_bytes().count(b"\n")
+
+    async def say(recorder: Recorder) -> None:
+        with recorder.during("send", value="a", place="q"):
+            assert lines() == 0
+            recorder.flush()
+            assert lines() == 1
+        assert lines() == 1
+        await asyncio.sleep(0)
+        assert lines() == 2
+        recorder.note("bye")
+
+    with Recorder(tmp_path, "p") as recorder:
+        recorder.by_tick = True
+        asyncio.run(say(recorder))
+        recorder.note("look", value="a", detail="dead")  # there is no event loop any more
+    assert [(o.what, o.kind) for o in History(tmp_path)] == [
+        ("send", "invoke"),
+        ("send", "ok"),
+        ("bye", "ok"),
+        ("look", "ok"),
+    ]
+
+
+def _die_within_a_turn(folder: Path) -> None:
+    async def work() -> None:
+        with recorder.during("handle", value="a", place="q"):
+            recorder.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Recorder(folder, "child") as recorder:
+        recorder.by_tick = True
+        asyncio.run(work())
+
+
+def test_a_kill_takes_what_was_not_flushed_and_no_more(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_die_within_a_turn, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert [(o.what, o.kind, o.value) for o in History(tmp_path)] == [("handle", "invoke", "a")]
+
+
+def test_some_operations_are_read_without_the_others(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "p") as recorder:
+        with recorder.during("send", value="a", place="q"):
+            pass
+        recorder.note("look", value="a", detail="dead")
+        with recorder.during("settle", value="a", place="q"):
+            pass
+    history = History(tmp_path)
+    assert list(history.of("send", "settle")) == [o for o in history if o.what != "look"]
+
+
 def test_half_a_line_at_the_end_is_what_a_kill_leaves(tmp_path: Path) -> None:
     with Recorder(tmp_path, "p") as recorder:
         recorder.note("look", value="a", detail="dead")
@@ -795,8 +953,17 @@ def test_half_a_line_at_the_end_is_what_a_kill_leaves(tmp_path: Path) -> None:
     assert [o.value for o in list(History(tmp_path))] == ["a"]
 
 
-def test_half_a_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_bytes(b'{"process":"p","ca\n{}\n')
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"process":"p","ca',
+        b"[]",
+        b'{"call":1,"at":2,"what":"bye"}',
+        b'{"call":1,"at":2,"what":"bye","kind":"ok","wrong":1}',
+    ],
+)
+def test_half_a_line_in_the_middle_is_an_error(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "p.jsonl").write_bytes(line + b"\n{}\n")
     with pytest.raises(ValueError, match=r"p\.jsonl, line 1 is no operation"):
         list(History(tmp_path))
 
@@ -826,6 +993,15 @@ def test_the_command_says_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixt
         "lost: t: q: never delivered and not on the broker: lost by the sender or the broker",
         "order: a: q, key 'k': a later message was handled first",
     ]
+
+
+def test_the_command_is_told_what_the_policy_wants(tmp_path: Path) -> None:
+    story = Story()
+    dead_too_early(story)
+    story.end()
+    write(tmp_path, story)
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--runs", "2"]) == 1
 
 
 def test_the_command_tells_proof_from_its_absence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`unibus move` and what is under it, on two memory brokers; brokers of all kinds are in tests/integration/test_move.py."""
+"""`unibus move` and what is under it, on two memory brokers; brokers of all kinds are in tests/integration/test_move_brokers.py."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 def summary(result: Result) -> list[str]:
     """What the run has shown, for people."""
     told = [f"{result.adapter} {result.version or ''}".strip() + f", {result.seconds} s"]
-    told += [f"  {fault.name}: {fault.proof}; {fault.recovery} s until work went on" for fault in result.faults]
+    told += [f"  {fault.name}: {fault.proof}; {fault.told()}" for fault in result.faults]
     told += [f"  not tried: {name}: {why}" for name, why in result.not_tried.items()]
     told += [f"  {complaint}" for complaint in result.unclean]
     return [*told, *lines(result.verdict)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unibus_contracts.chaos.proxy import Answer, Request
-from unibus_contracts.chaos.stage import Fault, Stage, bit
+from unibus_contracts.chaos.stage import Fault, Stage, bit, reaches
 
 _SHARE = 0.3  # of the requests, that meet the fault
 _LATE = 14.0  # seconds: more than the client waits for the answer of a request (10, and its long poll)
@@ -29,6 +29,7 @@ class Service:
 
     stage: Stage
     counts: Counter[str]
+    judging: int = 0  # requests that have neither an answer nor been passed on
 
     async def ask(self, request: Request) -> Answer:
         """What the server itself answers."""
@@ -148,11 +149,21 @@ def _judged(judge: Judge) -> Fault:
     @asynccontextmanager
     async def fault(stage: Stage) -> AsyncIterator[None]:
         service = Service(stage, Counter())
-        stage.proxy.judge = lambda request: judge(service, request)
+
+        async def asked(request: Request) -> Answer | None:
+            service.judging += 1
+            try:
+                return await judge(service, request)
+            finally:
+                service.judging -= 1
+
+        stage.proxy.judge = asked
         try:
             yield
         finally:
             stage.proxy.judge = None
+            # It is over when the last request that met it is: recovery is measured from then.
+            await reaches(lambda: not service.judging, 2 * _LATE)
         bit(stage, service.counts.total(), "requests met the fault")
         stage.proof = "; ".join(f"{count} {what}" for what, count in sorted(service.counts.items()))
 

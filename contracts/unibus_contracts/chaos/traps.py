@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,10 +47,13 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 class Traps:
-    """Of one worker. `with traps.listening():` inside the event loop, then `set_into(bus)` once it is open."""
+    """Of one worker. `with traps.listening():` inside the event loop, then `set_into(bus)` once it is open.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+    `flush`: called before it kills itself, so that the history says how far it had come.
+    """
+
+    def __init__(self, folder: Path, name: str, flush: Callable[[], None]) -> None:
+        self._folder, self._name, self._flush = folder, name, flush
         self._point: Point | None = None
         self._offset = 0.0  # seconds by which the wall clock is wrong
         self._block = 0.0  # seconds to stand still when the next deliveries have come
@@ -88,6 +91,7 @@ class Traps:
 
     def _at(self, point: Point, where: object) -> None:
         if self._point == point:
+            self._flush()
             write(report_file(self._folder, self._name), {"died": point, "where": str(where)})
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -32,7 +32,12 @@ def values(bodies: Sequence[bytes], value_of: Callable[[bytes], str]) -> str:
 
 
 def watch(recorder: Recorder, value_of: Callable[[bytes], str]) -> None:
-    """From now on every bus of this process has its adapter watched. `value_of`: what the history calls a message, from its body."""
+    """From now on every bus of this process has its adapter watched. `value_of`: what the history calls a message, from its body.
+
+    Nothing leaves the process beside the adapter, so the recorder may gather what is said in one turn of the event loop: it is
+    flushed before each send and each settlement.
+    """
+    recorder.by_tick = True
     name = "adapter_factory"  # by which a bus finds it; nothing else is replaced
     real = getattr(bus_module, name)
 
@@ -84,6 +89,7 @@ class _Watched:
             self.note("uncommitted", "ok", known, address)
 
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        self.recorder.flush()
         try:
             results = await self._inner.send(batch, timeout)
         except BaseException as error:
@@ -154,6 +160,7 @@ class _WatchedSubscription:
         said = [_SAID[outcome] if copied.pop(id(d), None) is None else "moved" for d in deliveries]
         with ExitStack() as stack:
             tell = self._settling(stack, deliveries, said)
+            self._adapter.recorder.flush()
             results = await self._inner.settle(outcome, deliveries, delays=delays)
             tell(results)
             if outcome is Outcome.ACCEPTED:
@@ -165,6 +172,7 @@ class _WatchedSubscription:
     async def move(self, moves: Sequence[Move], timeout: float) -> Sequence[TransportError | Unsupported | None]:
         with ExitStack() as stack:
             tell = self._settling(stack, [move.delivery for move in moves], ["moved"] * len(moves))
+            self._adapter.recorder.flush()
             results = await self._inner.move(moves, timeout)
             tell(results)
             return results

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,8 +25,10 @@ from unibus_contracts.history import Recorder
 from unibus_contracts.history.record import outcome
 
 URL = "UNIBUS_CHAOS_URL"
-_IN_FLIGHT = 800
-_BATCH = 40
+_IN_FLIGHT = 1600
+_BATCH = 80
+_LOOK = 0.1  # seconds between two looks at how late the event loop is
+_STALL = 1.0  # seconds that are worth a line
 _TICK = 0.1  # seconds between two batches, where fewer messages than that are asked for
 
 Place = Queue[Any] | Topic[Any]
@@ -60,9 +63,8 @@ async def produce(bus: Bus, recorder: Recorder) -> None:
 def _item(recorder: Recorder, count: int) -> tuple[Place, service.Item]:
     turn = count // len(service.PLACES)
     key, seq = f"{recorder.process}.k{turn % service.KEYS}", turn // service.KEYS
-    return service.PLACES[count % len(service.PLACES)], service.Item(
-        value=f"{recorder.process}-{count}", key=key, seq=seq
-    )
+    value = f"{recorder.process}-{count}"
+    return service.place_of(value), service.Item(value=value, key=key, seq=seq)
 
 
 async def _one_by_one(bus: Bus, recorder: Recorder, batch: Iterable[int]) -> None:
@@ -104,6 +106,15 @@ async def _send_many(bus: Bus, recorder: Recorder, place: Place, items: list[ser
             print(f"{items[0].value} and others: {error}", file=sys.stderr, flush=True)
 
 
+async def notice_stalls(recorder: Recorder) -> None:
+    """Write down when the event loop has stood still: whoever stops or starves the process, it is the one that knows."""
+    while True:
+        began = time.monotonic()
+        await asyncio.sleep(_LOOK)
+        if (late := time.monotonic() - began - _LOOK) > _STALL:
+            recorder.note("stalled", detail=f"{late:.2f}")
+
+
 async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
     handling = service.Handling(recorder)
     handling.register(bus)
@@ -112,13 +123,15 @@ async def consume(bus: Bus, recorder: Recorder, traps: Traps) -> None:
             traps.set_into(bus)
             receiving = asyncio.create_task(handling.by_hand(bus))
             working = asyncio.create_task(bus.run())
+            noticing = asyncio.create_task(notice_stalls(recorder))
             await asyncio.sleep(0)  # now it hears SIGTERM, which may follow at once
             print("ready", flush=True)
             try:
                 await working  # until SIGTERM
             finally:
                 receiving.cancel()
-                await asyncio.gather(receiving, return_exceptions=True)
+                noticing.cancel()
+                await asyncio.gather(receiving, noticing, return_exceptions=True)
     recorder.note("bye")
 
 
@@ -130,7 +143,7 @@ def main(arguments: list[str]) -> None:
     with Recorder(Path(folder), name) as recorder:
         watch(recorder, service.value_of)
         bus = service.make(os.environ[URL], prefix)
-        traps = Traps(Path(folder), name)
+        traps = Traps(Path(folder), name, recorder.flush)
         asyncio.run(produce(bus, recorder) if role == "produce" else consume(bus, recorder, traps))
 
 

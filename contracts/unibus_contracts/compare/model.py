@@ -53,6 +53,15 @@ class NotMeasurable(Exception):
 Measure = Callable[["Lab"], Awaitable[Mapping[str, Found]]]
 
 
+def unmeasurable(why: str) -> Measure:
+    """For a row that is there to say why nothing is."""
+
+    async def measure(lab: Lab) -> Mapping[str, Found]:
+        raise NotMeasurable(why)
+
+    return measure
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """Fills rows, on one broker at a time. `needs`: the feature without which there is nothing to measure.
@@ -94,6 +103,7 @@ class Sizes:
     members: int
     idle_seconds: float
     largest: int  # body that is tried where the adapter declares a larger one or none
+    patience: float  # for a broker to notice that a consumer stands still
 
 
 QUICK = Sizes(
@@ -110,6 +120,7 @@ QUICK = Sizes(
     members=5,
     idle_seconds=4.0,
     largest=4 * 1024 * 1024,
+    patience=90.0,
 )
 FULL = Sizes(
     loads=(50, 200, 500, 1000, 2000),
@@ -125,4 +136,5 @@ FULL = Sizes(
     members=8,
     idle_seconds=20.0,
     largest=32 * 1024 * 1024,
+    patience=200.0,
 )

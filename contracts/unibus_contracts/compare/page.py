@@ -47,10 +47,14 @@ def _e(value: object) -> str:
     return escape(str(value), quote=True)
 
 
+def _when(at: object) -> str:
+    return f"{str(at)[:16].replace('T', ' ')} UTC"
+
+
 def _head(document: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
     machine = document["machine"]
     facts = [
-        f"{str(document['at'])[:16].replace('T', ' ')} UTC, on {machine['cores']} cores",
+        f"{_when(document['at'])}, on {machine['cores']} cores",
         f"load {(machine['load'] or ['unknown'])[0]} at the start",
         f"{machine['system']}, Python {machine['python']}, unibus {machine['unibus']}",
         f"{document['seconds']} s",
@@ -61,7 +65,7 @@ def _head(document: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
     if not document["finished"]:
         yield '<p class="alarm" role="note"><strong>Partial:</strong> the run was broken off. What is missing says “not run”.</p>'
     if document.get("against"):
-        yield f"<p>Changes are against a run of {_e(document['against'])}.</p>"
+        yield f"<p>Changes are against a run of {_e(_when(document['against']))}.</p>"
     yield '<ul class="targets">'
     for number, target in enumerate(document["targets"]):
         yield f'<li><span class="swatch s{number % 8}" aria-hidden="true"></span><strong>{_e(target["name"])}</strong>'
@@ -132,7 +136,7 @@ def _row(number: int, row: Mapping[str, Any], names: Sequence[str]) -> Iterator[
     marks |= {"changed"} if any(cell.get("change") for cell in cells) else set()
     yield f'<tr role="row" id="{_e(row["id"])}" data-at="{number}" data-marks="{_e(" ".join(sorted(marks)))}">'
     yield f'<th role="rowheader" scope="row"><span class="chapter">{_e(row["chapter"])}</span> {_e(row["title"])}'
-    yield '<span class="tag yours">yours</span>' if row["yours"] else ""
+    yield ' <span class="tag yours">yours</span>' if row["yours"] else ""
     yield f"<details><summary>How it is measured</summary><p>{_e(row['how'])}</p></details></th>"
     numbers = [cell["value"] for cell in cells if cell["value"] is not None]
     top = max(numbers, default=0.0) if row["unit"] and len(numbers) > 1 else 0.0

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
-from unibus.capabilities import Support, refused
+from unibus.capabilities import Support
 from unibus.deadletter import describe
 
 from . import contracts
@@ -173,7 +173,7 @@ class Run:
             self._put(row.id, column, "failed", Found(text=error))
             return
         support = _support(self._labs[column], row.feature)
-        limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f})"
+        limit = "" if support is None or support.limit is None else f" (limit {support.limit:,.0f} {row.unit})"
         text = "nothing is declared" if support is None else f"{support.level}{limit}"
         self._put(row.id, column, "declared", Found(text=text))
 
@@ -203,7 +203,8 @@ class Run:
                 self._put(row.id, column, "measured", found[row.id])
             else:
                 self._put(row.id, column, "failed" if state == "measured" else state, fallback)
-        self._progress(told["name"], probe.name, perf_counter() - begun)
+        if "error" not in told:
+            self._progress(told["name"], probe.name, perf_counter() - begun)
 
     def _put(self, row_id: str, column: int, state: State, found: Found) -> None:
         entry = self._rows[row_id]
@@ -232,13 +233,14 @@ def cell(state: State, level: str, text: str) -> dict[str, Any]:
 
 
 def failures(document: Document) -> list[str]:
-    """A line for each cell that failed."""
-    names = [target["name"] for target in document["targets"]]
-    return [
-        f"{names[column]}: {row['title']}: {found['text']}"
+    """A line for each broker that could not be reached, and for each cell of the others that failed."""
+    targets = document["targets"]
+    gone = [f"{target['name']}: can't be reached: {target['error']}" for target in targets if "error" in target]
+    return gone + [
+        f"{targets[column]['name']}: {row['title']}: {found['text']}"
         for row in document["rows"]
         for column, found in enumerate(row["cells"])
-        if found["state"] == "failed"
+        if found["state"] == "failed" and "error" not in targets[column]
     ]
 
 
@@ -259,11 +261,8 @@ def known_names() -> set[str]:
 
 
 def _support(lab: Lab, feature: str | None) -> Support | None:
-    """What is declared of a feature. An adapter of others may declare it as anything: then the cell says that."""
-    found: object = None if feature is None or lab.capabilities is None else getattr(lab.capabilities, feature)
-    if found is None or isinstance(found, Support):
-        return found
-    return refused(f"declared as {found!r}, which is no Support of unibus.capabilities")
+    """What is declared of a feature."""
+    return None if feature is None or lab.capabilities is None else getattr(lab.capabilities, feature)
 
 
 def _said(error: BaseException) -> str:

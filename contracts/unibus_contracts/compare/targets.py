@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from urllib.parse import quote, urlencode, urlsplit
 from unibus import ConfigError
 from unibus.adapter import Secret, Url
 from unibus.config import load
-from unibus.url import masked
+from unibus.registry import broker_name
+from unibus.url import masked, parse
 
 from .. import supply
 from ..cleanup import Made, NotingBus
@@ -72,6 +74,17 @@ class Target:
             "emulator": self.emulator,
             "settings": masked("", {k: v for k, v in self.settings.items() if not isinstance(v, Secret)}),
         }
+
+
+def left_out(target: Target) -> list[str]:
+    """The tables of its unibus.toml that are about channels of an application, and so have no part in the comparison."""
+    if target.file is None:
+        return []
+    return [
+        name
+        for name in ("defaults", "queues", "topics")
+        if name in tomllib.loads(target.file.read_text(encoding="utf-8"))
+    ]
 
 
 def _text(value: object) -> str:
@@ -135,6 +148,8 @@ def _given(text: str) -> Target:
 
 def _target(given: str, code: Mapping[str, object], emulator: str | None, file: Path | None = None) -> Target:
     """The settings that reach a broker."""
+    if isinstance(url := code["url"], str):
+        broker_name(parse(url).scheme)
     settings = load(code, file=False, environ={})
     driver = dict(settings.driver)
     server = driver.get("endpoint_url")

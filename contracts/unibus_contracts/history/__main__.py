@@ -1,4 +1,4 @@
-"""`python -m unibus_contracts.history FOLDER [--ordered CHANNEL…] [--groups TOPIC=GROUP,GROUP…] [--unconfirmed]`: the verdict.
+"""`python -m unibus_contracts.history FOLDER [--ordered CHANNEL…] [--groups TOPIC=GROUP,GROUP…] [--unconfirmed] [--runs N]`: the verdict.
 
 Exit status: 0 kept, 1 broken, 2 wrong usage, 3 inconclusive or invalid.
 """
@@ -27,11 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--unconfirmed", action="store_true", help="a settlement that returned may not be on the broker"
     )
+    parser.add_argument(
+        "--runs", type=int, default=1, help="that must have failed before a message is a dead letter; default 1"
+    )
     given = parser.parse_args(arguments)
     groups = {topic: tuple(names.split(",")) for topic, _, names in (entry.partition("=") for entry in given.groups)}
     if not given.folder.is_dir():
         parser.error(f"{given.folder} is no folder")
-    expected = Expected(groups, frozenset(given.ordered), settle_confirmed=not given.unconfirmed)
+    expected = Expected(groups, frozenset(given.ordered), settle_confirmed=not given.unconfirmed, runs=given.runs)
     try:
         verdict = check(History(given.folder), expected)
     except ValueError as error:

@@ -9,6 +9,8 @@ that had it in hand:
   could not tell the broker before it had to give the message's partition up.
 - `copies`: it was sent again after a send of which nobody knows the outcome; or a copy for its retry was confirmed and the
   original not settled; or who should have sent that copy was killed.
+- `stalled`: its process stood still while another one got it and settled it, went on with what it had in hand, and found its link or
+  the delivery gone right after.
 - `ack`: settled, where the broker confirms no settlement, and the link broke before the broker is known to have seen it.
 
 Two times are needed where nothing better can be known. `NOTICE`: a broker may see a link broken, and hand a message to another
@@ -75,6 +77,7 @@ class Causes:
     last: dict[str, int] = field(default_factory=dict)  # when each process wrote its last line
     ended: set[str] = field(default_factory=set)  # those that said bye
     faults: list[tuple[int, int]] = field(default_factory=list)
+    stalls: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))  # of a process
 
     def note(self, call: Call, what: str) -> None:
         """Take in what an adapter was told. Values are many, with blanks between them."""
@@ -154,6 +157,16 @@ class Causes:
     def never_told(self, settled: Settled, name: Name, by: int) -> bool:
         """Its process said of it later, and before that time, that the broker does not know."""
         return _any(self.uncommitted.get((settled.process, name), ()), settled.at, by + NOTICE)
+
+    def held_by_one_that_stood_still(self, call: Call, settled: Settled, name: Name) -> bool:
+        """Did `call` begin after another's settlement only because its process could not notice that it had lost the delivery?"""
+        assert settled.end is not None
+        end = settled.end
+        still = any(
+            begun <= end <= over and begun <= call.at <= over + NOTICE for begun, over in self.stalls[call.process]
+        )
+        lost = (self.taken.get((call.process, name), ()), self.breaks.get(call.process, ()))
+        return still and any(_any(times, call.at, call.at + NOTICE) for times in lost)
 
     def in_doubt(self, settled: Settled, name: Name, by: int | None) -> bool:
         """Settled as far as its process knows; has the broker seen it? Only asked where it confirms no settlement."""

@@ -12,6 +12,7 @@
 | attempt_back | the attempt went down within a process that had not lost the delivery |
 | attempt_high | the attempt was higher than the failures before it allow |
 | reply | a requester got a reply to a request that was not its own |
+| innocent | it is a dead letter, and fewer of its runs had failed than the policy wants (`Expected.runs`) |
 | came_back | a message was delivered again after its settlement had been confirmed |
 | no_bite | a fault was injected and nothing shows that it had an effect |
 
@@ -30,7 +31,7 @@ from sys import intern
 from typing import Literal
 
 from .causes import SECOND, Call, Causes, Name
-from .record import Operation
+from .record import History, Operation, What
 
 # Where a value was seen at the end, in the `detail` of a `look`: in our channels, or by a client that is not ours.
 DEAD = "dead"
@@ -46,14 +47,15 @@ class Expected:
     """What this broker and these channels promise. `groups`: topic -> its subscriptions; a channel not named is a queue.
 
     `ordered`: channels with order by key; `settle_confirmed`: a settlement that returned is on the broker; where it is not,
-    `settle_window`: seconds until the broker has seen it, unless something is broken; `least`: confirmed sends without which a
-    run proves nothing.
+    `settle_window`: seconds until the broker has seen it, unless something is broken; `runs`: of a message that must have
+    failed, or have been broken off, before it is a dead letter; `least`: confirmed sends without which a run proves nothing.
     """
 
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ordered: frozenset[str] = frozenset()
     settle_confirmed: bool = True
     settle_window: float = 1.0
+    runs: int = 1
     least: int = 1
 
 
@@ -85,7 +87,7 @@ def check(history: Iterable[Operation], expected: Expected | None = None) -> Ver
         return Verdict("invalid", (), {}, broken)
     run.look_into(history)
     findings = [*run.losses(), *run.intruders(), *run.repetitions(), *run.order(), *run.overlaps(), *run.attempts()]
-    findings += [*run.replies(), *run.faults()]
+    findings += [*run.innocents(), *run.replies(), *run.faults()]
     counts = run.counts(findings)
     if run.drained != "ok":
         why = "the drain did not come to its end" if run.drained else "nothing was drained"
@@ -97,6 +99,7 @@ def check(history: Iterable[Operation], expected: Expected | None = None) -> Ver
     return Verdict("broken" if findings else "kept", tuple(findings), counts)
 
 
+_OF_ADAPTERS: tuple[What, ...] = ("settle", "settled", "uncommitted", "try", "copied", "lost")
 _CALLS = {"send", "request", "handle", "fault", "drain"}
 
 
@@ -169,6 +172,9 @@ class _Run:
     def _note(self, operation: Operation, process: str) -> None:
         if operation.what == "look":
             self.seen[operation.value].add((operation.detail, operation.group))
+        elif operation.what == "stalled":
+            begun = operation.at - int(float(operation.detail) * SECOND)
+            self.causes.stalls[process].append((begun, operation.at))
         elif operation.what == "bye":
             self.causes.ended.add(process)
         elif operation.what == "drain":
@@ -182,9 +188,9 @@ class _Run:
         for place in self.lost():
             wanted.add(place[0])
         settles: dict[tuple[str, int], Call] = {}
-        for operation in history:
+        for operation in history.of(*_OF_ADAPTERS) if isinstance(history, History) else history:
             what = operation.what
-            if what not in {"settle", "settled", "uncommitted", "try", "copied", "lost"}:
+            if what not in _OF_ADAPTERS:
                 continue
             number = operation.process, operation.call
             if what in {"settle", "settled"} and operation.kind != "invoke":
@@ -276,6 +282,8 @@ class _Run:
                         self.explained["ack"] += before is not None
                     elif not self.promised.settle_confirmed and self.causes.never_told(over, name, call.at):
                         self.explained["unsettled"] += before is not None
+                    elif self.causes.held_by_one_that_stood_still(call, over, name):
+                        self.explained["stalled"] += before is not None
                     else:
                         why = f"{place}: delivered to {call.process} after {over.process} had settled it"
                         yield Finding("came_back", value, why, call.at)
@@ -286,6 +294,25 @@ class _Run:
                     else:
                         why = f"{place}: handled by {before.process} and by {call.process}, and nothing says why"
                         yield Finding("duplicate", value, why, call.at)
+
+    def innocents(self) -> Iterable[Finding]:
+        """Dead letters whose handler has not failed so often. What a killed process had begun counts: it may have failed."""
+        for value, where in self.seen.items():
+            sends = self.sends.get(value)
+            if not sends:  # nobody's, as `unexpected` says where it was handled
+                continue
+            place = sends[0].place
+            for detail, group in where:
+                if detail != DEAD:
+                    continue
+                runs = [
+                    self.handled.get((value, place, each), ()) for each in ([group] if group else self.groups(place))
+                ]
+                failed = max(sum(call.kind != "ok" for call in tries) for tries in runs)
+                if failed < self.promised.runs:
+                    name = f"{place}.{group}" if group else place
+                    why = f"{name}: a dead letter after {failed} failed runs; {self.promised.runs} are needed"
+                    yield Finding("innocent", value, why)
 
     def order(self) -> Iterable[Finding]:
         """Among first deliveries: nobody waited for a message that was confirmed before this one was sent."""

@@ -12,15 +12,18 @@ Times are `time.monotonic_ns()`, which all processes of one machine share; the w
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
+
+from pydantic_core import from_json
 
 from unibus import errors
 
@@ -30,7 +33,8 @@ Kind = Literal["invoke", "ok", "fail", "unknown"]
 # try (a send that was not confirmed), copied (a retry's or a dead letter's copy, confirmed), settled (`detail`: accepted,
 # released, or moved when a copy has been made before), uncommitted (settled before, and the adapter could not tell the broker),
 # lost (no longer ours; without a `value`: all that came by the link).
-# Of the run: look, drain, fault, and bye, the last word of a process that was not killed.
+# Of the run: look, drain, fault; of a process: stalled (its event loop has just stood still for `detail` seconds), and bye, the
+# last word of one that was not killed.
 What = Literal[
     "send",
     "request",
@@ -44,6 +48,7 @@ What = Literal[
     "look",
     "drain",
     "fault",
+    "stalled",
     "bye",
 ]
 
@@ -92,7 +97,9 @@ class Operation:
     detail: str = ""
 
 
+_FIELDS = {field.name for field in fields(Operation)}
 _ABOUT = {field.name: field.default for field in fields(Operation) if field.default is not MISSING}
+_NEEDED = {"call", "at", "what", "kind"}
 
 
 class Recorder:
@@ -100,14 +107,21 @@ class Recorder:
 
     A line is one `write` to a file opened for appending: what was written before a SIGKILL stays. It is not flushed to the
     disk: the machine's death is not what is tested.
+
+    `by_tick`: what the event loop's thread says in one turn of it is one `write`, at the end of the turn or by `flush`. For
+    those alone who flush before anything leaves the process (`unibus_contracts.chaos.watched`): a kill then takes only lines of
+    things that nobody else can have seen.
     """
 
     def __init__(self, folder: Path, process: str) -> None:
         self.process = process
+        self.by_tick = False
         self._calls = itertools.count(1)
+        self._lines: list[str] = []  # touched by the event loop's thread alone
         self._file = os.open(folder / f"{process}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
 
     def close(self) -> None:
+        self.flush()
         os.close(self._file)
 
     def __enter__(self) -> Self:
@@ -116,39 +130,38 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def flush(self) -> None:
+        """What was said is in the file when this returns."""
+        if self._lines:
+            lines, self._lines = self._lines, []
+            os.write(self._file, "".join(lines).encode())
+
     def write(self, operation: Operation) -> None:
         said = {name: getattr(operation, name) for name in _ABOUT}
         about = {name: value for name, value in said.items() if value != _ABOUT[name]}
         self._line(operation.call, operation.at, operation.what, operation.kind, about)
 
     def _line(self, call: int, at: int, what: str, kind: str, about: Mapping[str, str | int]) -> None:
-        # By hand: there may be millions, and json.dumps takes four times as long.
-        more = "".join(
-            f',"{name}":{_quoted(value) if isinstance(value, str) else value}' for name, value in about.items()
-        )
-        os.write(self._file, f'{{"call":{call},"at":{at},"what":"{what}","kind":"{kind}"{more}}}\n'.encode())
+        # By hand: there may be millions, and json.dumps takes four times as long. `Tail` relies on how a line begins.
+        line = f'{{"call":{call},"at":{at},"what":"{what}","kind":"{kind}"'
+        for name, value in about.items():
+            line += f',"{name}":{_quoted(value) if isinstance(value, str) else value}'
+        line += "}\n"
+        if self.by_tick and (loop := asyncio._get_running_loop()) is not None:
+            if not self._lines:
+                loop.call_soon(self.flush)
+            self._lines.append(line)
+        else:
+            os.write(self._file, line.encode())
 
-    @contextmanager
-    def during(self, what: What, **about: str | int) -> Iterator[Ending]:
-        """Invoke now, end when the block does: `ok`, or as its exception says, which goes on.
+    def during(self, what: What, **about: str | int) -> Ending:
+        """Invoke now, end when the `with` block does: `ok`, or as its exception says, which goes on.
 
         The block may say otherwise by the `Ending`: `ending.kind = "fail"; ending.detail = "did not bite"`.
         """
         call = next(self._calls)
         self._line(call, time.monotonic_ns(), what, "invoke", about)
-        ending = Ending()
-        try:
-            yield ending
-        except BaseException as error:
-            # A handler that raises has failed for certain.
-            ending.kind = "fail" if what == "handle" and isinstance(error, Exception) else outcome(error)
-            ending.detail = ending.detail or type(error).__name__
-            raise
-        finally:
-            told = {"detail": ending.detail} if ending.detail else {}
-            if ending.value:
-                told["value"] = ending.value
-            self._line(call, time.monotonic_ns(), what, ending.kind, told)
+        return Ending(self, call, what)
 
     def note(self, what: What, kind: Kind = "ok", **about: str | int) -> None:
         """Something that has no duration: `note("look", value=…, detail="dead")`."""
@@ -159,9 +172,25 @@ class Recorder:
 class Ending:
     """How an operation ends, unless an exception says otherwise. `value`: which of many did not end well."""
 
+    recorder: Recorder
+    call: int
+    what: What
     kind: Kind = "ok"
     detail: str = ""
     value: str = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            # A handler that raises has failed for certain.
+            self.kind = "fail" if self.what == "handle" and isinstance(error, Exception) else outcome(error)
+            self.detail = self.detail or type(error).__name__
+        told: dict[str, str | int] = {"detail": self.detail} if self.detail else {}
+        if self.value:
+            told["value"] = self.value
+        self.recorder._line(self.call, time.monotonic_ns(), self.what, self.kind, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,29 +206,63 @@ class History:
     def __iter__(self) -> Iterator[Operation]:
         return Tail(self.folder).new()
 
+    def of(self, *whats: What) -> Iterator[Operation]:
+        """Only these. The others are passed over without being read."""
+        return Tail(self.folder, whats).new()
+
+
+_BEGIN = re.compile(rb'\{"call":\d+,"at":\d+,"what":"(\w+)"')
+
 
 class Tail:
-    """Follows a run that goes on: `new()` gives what was written since the last call, process by process."""
+    """Follows a run that goes on: `new()` gives what was written since the last call, process by process. `whats`: only these."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, whats: Collection[What] = get_args(What)) -> None:
         self._folder = folder
+        self._unwanted = frozenset(what.encode() for what in get_args(What)) - {what.encode() for what in whats}
         self._read: dict[Path, tuple[int, int]] = {}  # how far, and how many lines that were
 
     def new(self) -> Iterator[Operation]:
         """Raises ValueError, as `History` does."""
+        for process, said in self.told():
+            say = said.get
+            yield Operation(
+                process,
+                said["call"],
+                said["at"],
+                said["what"],
+                said["kind"],
+                say("value", ""),
+                say("place", ""),
+                say("group", ""),
+                say("key", ""),
+                say("seq", 0),
+                say("attempt", 0),
+                say("detail", ""),
+            )
+
+    def told(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The same, as process and what its line says: for who reads along, and has no time."""
+        begin, unwanted = _BEGIN.match, self._unwanted
         for path in sorted(self._folder.glob("*.jsonl")):
             offset, number = self._read.get(path, (0, 0))
             process = path.stem
-            with path.open("rb") as file:
+            with path.open("rb", 1 << 18) as file:
                 file.seek(offset)
-                for line in file:
-                    if not line.endswith(b"\n"):  # it is being written, or was cut off
-                        break
-                    number += 1
-                    try:
-                        operation = Operation(**{"process": process, **json.loads(line)})
-                    except (ValueError, TypeError) as error:
-                        raise ValueError(f"{path.name}, line {number} is no operation: {error}") from error
-                    offset += len(line)
+                try:
+                    for line in file:
+                        if line[-1:] != b"\n":  # it is being written, or was cut off
+                            break
+                        number += 1
+                        offset += len(line)
+                        if unwanted and (found := begin(line)) and found[1] in unwanted:
+                            continue
+                        try:
+                            said = from_json(line, cache_strings="keys")
+                            if not _NEEDED <= said.keys() <= _FIELDS:
+                                raise ValueError(f"it says {sorted(said)}")
+                        except (ValueError, AttributeError) as error:
+                            raise ValueError(f"{path.name}, line {number} is no operation: {error}") from error
+                        yield process, said
+                finally:
                     self._read[path] = offset, number
-                    yield operation

@@ -6,9 +6,11 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from unibus.adapter import Backlog
+from unibus.errors import ConfigError
 
 _WIDE = 10_000  # columns where nobody looks: a table in a file is not cut
 
@@ -30,6 +32,16 @@ def flush() -> None:
 def say(text: str) -> None:
     """For people, in the way of nobody's pipe."""
     print(text, file=sys.stderr, flush=True)
+
+
+def writable(file: Path) -> None:
+    """Now, not after ten minutes of measuring. Makes its folder. Raises ConfigError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{file} can't be written: {error.strerror}") from error
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -20,6 +20,7 @@ from unibus.config import app_of
 from unibus.config_sources import variable_of
 from unibus.deadletter import describe
 from unibus.errors import ConfigError
+from unibus.registry import broker_name
 from unibus.tooling import Kind, attached
 from unibus.url import parse
 
@@ -51,7 +52,9 @@ class Target:
         if app is not None:
             environ["UNIBUS_APP"] = app
         if url is not None:
-            if parse(url).username is not None:  # those of the environment are for another URL
+            given = parse(url)
+            broker_name(given.scheme)  # or the error would name a variable that nobody has set
+            if given.username is not None:  # those of the environment are for another URL
                 for name in ("username", "password", "password_file"):
                     environ.pop(variable_of(self.key(name)), None)
             environ[variable_of(self.key("url"))] = url

@@ -26,8 +26,9 @@ LONGEST = Row(
     id="delays.longest",
     chapter=CHAPTER,
     title="delays, and the longest of them",
-    how="Declared by the adapter, not measured. The limit is in seconds.",
+    how="Declared by the adapter, not measured.",
     feature="delay",
+    unit="s",
     touches=("delayed", "retry"),
 )
 

@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack
 from time import perf_counter, time
 
 from unibus import Bus, Queue
+from unibus.tooling import peek
 
 from ..lab import Lab, rest, short, take, until
-from ..model import Declared, Found, Probe, Row
+from ..model import Found, Probe, Row
 
 CHAPTER = "receiving"
 QUIET = 2.0
@@ -71,15 +72,18 @@ BROWSE = Row(
     id="receiving.browse",
     chapter=CHAPTER,
     title="looking without taking",
-    how="Declared by the adapter, not measured.",
+    how="Three messages of one key are looked at, as `unibus peek` does it, and then taken: were all of them seen, are all still "
+    "there, and what do their order and `deliveries` say of the look.",
     feature="browse",
 )
-LEASE = Row(
-    id="receiving.lease",
+COUNT = Row(
+    id="receiving.count",
     chapter=CHAPTER,
-    title="a lease, which a slow consumer can lose",
-    how="Declared by the adapter, not measured. The limit is the length of a lease in seconds; unibus extends it while a handler runs.",
-    feature="lease",
+    title="how often it was delivered is known",
+    how="One message is taken three times, and given back twice by closing the receiver; what `deliveries` says each time. It is what shows a message that "
+    "kills its consumer each time, beside the crash guard of unibus, which no probe waits for.",
+    feature="delivery_count",
+    touches=("retry",),
 )
 
 
@@ -204,6 +208,35 @@ async def expiry(lab: Lab) -> Mapping[str, Found]:
     return {EXPIRY.id: Found(text="dropped by the consumer" if dropped else "dropped by the broker", value=0.0)}
 
 
+async def look(lab: Lab) -> Mapping[str, Found]:
+    queue, bodies = lab.queue("look"), [b"1", b"2", b"3"]
+    async with lab.bus(queue) as bus:
+        await bus.send_many(queue, bodies, key=lambda _: "k")
+        seen = [delivery.body async for delivery in peek(bus, queue, 10)]
+        async with bus.receiver(queue) as receiver:
+            taken = await take(receiver, 3, timeout=40)
+            for delivery in taken:
+                await delivery.ack()
+    counts = ", ".join("not told" if d.deliveries is None else str(d.deliveries) for d in taken)
+    order = "in order" if [d.body for d in taken] == bodies else "in another order"
+    text = "sees all, takes none" if sorted(seen) == bodies else f"sees {len(seen)} of 3, takes none"
+    return {BROWSE.id: Found(text=text, note=f"taken afterwards: {order}; deliveries: {counts}")}
+
+
+async def count(lab: Lab) -> Mapping[str, Found]:
+    queue, counts = lab.queue("count"), []
+    async with lab.bus(queue) as bus:
+        await bus.send(queue, b"x")
+        for turn in range(3):
+            async with bus.receiver(queue) as receiver:
+                [delivery] = await take(receiver, 1, timeout=40)
+                counts.append(delivery.deliveries)
+                if turn == 2:
+                    await delivery.ack()
+    text = "not told" if None in counts else ", ".join(map(str, counts))
+    return {COUNT.id: Found(text=text)}
+
+
 PROBES = (
     Probe(name="ack unit", rows=(UNIT,), measure=unit, waits=True),
     Probe(name="stop", rows=(STOP,), measure=stop, waits=True, limit=90.0),
@@ -211,6 +244,6 @@ PROBES = (
     Probe(name="replay", rows=(REPLAY,), measure=replay, needs="replay"),
     Probe(name="priority", rows=(PRIORITY,), measure=priority, needs="priority"),
     Probe(name="expiry", rows=(EXPIRY,), measure=expiry, waits=True),
-    Declared(row=BROWSE),
-    Declared(row=LEASE),
+    Probe(name="look", rows=(BROWSE,), measure=look, needs="browse", waits=True),
+    Probe(name="count", rows=(COUNT,), measure=count, waits=True, limit=140.0),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from unibus import Delivery, Message, RetryPolicy, deadletter
 
 from ..lab import POLL, Lab, milliseconds, percentile, until
-from ..model import Declared, Found, Probe, Row
+from ..model import Found, Probe, Row
 
 CHAPTER = "failure"
 BACKOFF = 1.0
@@ -32,27 +32,11 @@ TOLD = Row(
     how="What the second run of a failed message is told: its attempt, the count and the error in its headers, and the user's own header and key.",
     touches=("retry",),
 )
-MOVE = Row(
-    id="failure.move",
-    chapter=CHAPTER,
-    title="retry and settling in one step",
-    how="Declared by the adapter, not measured. Where it is not one step, a crash between the two leaves two copies, never none.",
-    feature="atomic_move",
-    touches=("retry",),
-)
 LETTER = Row(
     id="failure.letter",
     chapter=CHAPTER,
     title="a dead letter keeps",
     how="A message with id, key, header, correlation id and a body of bytes that are no text dies on its first run; its dead letter is compared.",
-    touches=("retry",),
-)
-GUARD = Row(
-    id="failure.guard",
-    chapter=CHAPTER,
-    title="how often it was delivered is known",
-    how="Declared by the adapter, not measured. It is what stops a message that kills its consumer each time, beside the crash guard of unibus.",
-    feature="delivery_count",
     touches=("retry",),
 )
 
@@ -139,6 +123,4 @@ async def letter(lab: Lab) -> Mapping[str, Found]:
 PROBES = (
     Probe(name="retry", rows=(LATENESS, TOLD), measure=late, waits=True),
     Probe(name="dead letter", rows=(LETTER,), measure=letter, waits=True),
-    Declared(row=MOVE),
-    Declared(row=GUARD),
 )

@@ -8,7 +8,7 @@ from unibus import Message, Queue, UnibusError
 from unibus.tooling import inspect
 
 from ..lab import Lab, rest
-from ..model import Found, Probe, Row
+from ..model import Found, Probe, Row, unmeasurable
 
 CHAPTER = "sending"
 QUIET = 1.5  # seconds without a message that count as the end
@@ -43,6 +43,18 @@ RISKS = Row(
     "server does with a confirmed message when its power fails is not tried.",
     better="less",
     unit="risks",
+)
+CONFIRM = Row(
+    id="sending.confirm",
+    chapter=CHAPTER,
+    title="a confirmed message when the power fails",
+    how="Nothing is tried: a killed process leaves the page cache alone, so it says nothing of fsync.",
+)
+TRANSACTIONS = Row(
+    id="sending.transactions",
+    chapter=CHAPTER,
+    title="several sends and settlements in one transaction",
+    how="Nothing is tried, since there is nothing to call. What unibus does in one step where the broker can is a retry or dead letter.",
 )
 
 
@@ -99,4 +111,10 @@ PROBES = (
     Probe(name="nobody", rows=(NOBODY,), measure=nobody),
     Probe(name="twice", rows=(TWICE,), measure=twice, waits=True),
     Probe(name="risks", rows=(RISKS,), measure=risks),
+    Probe(
+        name="confirm",
+        rows=(CONFIRM,),
+        measure=unmeasurable("its power would have to fail; the settings that it hangs on are among those above"),
+    ),
+    Probe(name="transactions", rows=(TRANSACTIONS,), measure=unmeasurable("unibus has none to offer, on any broker")),
 )

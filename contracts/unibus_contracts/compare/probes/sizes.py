@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from unibus import Bus, Queue, UnibusError
 
 from ..lab import Lab, take
-from ..model import Found, Probe, Row
+from ..model import Found, Probe, Row, unmeasurable
 
 CHAPTER = "limits"
 
@@ -35,6 +35,12 @@ KEY = Row(
     how="Keys of 128, 1,024 and 4,096 characters.",
     unit="characters",
     better="more",
+)
+TRIMMING = Row(
+    id="limits.trimming",
+    chapter=CHAPTER,
+    title="what the broker drops by itself, for age or length",
+    how="Nothing is tried: retention is days, and to fill a broker to its limit is no way to treat one that others use.",
 )
 
 
@@ -113,4 +119,9 @@ PROBES = (
     Probe(name="body", rows=(BODY,), measure=body, limit=120.0),
     Probe(name="headers", rows=(HEADERS,), measure=headers),
     Probe(name="key", rows=(KEY,), measure=key),
+    Probe(
+        name="trimming",
+        rows=(TRIMMING,),
+        measure=unmeasurable("its retention would have to pass; what is set is among the risks under sending"),
+    ),
 )

@@ -18,6 +18,7 @@ from unibus.errors import ConfigError
 
 if TYPE_CHECKING:
     from unibus_contracts.compare.run import Document
+    from unibus_contracts.compare.targets import Target
 
 
 def register(app: typer.Typer) -> None:
@@ -82,11 +83,12 @@ async def compare(
     yours = None if app is None else touched(Application(app, "memory://").bus)
     for file in (html, json_file):
         if file is not None:
-            _writable(file)
+            output.writable(file)
     try:
         places, started = resolve(targets)
     except SupplyError as error:
         raise Failure(str(error)) from None
+    _say_unused(places)
     log = logging.getLogger("unibus")
     level = log.level
     log.setLevel(logging.CRITICAL)  # handlers fail on purpose, by the hundred
@@ -132,13 +134,13 @@ def _chosen(only: Sequence[str] | None, known: set[str]) -> set[str]:
     return chosen
 
 
-def _writable(file: Path) -> None:
-    """Now, not after ten minutes of measuring."""
-    try:
-        with file.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{file} can't be written: {error.strerror}") from error
+def _say_unused(places: Sequence[Target]) -> None:
+    from unibus_contracts.compare.targets import left_out
+
+    for place in places:
+        if tables := left_out(place):
+            told = ", ".join(f"[{name}]" for name in tables)
+            output.say(f"{place.given}: {told} not used: the comparison has channels of its own, in default settings")
 
 
 def _tell(document: Document, old: Any, html: Path | None, json_file: Path | None) -> None:

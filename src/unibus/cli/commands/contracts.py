@@ -15,6 +15,8 @@ from unibus.cli import output
 from unibus.cli.run import FAILED, USAGE, Failure, command
 from unibus.cli.target import JsonOption
 from unibus.errors import ConfigError
+from unibus.registry import broker_name
+from unibus.url import parse
 
 Like = Annotated[str | None, typer.Option("--like", "-k", metavar="TEXT", help="Only those whose id contains this.")]
 
@@ -73,6 +75,9 @@ def run(
         raise ConfigError("--junit: name one broker, or take --report")
     if channels is not None and len(urls) > 1:
         raise ConfigError("--channels: name one broker")
+    for file in (junit, None if declare == "assume" else channels, report if len(urls) == 1 else None):
+        if file is not None:
+            output.writable(file)
     arguments = [] if workers == 1 else ["-n", str(workers)]
     arguments += [] if junit is None else [f"--junitxml={junit}"]
     arguments += [] if pin is None else [f"--unibus-pin={pin}"]
@@ -140,6 +145,7 @@ def _check(url: str) -> None:
         where = url
         if _suite("__main__").of_file(url):
             where, more = harness.of_file(Path(url))
+        broker_name(parse(where).scheme)
         async with harness.UrlHarness(where, more=more).bus():
             pass
 
