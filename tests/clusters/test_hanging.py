@@ -48,6 +48,8 @@ async def test_work_goes_on_elsewhere_while_the_node_in_use_hangs(cluster: suppl
             assert await nodes.leader(cluster, name) is not victim
         finally:
             await elsewhere(victim.unpause)
-        # It thinks that it still leads; nobody is to believe it.
+        # It thinks that it still leads; nobody is to believe it. RabbitMQ 3.10 does not take a node back that was stopped for so long.
+        if kind == "rabbitmq":
+            await elsewhere(victim.restart)
         await nodes.eventually(lambda: nodes.whole(cluster, name), SOON, "it has all there is again")
         await work.flows()

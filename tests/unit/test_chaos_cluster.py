@@ -140,7 +140,7 @@ async def test_a_fault_waits_for_all_nodes_and_says_what_kept_it(
 @pytest.mark.parametrize("kind", sorted(FAULTS))
 def test_the_schedule_of_a_cluster_has_its_faults_and_those_of_consumers(kind: str) -> None:
     names = possible(kind, cluster=True)
-    assert {"leader-killed", "leader-hangs", "consumer-killed", "rolling-restart"} <= set(names)
+    assert {"leader-killed", "consumer-killed", "rolling-restart"} <= set(names)
     assert not {"cut", "broker-killed"} & set(names)
     drawn = set(names) - set(NOT_DRAWN.get(kind, {}))
     assert set(schedule(kind, 7, len(drawn), cluster=True)) == drawn

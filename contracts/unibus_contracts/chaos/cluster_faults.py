@@ -216,7 +216,6 @@ FAULTS: Mapping[str, Mapping[str, Fault]] = {
     },
     "rabbitmq": {
         "leader-killed": leader_killed,
-        "leader-hangs": leader_hangs,
         "leader-restarted": leader_restarted,
         "majority-killed": majority_killed,
     },
@@ -229,7 +228,9 @@ FAULTS: Mapping[str, Mapping[str, Fault]] = {
 
 NOT_ON: Mapping[str, Mapping[str, str]] = {
     "kafka": {},
-    "rabbitmq": {},
+    "rabbitmq": {
+        "leader-hangs": "a node that was stopped until another one led is not taken back before it is restarted (3.10.8); tests/clusters does that"
+    },
     "redis": {
         "leader-restarted": "a primary that is restarted in order is back before a Sentinel misses it; redis-failover is how to upgrade one",
         "majority-killed": "what one replica has confirmed and its primary are gone together: Redis itself loses that (wait_replicas = 2 would "

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 from unibus import Bus, Delivery, Queue
 from unibus_contracts.contract import contract
-from unibus_contracts.kit import Kit, Seen, leftover, take, until
+from unibus_contracts.kit import SOON, Kit, Seen, leftover, take, until
 
 
 def worker(kit: Kit, queue: Queue[bytes], name: str, seen: Seen[tuple[str, bytes]], gate: asyncio.Event | None) -> Bus:
@@ -140,20 +140,23 @@ async def test_come_and_go(kit: Kit) -> None:
         while not over.is_set():
             await bus.send_many(queue, [b"%d" % (count + n) for n in range(3)])
             count += 3
-            await seen.reach(count - 15)  # no heap
+            await handled(count - 15)  # no heap
         return count
+
+    async def handled(count: int) -> None:
+        await until(lambda: len(seen) >= count, f"{count} are handled", 3 * SOON)  # a rebalance may take its time
 
     async with kit.bus(queue) as sender, another().running():
         producing = asyncio.create_task(produce(sender))
         try:
             for _ in range(2):
-                await seen.reach(len(seen) + 10)
+                await handled(len(seen) + 10)
                 async with another().running():
-                    await seen.reach(len(seen) + 10)
+                    await handled(len(seen) + 10)
         finally:
             over.set()
             sent = await producing
-        await seen.reach(sent)
+        await handled(sent)
     async with kit.bus(queue) as reader:
         assert await leftover(reader, queue) == []
     assert sorted(seen.all) == sorted((b"%d" % n, 1) for n in range(sent))
