@@ -52,9 +52,9 @@ unit: $(STAMP) ## unit tests: core on the memory adapter, no broker; and those o
 saboteurs: $(STAMP) ## proof that the contracts catch: each broken adapter by those that are meant to, none that never does
 	$(BIN)/python -m unibus_contracts.saboteurs
 
-contracts: $(STAMP) ## the contract suite on the memory adapter, the example adapter and each broker of the supply; the answers must be those pinned
+contracts: $(STAMP) ## the contract suite on the memory adapter, the example adapter and each broker of the supply, Kafka by both engines; the answers must be those pinned
 	@$(BIN)/python -m unibus_contracts sqlite:///reports/contracts.db -n 6 --unibus-pin=examples/adapter_sqlite/answers
-	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6 --unibus-pin=contracts/unibus_contracts/answers
+	@$(BROKERS); $(BIN)/python -m unibus_contracts memory:// "$$UNIBUS_TEST_RABBITMQ_URL" "$$UNIBUS_TEST_KAFKA_URL" "$${UNIBUS_TEST_KAFKA_URL/kafka:/kafka+confluent:}" "$$UNIBUS_TEST_REDIS_URL" "$$UNIBUS_TEST_SQS_URL" -n 6 --unibus-pin=contracts/unibus_contracts/answers
 
 # A file at a time, since the tests of one share brokers; in the order of their names, else those of few long tests come last.
 integration: $(STAMP) ## adapters on real brokers, faults included

@@ -24,9 +24,8 @@ from unibus.errors import (
     Unroutable,
 )
 from unibus_kafka import config, errors, topology, wire
-from unibus_kafka.aio import AioEngine
 from unibus_kafka.capabilities import known
-from unibus_kafka.engine import Batch
+from unibus_kafka.engine import Batch, engine_of
 from unibus_kafka.link import EARLIEST, LATEST, TIMEOUT, Link
 from unibus_kafka.offsets import decode
 from unibus_kafka.subscription import KafkaSubscription, Kit
@@ -47,7 +46,7 @@ class KafkaAdapter:
         self._endpoint = endpoint
         self._clock = endpoint.clock
         self._settings = config.settings(endpoint.settings)
-        self._engine = AioEngine()
+        self._engine = engine_of(endpoint.url.scheme)
         self.capabilities: Capabilities = known(max_request_size=self._settings.max_request_size)
         self._link: Link | None = None
         self._plan = topology.Plan()
@@ -162,8 +161,8 @@ class KafkaAdapter:
         batches: dict[TopicPartition, list[Batch]] = defaultdict(list)
         for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
             key, value, headers, at = record = wire.encode(outgoing, now, later=later)
-            tp = link.partition(topic, key) if number is None else TopicPartition(topic, number)
-            if topic in gone or tp is None or tp.partition >= len(link.partitions(topic)):
+            tp = link.partition(topic, key, number)
+            if tp is None or topic in gone:
                 results[i] = self._missing(outgoing, topic)
             elif too_large := wire.too_large(outgoing, record, self._settings.max_request_size):
                 results[i] = too_large
@@ -220,16 +219,16 @@ class KafkaAdapter:
                         if await link.missing({tp.topic}, fresh=True):  # the producer alone would try for ever
                             raise NotFound(f"topic {tp.topic!r} was deleted")
                     confirmed.result()
-                    for i, exc in batch.failed.items():
-                        results[i] = _failed(exc, tp)
-                    continue
             except TimeoutError as exc:
                 error = Timeout(f"send to {tp.topic!r}: not confirmed within {timeout:g} s; it may or may not be there")
                 error.__cause__ = exc
             except Exception as exc:
                 error = _failed(exc, tp)
-            for i in batch.indices:
-                results[i] = error
+            if error is not None:
+                for i in batch.indices:
+                    results[i] = error
+            for i, failure in batch.failed.items():
+                results[i] = _failed(failure, tp)
 
     async def _has_group(self, link: Link, topic: Topic[Any]) -> bool:
         """By name: `<topic>.<group>`. What was found holds on; what was not is looked for again soon."""

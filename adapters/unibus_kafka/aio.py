@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListen
 from aiokafka.errors import IllegalStateError, NoOffsetForPartitionError
 
 from unibus_kafka import config
-from unibus_kafka.engine import Consumer, Listener, Producer, Record
+from unibus_kafka.engine import Consumer, Listener, Producer
 from unibus_kafka.link import by_name, put_away
 
 _POLL = 500  # milliseconds; what arrives ends it
@@ -111,9 +111,9 @@ class AioConsumer:
             if tp in paused:
                 self._consumer.pause(tp)
 
-    async def getmany(self) -> Mapping[TopicPartition, Sequence[Record]]:
+    async def getmany(self) -> Mapping[TopicPartition, Sequence[Any]]:
         try:
-            found: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(
+            found: Mapping[TopicPartition, Sequence[Any]] = await self._consumer.getmany(
                 timeout_ms=_POLL, max_records=_MANY
             )
         except NoOffsetForPartitionError:  # the listener is about to say where to begin

@@ -60,7 +60,8 @@ def options(declared: Declared, given: Settings) -> TopicOptions:
 
 def tls(url: Url, given: Settings) -> ssl.SSLContext | None:
     """The TLS context of kafkas, or None. Reads files: not for the event loop. Raises ConfigError."""
-    return client_context("kafka", "kafkas", url.scheme, given)
+    _, plus, engine = url.scheme.partition("+")
+    return client_context("kafka", "kafkas" + plus + engine, url.scheme, given)
 
 
 class Options(dict[str, Any]):

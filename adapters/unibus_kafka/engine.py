@@ -12,19 +12,8 @@ from typing import Any, Protocol
 
 from aiokafka import TopicPartition
 
+from unibus.errors import ConfigError
 from unibus_kafka import config
-
-
-class Record(Protocol):
-    """What was received, by the names of aiokafka's ConsumerRecord. `timestamp`: milliseconds, below 0 for none."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes | None]]
 
 
 class Batch(Protocol):
@@ -83,8 +72,11 @@ class Consumer(Protocol):
         """Read these from there; `assign`: without a group, these and no others. Nothing read before is returned any more."""
         ...
 
-    async def getmany(self) -> Mapping[TopicPartition, Sequence[Record]]:
-        """What there is, after half a second at the latest. Raises OffsetOutOfRangeError with the partitions that begin anew."""
+    async def getmany(self) -> Mapping[TopicPartition, Sequence[Any]]:
+        """What there is, after half a second at the latest: with the attributes of aiokafka's ConsumerRecord.
+
+        Raises OffsetOutOfRangeError with the partitions that have to begin anew.
+        """
         ...
 
     def pause(self, tp: TopicPartition, *, on: bool) -> None:
@@ -107,3 +99,19 @@ class Consumer(Protocol):
 class Engine(Protocol):
     def producer(self, options: dict[str, Any], given: config.Settings) -> Producer: ...
     def consumer(self, options: dict[str, Any], given: config.Settings, group: str | None) -> Consumer: ...
+
+
+def engine_of(scheme: str) -> Engine:
+    """By what stands behind the + of an URL's scheme. Raises ConfigError where its client library is not installed."""
+    if "+" not in scheme:
+        from unibus_kafka.aio import AioEngine
+
+        return AioEngine()
+    try:
+        from unibus_kafka.confluent import ConfluentEngine
+    except ImportError as exc:
+        text = (
+            f"{scheme}:// needs the module {exc.name!r}, which is not installed; pip install 'unibus[kafka-confluent]'"
+        )
+        raise ConfigError(text) from exc
+    return ConfluentEngine()

@@ -58,6 +58,8 @@ class Link:
         self.producer = producer
         self._client: Any = producer.client
         self._next = 0
+        self._seen: Any = None
+        self._spread: dict[str, tuple[list[TopicPartition], list[TopicPartition]]] = {}  # all, and those with a leader
 
     @classmethod
     async def open(cls, options: dict[str, Any], given: config.Settings, engine: Engine) -> Link:
@@ -109,6 +111,8 @@ class Link:
         there = await self.patiently(lambda: self._known(names), "look for topics")
         if there - client._topics:  # whatever else was asked for is not looked up ever after
             await client.set_topics(client._topics | there)
+        if any(client.cluster.partitions_for_topic(name) for name in names - there):  # deleted since it last looked
+            await client.force_metadata_update()
 
         async def learnt() -> None:
             if unknown := {name for name in there if not client.cluster.partitions_for_topic(name)}:
@@ -166,16 +170,25 @@ class Link:
         """Ascending; empty where the topic is not known."""
         return [TopicPartition(topic, n) for n in sorted(self._client.cluster.partitions_for_topic(topic) or ())]
 
-    def partition(self, topic: str, key: bytes | None) -> TopicPartition | None:
-        """The one of this key, as every Kafka client has it; without a key one after the other."""
-        known = self._client.cluster.partitions_for_topic(topic)
+    def partition(self, topic: str, key: bytes | None, number: int | None = None) -> TopicPartition | None:
+        """The one of this number, or of this key as every Kafka client has it; else one after the other. None: it is not there."""
+        cluster = self._client.cluster
+        if self._seen is not cluster._partitions:  # a new one with each answer about the cluster
+            self._seen = cluster._partitions
+            self._spread.clear()
+        if (spread := self._spread.get(topic)) is None:
+            known = self.partitions(topic)
+            led = cluster.available_partitions_for_topic(topic) or ()
+            spread = self._spread[topic] = known, [tp for tp in known if tp.partition in led] or known
+        known, led = spread
+        if number is not None:
+            return known[number] if number < len(known) else None
         if not known:
             return None
         if key is not None:
-            return TopicPartition(topic, (hash_of(key) & 0x7FFFFFFF) % len(known))
+            return known[(hash_of(key) & 0x7FFFFFFF) % len(known)]
         self._next += 1
-        available = self._client.cluster.available_partitions_for_topic(topic) or known
-        return TopicPartition(topic, sorted(available)[self._next % len(available)])
+        return led[self._next % len(led)]
 
     async def create(self, topics: Mapping[str, config.TopicOptions]) -> None:
         """Make what is not there; returns once each has a leader."""

@@ -192,15 +192,20 @@ class KafkaSubscription(NoMove, NoLease):
                 for tp, records in found.items():
                     if records and (part := self._parts.get(tp)) is not None:
                         self._arrived(part, records)
-                topic = self._place.topic
-                forgotten = self._joined.is_set() and consumer.forgets(topic)
-                # Its client also forgets a topic that has no leader for a moment: another one has to agree.
-                if forgotten and await self._kit.link.missing([topic], fresh=True):
-                    raise NotFound(f"{self.address}: its topic {topic!r} was deleted")
+                if self._joined.is_set() and consumer.forgets(self._place.topic) and await self._is_deleted():
+                    raise NotFound(f"{self.address}: its topic {self._place.topic!r} was deleted")
                 if self._group is None:
                     await self._look_for_new()
         except Exception as exc:
             self._end(errors.translate(exc, f"receive from {self._place.topic!r}"))
+
+    async def _is_deleted(self) -> bool:
+        """The consumer also forgets a topic that has no leader for a moment: another one has to agree."""
+        try:
+            return bool(await self._kit.link.missing([self._place.topic], fresh=True))
+        except TransportError as error:  # nobody answers: that is no sign of it, and would end what goes on by itself
+            log.debug("%s: no look at its topic: %s", self.address, error)
+            return False
 
     async def _look_aside(self) -> None:
         """Read lanes and rungs only while there is something on them.

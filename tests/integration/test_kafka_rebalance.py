@@ -38,15 +38,19 @@ def more_than(seen: Counter[bytes], number: int) -> bool:
     return seen.total() > number
 
 
-def make(prefix: str, more: str = "") -> Bus:
-    # So many heartbeats that a rebalance is heard of at once; and no commit but those that a test waits for.
-    url = f"{supply.running(['kafka'])[0].url}?heartbeat=0.1&{more or 'commit_interval=100'}"
-    return Bus(url, service="svc", prefix=prefix, channels=[QUEUE], config=False, environ={})
+Make = Callable[..., Bus]
 
 
-@pytest.fixture
-def prefix() -> str:
-    return f"it-{secrets.token_hex(4)}."
+@pytest.fixture(params=["kafka", "kafka+confluent"])
+def make(request: pytest.FixtureRequest) -> Make:
+    server, prefix = supply.running(["kafka"])[0].url.partition("://")[2], f"it-{secrets.token_hex(4)}."
+
+    def made(more: str = "commit_interval=100") -> Bus:
+        # So many heartbeats that a rebalance is heard of at once; and no commit but those that a test waits for.
+        url = f"{request.param}://{server}?heartbeat=0.1&{more}"
+        return Bus(url, service="svc", prefix=prefix, channels=[QUEUE], config=False, environ={})
+
+    return made
 
 
 class Door:
@@ -123,10 +127,10 @@ async def all_of(*members: Any) -> list[bytes]:
     return found
 
 
-async def test_what_is_taken_while_its_partition_goes_is_not_handed_out(prefix: str) -> None:
+async def test_what_is_taken_while_its_partition_goes_is_not_handed_out(make: Make) -> None:
     """The first of a partition are committed before they are handed out, and the core has not heard of them until then."""
     losing = Losing()
-    async with make(prefix) as one, make(prefix) as two, member(one, losing) as first:
+    async with make() as one, make() as two, member(one, losing) as first:
         door = Door(first)
         door.open.clear()
         await one.send_many(QUEUE, [b"0", b"1", b"2"])
@@ -142,9 +146,9 @@ async def test_what_is_taken_while_its_partition_goes_is_not_handed_out(prefix: 
             assert Counter(found) == Counter({b"0": 1, b"1": 1, b"2": 1, b"last": 1})
 
 
-async def test_what_ends_too_late_for_the_last_commit_is_not_called_settled(prefix: str) -> None:
+async def test_what_ends_too_late_for_the_last_commit_is_not_called_settled(make: Make) -> None:
     losing = Losing()
-    async with make(prefix) as one, make(prefix) as two, member(one, losing) as first:
+    async with make() as one, make() as two, member(one, losing) as first:
         await one.send_many(QUEUE, [b"0", b"1"])
         in_time, late = await take(first, 2)
         door = Door(first)
@@ -161,8 +165,8 @@ async def test_what_ends_too_late_for_the_last_commit_is_not_called_settled(pref
             assert await all_of(first, await joining) == [b"1", b"last"]
 
 
-async def test_a_last_commit_without_an_answer_is_tried_again(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with make(prefix, "commit_interval=0.1") as one, make(prefix) as two, member(one) as first:
+async def test_a_last_commit_without_an_answer_is_tried_again(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    async with make("commit_interval=0.1") as one, make() as two, member(one) as first:
         await one.send_many(QUEUE, [b"0", b"1"])
         held = await take(first, 2)
         door = Door(first)
@@ -175,11 +179,11 @@ async def test_a_last_commit_without_an_answer_is_tried_again(prefix: str, caplo
     assert "are handled again" not in caplog.text
 
 
-async def test_what_could_not_be_committed_is_told(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_could_not_be_committed_is_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     losing = Losing()
     losing.over.set()
     more = "rebalance_grace=0&commit_interval=100"
-    async with make(prefix, more) as one, make(prefix) as two, member(one, losing) as first:
+    async with make(more) as one, make() as two, member(one, losing) as first:
         await one.send_many(QUEUE, [b"0", b"1", b"2"])
         held = await take(first, 3)
         door = Door(first)
@@ -195,7 +199,7 @@ async def test_what_could_not_be_committed_is_told(prefix: str, caplog: pytest.L
 
 
 @pytest.mark.timeout(180)
-async def test_members_that_come_and_go_repeat_nothing(prefix: str) -> None:
+async def test_members_that_come_and_go_repeat_nothing(make: Make) -> None:
     """Messages are handled all the time, and some fail once, so that lanes and their first commits take part."""
     more = "partitions=3"
     seen: Counter[bytes] = Counter()
@@ -203,7 +207,7 @@ async def test_members_that_come_and_go_repeat_nothing(prefix: str) -> None:
     done = asyncio.Event()
 
     def working() -> Bus:
-        bus = make(prefix, more)
+        bus = make(more)
 
         @bus.consumer(QUEUE)
         async def handle(body: bytes) -> None:
@@ -216,7 +220,7 @@ async def test_members_that_come_and_go_repeat_nothing(prefix: str) -> None:
         return bus
 
     sent = 0
-    async with working().running(), make(prefix, more) as sender:
+    async with working().running(), make(more) as sender:
 
         async def send() -> None:
             nonlocal sent

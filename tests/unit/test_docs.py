@@ -64,7 +64,7 @@ def test_the_example_of_the_readme_runs_and_stops(tmp_path: Path) -> None:
 def test_the_broker_table_says_which_urls_work() -> None:
     ours = distribution("unibus").entry_points.select(group=registry.GROUP)
     rows = [line for line in read("README.md").splitlines() if line.startswith("|") and "://" in line]
-    working = {scheme for row in rows for scheme in re.findall(r"`(\w+)://`", row)}
+    working = {scheme for row in rows for scheme in re.findall(r"`([\w+]+)://`", row)}
     assert working == {entry.name for entry in ours}
 
 
