@@ -596,6 +596,13 @@ def again_by_one_that_stood_still(story: Story) -> None:
     story.note("lost", process="d")
 
 
+def again_by_one_that_stood_still_and_could_not_settle(story: Story) -> None:
+    settled_by_another(story)
+    stalled(story)
+    story.handle("a", process="d")
+    story.settled("a", process="d", failed="a")
+
+
 def overtaken_by_who_got_the_key(story: Story) -> None:
     story.send("a", key="k")
     story.send("b", key="k")
@@ -646,6 +653,7 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
         copies_of_an_unsure_retry,
         copies_by_one_that_was_killed,
         again_by_one_that_stood_still,
+        again_by_one_that_stood_still_and_could_not_settle,
         overtaken_by_who_got_the_key,
         unconfirmed_ones_in_any_order,
         senders_know_nothing_of_each_other,

@@ -10,7 +10,7 @@ that had it in hand:
 - `copies`: it was sent again after a send of which nobody knows the outcome; or a copy for its retry was confirmed and the
   original not settled; or who should have sent that copy was killed.
 - `stalled`: its process stood still while another one got it and settled it, went on with what it had in hand, and found its link or
-  the delivery gone right after.
+  the delivery gone right after, or could not settle it.
 - `ack`: settled, where the broker confirms no settlement, and the link broke before the broker is known to have seen it.
 
 Two times are needed where nothing better can be known. `NOTICE`: a broker may see a link broken, and hand a message to another
@@ -166,7 +166,9 @@ class Causes:
             begun <= end <= over and begun <= call.at <= over + NOTICE for begun, over in self.stalls[call.process]
         )
         lost = (self.taken.get((call.process, name), ()), self.breaks.get(call.process, ()))
-        return still and any(_any(times, call.at, call.at + NOTICE) for times in lost)
+        refused = [s for s in self.settled.get(name, ()) if s.process == call.process and s.end is None]
+        times = [*lost, [s.at for s in refused]]
+        return still and any(_any(each, call.at, call.at + NOTICE) for each in times)
 
     def in_doubt(self, settled: Settled, name: Name, by: int | None) -> bool:
         """Settled as far as its process knows; has the broker seen it? Only asked where it confirms no settlement."""
