@@ -316,7 +316,11 @@ class KafkaSubscription(NoMove, NoLease):
         buffer, now = self._buffer, self._kit.clock.monotonic()
         room = self.source.prefetch - len(self._handed)
         taken = [buffer.popleft() for _ in range(min(limit, room, len(buffer)))]
-        self._handed.update(taken)
+        if self.source.browse:  # nobody settles what is only looked at
+            for delivery in taken:
+                delivery.token.finish(delivery)
+        else:
+            self._handed.update(taken)
         if self.source.early:
             self._tell_waits(taken)
         if len(buffer) < self.source.prefetch:

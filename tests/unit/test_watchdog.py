@@ -9,6 +9,7 @@ from tests.unit.core_lab import ORDERS, SpySubscription, lab, later, make_bus, s
 
 from unibus import Bus, Delivery, RetryPolicy
 from unibus.adapter import Standing
+from unibus.capabilities import refused
 from unibus.errors import Timeout
 
 Receive = Callable[[SpySubscription, int, float], Any]
@@ -311,7 +312,7 @@ async def test_a_dead_letter_channel_that_is_slow_to_refuse_is_told_all_the_whil
         handled.append(body)
         raise ValueError
 
-    async with lab(bus, atomic_move=False) as it:
+    async with lab(bus, atomic_move=refused("a copy, then an ack")) as it:
         await bus.send_many(ORDERS, ["x"] * 50)
         spy_of(bus).gate.clear()
         await later(it, 25)

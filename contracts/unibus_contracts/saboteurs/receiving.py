@@ -372,6 +372,17 @@ class TakesWhatItLooksAt(Subscription):
         return found
 
 
+@saboteur("A look ends with as many messages as are taken at a time.", "dlq.browse_shows_many")
+class LooksAtOnePage(Subscription):
+    shown = 0
+
+    async def receive(self, limit: int, timeout: float) -> Deliveries:
+        source = self.inner.source
+        found = await self.inner.receive(min(limit, source.prefetch - self.shown) if source.browse else limit, timeout)
+        self.shown += len(found)
+        return found
+
+
 @saboteur(
     "Attempts are said to be exact, and what failed in another process is not counted.",
     "retry.count_outlives_its_process",

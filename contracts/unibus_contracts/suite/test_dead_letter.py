@@ -143,6 +143,24 @@ async def test_browse(kit: Kit) -> None:
         await until(lambda: bus.counts.get("handled") == 7, "7 handled")
 
 
+@contract(
+    "dlq.browse_shows_many",
+    "A look at dead letters shows all of them, however many are taken at a time.",
+    needs="browse",
+)
+async def test_browse_many(kit: Kit) -> None:
+    queue = kit.queue()
+    bus, many = kit.bus(), 2 * deadletter.PAGE + 10
+
+    @bus.consumer(queue, prefetch=50)
+    async def handle(body: bytes) -> None:
+        raise DeadLetter("at once")
+
+    async with bus.running():
+        await bus.send_many(queue, [b"%d" % n for n in range(many)])
+        assert sorted(bodies(await letters(bus, queue, many))) == sorted(b"%d" % n for n in range(many))
+
+
 @contract("dlq.redrive_returns_original", "Redrive sends dead letters back as they were, their attempts at 1.")
 async def test_redrive(kit: Kit) -> None:
     queue = kit.queue()
