@@ -16,8 +16,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Ours, without what would configure a bus."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("UNIBUS_")} | dict(more or {})
+    """Ours, without what would configure a bus, and with leave to keep compiled code, as an installed package has it."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("UNIBUS_")}
+    ours.pop("PYTHONDONTWRITEBYTECODE", None)
+    return ours | dict(more or {})
 
 
 async def ask(module: str, question: Mapping[str, Any], longest: float, *arguments: str) -> Any:
