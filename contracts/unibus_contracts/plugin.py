@@ -212,6 +212,11 @@ def _said(report: pytest.TestReport) -> str:
     return str(crash.message if crash is not None else report.longreprtext)[:MOST_SAID]
 
 
+def _line(entry: Any) -> int | None:
+    line: int | None = entry._rawentry.tb_lineno  # what typeshed takes for an int
+    return line
+
+
 class _Recorder:
     """Hears every report, of this process or of xdist's workers, and writes the file at the end."""
 
@@ -221,6 +226,7 @@ class _Recorder:
         self._finished = False
         self._gone: str | None = None  # why the broker can't be reached any more
         self._broken_off: str | None = None  # why the run ends before its time
+        self._interrupted = False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -267,6 +273,12 @@ class _Recorder:
             with Path(steps).open("a", encoding="utf-8") as file:
                 file.write(json.dumps([id, outcome]) + "\n")
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        self._interrupted = True
+        # Python 3.11 has no line for a function that was just being entered. pytest stumbles over that, and ends as if all were done.
+        excinfo.traceback = excinfo.traceback.filter(lambda entry: _line(entry) is not None)
+
     def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
         if report.when == "call" and report.passed and "unibus_refused" in dict(report.user_properties):
             return "refused as declared", "r", "REFUSED AS DECLARED"
@@ -304,7 +316,8 @@ class _Recorder:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        self._finished = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not session.shouldstop
+        through = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        self._finished = through and not (session.shouldstop or self._interrupted)
         path = self._config.getoption("--unibus-report")
         report = self._report()
         wrong = report is not None and (report["unexercised"] or report["differs"])

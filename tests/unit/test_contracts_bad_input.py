@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import pytest
 
 from unibus import registry
+from unibus_contracts.plugin import _Recorder
 
 pytest_plugins = ["pytester"]
 
@@ -109,3 +112,20 @@ def installed(pytester: pytest.Pytester) -> None:
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 0\n")
     lines = "".join(f"{scheme} = {place}\n" for scheme, place in SCHEMES.items())
     (folder / "entry_points.txt").write_text(ENTRY_POINTS.format(lines))
+
+
+def test_an_interrupt_where_python_knows_no_line() -> None:
+    """As in 3.11 where a function with free variables is just being entered: pytest can't print that."""
+    free = 1
+
+    def entered() -> tuple[FrameType, int]:
+        return sys._getframe(), free
+
+    interrupt = KeyboardInterrupt()
+    nowhere = TracebackType(None, entered()[0], 0, -1)
+    here = TracebackType(nowhere, sys._getframe(), sys._getframe().f_lasti, sys._getframe().f_lineno)
+    excinfo = pytest.ExceptionInfo.from_exc_info((KeyboardInterrupt, interrupt, here))
+    recorder = _Recorder.__new__(_Recorder)
+    recorder.pytest_keyboard_interrupt(excinfo)
+    assert recorder._interrupted
+    assert excinfo.getrepr()
