@@ -128,4 +128,4 @@ def test_an_interrupt_where_python_knows_no_line() -> None:
     recorder = _Recorder.__new__(_Recorder)
     recorder.pytest_keyboard_interrupt(excinfo)
     assert recorder._interrupted
-    assert excinfo.getrepr()
+    assert "KeyboardInterrupt" in str(excinfo.getrepr())
