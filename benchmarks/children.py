@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,18 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 async def ask(module: str, question: Mapping[str, Any], longest: float, *arguments: str) -> Any:
     """What the module answers, both as JSON: the question on stdin, since there may be a password in it. Raises Miscount."""
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        async with asyncio.timeout(longest):
+            return json.loads(await output(module, command, json.dumps(question).encode()))
+    except TimeoutError as late:
+        raise Miscount(f"{module} has no answer after {longest:.0f} s") from late
+
+
+async def output(name: str, command: Sequence[str], given: bytes = b"") -> str:
+    """What a program writes to stdout. It is killed when we are cancelled. Raises Miscount where it fails."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, *arguments),
+        *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -33,14 +43,11 @@ async def ask(module: str, question: Mapping[str, Any], longest: float, *argumen
         env=environment(),
     )
     try:
-        async with asyncio.timeout(longest):
-            out, error = await process.communicate(json.dumps(question).encode())
-    except TimeoutError as late:
-        raise Miscount(f"{module} has no answer after {longest:.0f} s") from late
+        out, error = await process.communicate(given)
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
     if process.returncode:
-        raise Miscount(f"{module} ended with {process.returncode}: {error.decode()[-1000:]}")
-    return json.loads(out)
+        raise Miscount(f"{name} ended with {process.returncode}: {error.decode()[-1000:]}")
+    return out.decode()

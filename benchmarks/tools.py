@@ -5,7 +5,6 @@ RabbitMQ has none in Debian; `rabbitmq_socket` stands in for it.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks import children
 from benchmarks.cases import TOOL
 from benchmarks.flows import Contestant, Flow, Raw
 from benchmarks.load import Miscount
@@ -66,7 +66,7 @@ class KafkaTools(_Tool):
     async def _run(self, tool: str, *arguments: str) -> str:
         servers = ",".join(self._options["bootstrap_servers"])
         name = f"org.apache.kafka.tools.{tool}"
-        return await _output([*self._java, name, "--bootstrap-server", servers, *arguments])
+        return await children.output(TOOL, [*self._java, name, "--bootstrap-server", servers, *arguments])
 
     @contextmanager
     def _config(self, *lines: str) -> Iterator[str]:
@@ -102,7 +102,8 @@ class RedisBenchmark(_Tool):
 
     async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
         own = '{"x-message-id":"0123456789abcdef-0000","x-content-type":"application/octet-stream"}'
-        found = await _output(
+        found = await children.output(
+            TOOL,
             [
                 *("redis-benchmark", "-u", self._url, "-c", "1", "-P", str(_PIPELINED), "-n", str(messages), "--csv"),
                 *("XADD", queue, "*", "body", flow.body.decode(), "headers", own),
@@ -123,21 +124,6 @@ def of(kind: str, url: str) -> list[Contestant]:
     if kind == "redis" and url.startswith("redis:") and urlsplit(url).hostname in _LOCAL:
         return [RedisBenchmark(url)] if shutil.which("redis-benchmark") else []
     return []
-
-
-async def _output(command: list[str]) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        out, error = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise Miscount(f"{TOOL} ended with {process.returncode}: {error.decode()[-500:]}")
-    return out.decode()
 
 
 def _found(pattern: str, text: str) -> str:

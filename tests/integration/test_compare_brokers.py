@@ -42,17 +42,21 @@ def cells(document: Mapping[str, Any], row: str) -> list[dict[str, Any]]:
     return list(found)
 
 
-def test_two_brokers(urls: tuple[str, str], tmp_path: Path) -> None:
-    data, html = tmp_path / "data.json", tmp_path / "page.html"
-    done = subprocess.run(
-        [UNIBUS, "compare", *urls, "--quick", "--only", "crash,limits,order", "--json", str(data), "--html", str(html)],
-        cwd=tmp_path,
+def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [UNIBUS, "compare", *arguments, "--quick"],
+        cwd=folder,
         env=environ(),
         capture_output=True,
         text=True,
         timeout=280 * FACTOR,
         check=False,
     )
+
+
+def test_two_brokers(urls: tuple[str, str], tmp_path: Path) -> None:
+    data, html = tmp_path / "data.json", tmp_path / "page.html"
+    done = compare(tmp_path, *urls, "--only", "crash,limits,order", "--json", str(data), "--html", str(html))
     assert done.returncode == 0, done.stderr
     document = json.loads(data.read_text(encoding="utf-8"))
     assert document["finished"] is True
@@ -104,15 +108,7 @@ def test_ctrl_c_keeps_what_there_is(urls: tuple[str, str], tmp_path: Path) -> No
 
 def test_the_contracts_are_rows(tmp_path: Path) -> None:
     data = tmp_path / "data.json"
-    done = subprocess.run(
-        [UNIBUS, "compare", "memory://", "--quick", "--only", "contracts", "--json", str(data)],
-        cwd=tmp_path,
-        env=environ(),
-        capture_output=True,
-        text=True,
-        timeout=280 * FACTOR,
-        check=False,
-    )
+    done = compare(tmp_path, "memory://", "--only", "contracts", "--json", str(data))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(data.read_text(encoding="utf-8"))["rows"]
     assert [row["id"].removeprefix("contracts.") for row in rows] == list(QUICK)
