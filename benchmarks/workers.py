@@ -23,13 +23,15 @@ from unibus import Bus, Queue
 
 COUNTS = (1, 2, 4)
 _PARTITIONS = {"UNIBUS_KAFKA__PARTITIONS": str(max(COUNTS))}  # or the workers beyond the first would have nothing to do
+_MESSAGES = 4_000
+_OF_A_GROUP = 30_000  # it takes seconds until all have joined, and the first ones are at work meanwhile
 _LONGEST = 120.0
 _ROUNDS = 3
 
 
 async def measure(kind: str, broker: str, url: str, stage: Stage, plan: Plan) -> list[Case]:
     case = Case(f"{broker}: unibus run --workers", _name(1))
-    messages = min(plan.messages, 4_000)
+    messages = min(plan.messages, _OF_A_GROUP if kind == "kafka" else _MESSAGES)
     for number in range(min(_ROUNDS, plan.rounds)):
         for count in rotated(COUNTS, number):
             case.add(_name(count), {"messages/s": await _once(kind, url, stage, count, messages)})

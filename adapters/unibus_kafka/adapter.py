@@ -156,7 +156,7 @@ class KafkaAdapter:
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         link, now = self._linked(), self._clock.time()
         results: list[TransportError | None] = [None] * len(batch)
-        routes = [self._route(outgoing, now) for outgoing in batch]
+        routes = self._routes(batch, now)
         gone = await link.missing({topic for topic, _, _ in routes})
         batches: dict[TopicPartition, list[Batch]] = defaultdict(list)
         for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
@@ -171,7 +171,11 @@ class KafkaAdapter:
                 if not of_partition or not of_partition[-1].append(i, key, value, headers, at):
                     of_partition.append(new := link.producer.batch(tp))
                     new.append(i, key, value, headers, at)
-        await asyncio.gather(*(self._deliver(link, tp, made, timeout, results) for tp, made in batches.items()))
+        delivered = [self._deliver(link, tp, made, timeout, results) for tp, made in batches.items()]
+        if len(delivered) == 1:  # without the turns of the loop that a task more takes
+            await delivered[0]
+        else:
+            await asyncio.gather(*delivered)
         for topic in {topic for topic, _, later in routes if later} | {
             r[0] for r, o in zip(routes, batch, strict=True) if type(o.to) is Group
         }:
@@ -181,6 +185,17 @@ class KafkaAdapter:
             if isinstance(outgoing.to, Topic) and results[i] is None and not await self._has_group(link, outgoing.to):
                 results[i] = nobody(outgoing.to)
         return results
+
+    def _routes(self, batch: Sequence[Outgoing], now: float) -> list[tuple[str, int | None, bool]]:
+        """`_route` of each. Most of a batch go to one place, which is looked up once."""
+        to: Address | None = None  # of the one before, where it goes at once
+        routes = []
+        for outgoing in batch:
+            if outgoing.to is not to or outgoing.not_before is not None:
+                route = self._route(outgoing, now)
+                to = outgoing.to if outgoing.not_before is None else None
+            routes.append(route)
+        return routes
 
     def _route(self, outgoing: Outgoing, now: float) -> tuple[str, int | None, bool]:
         """Topic; partition, where it is given; whether the message waits there."""

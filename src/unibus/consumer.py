@@ -27,6 +27,9 @@ log = logging.getLogger("unibus")
 
 SLOW = 60.0  # seconds that every handler has run, until the health tells that nothing else is begun
 LAST_WORD = 1.0  # seconds that a cancelled handler has to end
+TURN = (
+    64  # messages that a slot takes in a row; a handler that never waits would keep all else of the loop from going on
+)
 
 Batch = list[Delivery[Any]]
 
@@ -112,6 +115,7 @@ class Consumer:
         monotonic = self._clock.monotonic
         handling.set(None)
         clean = copy_context()
+        left = TURN
         while True:
             try:
                 delivery = intake.take()
@@ -146,6 +150,10 @@ class Consumer:
                 break
             if copy_context() != clean:  # what the handler set there must not reach the next message
                 break
+            left -= 1
+            if not left:
+                left = TURN
+                await asyncio.sleep(0)  # what is handled is settled, and more received, while the rest is handled
         self._close_slot(slot)
 
     def _rest(self, slot: _Slot) -> bool:

@@ -357,6 +357,26 @@ async def test_a_thread_that_never_ends_does_not_keep_the_bus_open() -> None:
     go.set()
 
 
+async def test_a_handler_that_never_waits_lets_others_take_their_turn() -> None:
+    bus = make_bus()
+    handled = 0
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=1000)
+    async def handle(body: str) -> None:
+        nonlocal handled
+        handled += 1
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["x"] * 1000)
+        seen = set()
+        while handled < 1000:
+            await asyncio.sleep(0)
+            seen.add(handled)
+        await it.idle()
+        assert len(seen) > 10  # not all of them in one turn of the loop
+        assert len(spy_of(bus).settled) > 5  # what is handled is settled meanwhile
+
+
 # Batches
 
 
