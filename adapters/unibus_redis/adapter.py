@@ -172,17 +172,17 @@ class RedisAdapter:
         known: dict[tuple[Address, int], int] = {}
         packed = []
         now = self.clock.time()
-        last: Address | None = None
-        place: Place | None = None
+        last: tuple[Address, int | None] | None = None  # most of a batch go to one place, which is looked up once
+        at = 0
         for outgoing in batch:
-            if place is None or outgoing.to is not last:
-                last, place = outgoing.to, self._place(outgoing.to)
-            level = min(outgoing.message.priority or 0, len(place.streams) - 1)
-            at = known.get((last, level))
-            if at is None:
-                at = known[last, level] = len(keys) + 1
-                keys += (place.streams[level], *place.delayed)
-                kinds += place.kind
+            if last is None or outgoing.to is not last[0] or outgoing.message.priority != last[1]:
+                last = outgoing.to, outgoing.message.priority
+                place = self._place(outgoing.to)
+                level = min(outgoing.message.priority or 0, len(place.streams) - 1)
+                at = known.setdefault((outgoing.to, level), len(keys) + 1)
+                if at > len(keys):
+                    keys += (place.streams[level], *place.delayed)
+                    kinds += place.kind
             fields = wire.encode(outgoing, now)
             if self._once and outgoing.origin is None:  # a copy is meant to be there twice: its original, and itself
                 if outgoing.mark is None:

@@ -370,7 +370,8 @@ async def test_a_worker_notices_that_its_loop_stood_still(tmp_path: Path, monkey
 
 def test_pulses_are_never_behind_others() -> None:
     assert service.place_of("pulse.1-7") is service.pulse
-    assert service.pulse not in {service.place_of(f"producer.1-{count}") for count in range(8)}
+    assert service.place_of("asker.1-7") is service.asks
+    assert {service.pulse, service.asks}.isdisjoint(service.place_of(f"producer.1-{count}") for count in range(8))
 
 
 def test_minutes_repeat_the_faults_until_they_are_over(tmp_path: Path) -> None:

@@ -679,13 +679,18 @@ def test_what_is_counted() -> None:
     story.send("e")
     story.handle("e", "fail")
     story.look("e", "dead")
+    story.step("request", "ok", "r1", value="f", place="q", detail="f")
+    story.handle("f")
+    story.step("request", "unknown", "r1", value="g", place="q")
     assert story.end(CALM).counts == {
-        "sent": 5,
-        "confirmed": 2,
+        "sent": 7,
+        "confirmed": 3,
         "failed": 1,
-        "unknown": 2,
+        "unknown": 3,
         "recovered": 1,
-        "handled": 2,
+        "requests": 2,
+        "answered": 1,
+        "handled": 3,
         "lost": 0,
         "duplicates": 1,
         "by_link": 1,

@@ -29,7 +29,7 @@ _WARM = 60.0  # seconds until the first message must have been handled
 _CONSUMERS = 2
 _AT_ONCE = 500  # lines of the history that are read without looking up
 _BACKLOG = 5000  # messages that may wait when the next fault comes: what is struck is work, not a heap
-_PULSE = 5  # messages a second beside the others, on a queue of their own: so few that they never wait for each other
+_PULSE = 5  # messages a second beside the others, on a queue of their own: so few that they never wait for each other; and requests
 
 
 @dataclass
@@ -167,7 +167,8 @@ class Progress:
             self._sent_since.add(value)
         elif said["kind"] == "ok":
             self._handled_since.setdefault(value, said["at"])
-            self.again.setdefault((begun["place"], begun.get("group", "")), said["at"])
+            if begun["place"] != service.asks.name:  # whose sender may still wait for an answer that was lost
+                self.again.setdefault((begun["place"], begun.get("group", "")), said["at"])
         if self.flowing is None and value in self._sent_since and value in self._handled_since:
             self._new.append(self._handled_since[value])
 
@@ -222,18 +223,19 @@ class Run:
                 stage = Stage(broker, proxy, consumers, random.Random(self.plan.seed), self.plan.hold, cluster)  # noqa: S311  # repeatable
                 producer = Worker("produce", self.folder, "producer", self.prefix, url)
                 pulse = Worker("produce", self.folder, service.PULSE, self.prefix, url)
-                workers = [*consumers, producer, pulse]
+                asker = Worker("produce", self.folder, service.ASKER, self.prefix, url)
+                workers = [*consumers, producer, pulse, asker]
                 try:
                     for worker in workers:
                         await worker.start()
-                    beating = asyncio.create_task(self._beat(pulse))
+                    beating = asyncio.gather(self._beat(pulse), self._beat(asker))
                     try:
                         await self._work(stage, producer, recorder)
                         self._over = True
                         await beating
                     finally:
                         beating.cancel()
-                    await self._end(stage, [producer, pulse], recorder)
+                    await self._end(stage, [producer, pulse, asker], recorder)
                 finally:
                     proxy.heal()
                     for worker in workers:
@@ -318,10 +320,10 @@ class Run:
             await progress.read()
         return round((progress.flowing - healed) / 1e9, 2)
 
-    async def _beat(self, pulse: Worker) -> None:
+    async def _beat(self, sender: Worker) -> None:
         """Messages all the time, a few: whenever work can go on there is something to be seen by."""
         while not self._over:
-            await pulse.send(_PULSE, 1.0)
+            await sender.send(_PULSE, 1.0)
 
     async def _flows(self, progress: Progress, within: float) -> float:
         """Seconds until something more has been handled. TimeoutError: nothing was."""

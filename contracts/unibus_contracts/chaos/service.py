@@ -1,5 +1,5 @@
-"""The work that is done meanwhile: two queues, a topic with two subscriptions, and a queue that is received by hand; and a
-queue with few messages, never behind others, by which is seen when work goes on after a fault.
+"""The work that is done meanwhile: two queues, a topic with two subscriptions, and a queue that is received by hand; a queue
+with few messages, never behind others, by which is seen when work goes on after a fault; and a few requests that are answered.
 
 What becomes of a message follows from its number alone, so that every process knows it without asking.
 """
@@ -33,10 +33,13 @@ lined = Queue("lined", Item, ordered=True)
 told = Topic("told", Item)
 manual = Queue("manual", Item)
 pulse = Queue("pulse", Item)
+asks = Queue("asks", Item, reply=Item)
 GROUPS = ("audit", "billing")
 PLACES = (work, lined, told, manual)
-CHANNELS = (*PLACES, pulse)
+CHANNELS = (*PLACES, pulse, asks)
 PULSE = "pulse"  # the producer of that queue
+ASKER = "asker"  # the requester
+ANSWER = 10.0  # seconds it waits for an answer
 
 POLICY = RetryPolicy(max_retries=3, backoff=0.2, multiplier=2)
 
@@ -50,13 +53,15 @@ def number(value: str) -> int:
 
 
 def place_of(value: str) -> Queue[Item] | Topic[Item]:
+    if value.startswith(ASKER):
+        return asks
     return pulse if value.startswith(PULSE) else PLACES[number(value) % len(PLACES)]
 
 
 def value_of(body: bytes) -> str:
-    """The value of an encoded Item, without decoding all of it."""
-    begin = body.index(b'"value":"') + 9
-    return body[begin : body.index(b'"', begin)].decode()
+    """The value of an encoded Item, without decoding all of it; empty for anything else."""
+    begin = body.find(b'"value":"') + 9
+    return body[begin : body.index(b'"', begin)].decode() if begin >= 9 else ""
 
 
 def fails(value: str, attempt: int) -> bool:
@@ -94,6 +99,11 @@ class Handling:
         @bus.consumer(pulse, retry=POLICY)
         async def on_pulse(item: Item, delivery: Delivery[Item]) -> None:
             await self.one(item, delivery.attempt, "pulse")
+
+        @bus.responder(asks)
+        async def on_asks(item: Item, delivery: Delivery[Item]) -> Item:
+            with self.recorder.during("handle", value=item.value, place="asks", key=item.key, attempt=delivery.attempt):
+                return item
 
         @bus.subscriber(told, group="audit", retry=POLICY)
         async def on_audit(item: Item, delivery: Delivery[Item]) -> None:

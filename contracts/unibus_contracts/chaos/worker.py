@@ -51,7 +51,8 @@ async def produce(bus: Bus, recorder: Recorder) -> None:
                 batch = range(count + 1, count + 1 + min(size, total - index))
                 count += len(batch)
                 # One batch in ten goes message by message, since that is how most services send.
-                send = _one_by_one if (index // size) % 10 == 0 else _together
+                one_by_one = (index // size) % 10 == 0 or recorder.process.startswith(service.ASKER)
+                send = _one_by_one if one_by_one else _together
                 task = group.create_task(send(bus, recorder, batch))
                 task.add_done_callback(lambda _: slots.release())
                 tasks.append(task)
@@ -74,6 +75,11 @@ async def _one_by_one(bus: Bus, recorder: Recorder, batch: Iterable[int]) -> Non
 async def _send(bus: Bus, recorder: Recorder, place: Place, item: service.Item) -> None:
     key = item.key
     try:
+        if place is service.asks:
+            with recorder.during("request", value=item.value, place=place.name, key=key, seq=item.seq) as asked:
+                answer = await bus.request(service.asks, item, timeout=service.ANSWER)
+                asked.detail = answer.value
+            return
         with recorder.during("send", value=item.value, place=place.name, key=key, seq=item.seq):
             await (bus.publish(place, item, key=key) if isinstance(place, Topic) else bus.send(place, item, key=key))
     except Exception as error:  # it is written down; the next one may go

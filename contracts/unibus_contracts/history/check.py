@@ -414,6 +414,8 @@ class _Run:
             "failed": kinds["fail"],
             "unknown": kinds["unknown"],
             "recovered": recovered,
+            "requests": len(self.requests),
+            "answered": sum(call.kind == "ok" for call in self.requests),
             "handled": sum(count > 0 for count in done),
             "lost": broken["lost"],
             "duplicates": sum(count - 1 for count in done if count > 1),

@@ -19,6 +19,7 @@ from unibus.memory_subscription import MemorySubscription
 
 SCHEME = "sabotaged"
 HOST = "in.memory"  # with a dot, like one that may be out of reach
+PASSWORD = "ca-na-ry"  # noqa: S105  # to be told by those that tell it
 HEALTHY = "nobody"
 
 

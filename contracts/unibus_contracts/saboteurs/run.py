@@ -19,7 +19,7 @@ from pathlib import Path
 
 from unibus_contracts.report import FAILED, NOT_RUN, PASSED, REFUSED
 
-from .base import HOST, SCHEME
+from .base import HOST, PASSWORD, SCHEME
 
 SECONDS = 300  # a process: far above what any needs, and a hang is an end
 SUITE = Path(__file__).parent.parent / "suite"
@@ -89,7 +89,10 @@ def trial(folder: Path, name: str, nodes: Sequence[str], *, part: int = 0, url: 
     arguments = ["-q", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider"]
     arguments += [word for plugin in PLUGINS for word in ("-p", plugin)]
     arguments += ["-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "--pyargs", *nodes]
-    arguments += [f"--unibus-url={url or f'{SCHEME}://{HOST}?saboteur={name}'}", f"--unibus-report={report}"]
+    arguments += [
+        f"--unibus-url={url or f'{SCHEME}://sam:{PASSWORD}@{HOST}?saboteur={name}'}",
+        f"--unibus-report={report}",
+    ]
     process = _FORKS.Process(target=_pytest, args=(folder, output, arguments))
     process.start()
     process.join(SECONDS)

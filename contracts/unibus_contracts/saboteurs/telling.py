@@ -14,7 +14,7 @@ from unibus.channel import Inbox, Queue
 from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, Unsupported
 
-from .base import Adapter, Subscription, saboteur
+from .base import SCHEME, Adapter, Subscription, saboteur
 
 log = logging.getLogger("unibus.sabotaged")
 
@@ -233,6 +233,12 @@ class TellsThePassword(Adapter):
             password = self.url.password.value if self.url.password else ""
             raise ConnectionLost(f"nobody listens at {self.url}, {self.url.username}:{password}")
         await super().connect()
+
+
+@saboteur("The password is in the repr of the adapter.", "sec.credentials_not_logged")
+class ShowsThePassword(Adapter):
+    def __repr__(self) -> str:
+        return f"<{SCHEME} {self.url.password.value if self.url.password else ''}>"
 
 
 @saboteur("A host that can't be reached is tried for ever.", "publish.connect_failure_is_bounded")
