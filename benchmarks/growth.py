@@ -94,7 +94,8 @@ def lines(grown: Sequence[Growth]) -> list[str]:
     for own in grown:
         costs = "; ".join(f"{point['n']:,}: {point['CPU µs']:.3g} µs, {point['MB']:.1f} MB" for point in own["points"])
         said = verdict(own).upper() or "not worse than n log n"
-        found.append(f"{own['broker']}, {own['variable']}, CPU a {own['unit']}: {costs or 'not measured'} ({said})")
+        what = f"{costs} ({said})" if costs else f"not measured: {own['limit']}"
+        found.append(f"{own['broker']}, {own['variable']}, CPU a {own['unit']}: {what}")
     return found
 
 
