@@ -29,6 +29,7 @@ _WARM = 60.0  # seconds until the first message must have been handled
 _CONSUMERS = 2
 _AT_ONCE = 500  # lines of the history that are read without looking up
 _BACKLOG = 5000  # messages that may wait when the next fault comes: what is struck is work, not a heap
+_PART = 2000  # messages that are sent without a look at what waits
 _PULSE = 5  # messages a second beside the others, on a queue of their own: so few that they never wait for each other; and requests
 
 
@@ -115,6 +116,7 @@ class Progress:
 
     def __init__(self, folder: Path) -> None:
         self._tail = Tail(folder, ("send", "handle"))
+        self._reading = asyncio.Lock()
         self.handled = 0
         self.owed: set[tuple[str, str]] = set()  # value and group of confirmed sends that nobody has handled
         self._early: set[tuple[str, str]] = set()  # handled, and not owed: not confirmed yet, or a repetition
@@ -135,10 +137,11 @@ class Progress:
             since.clear()
 
     async def read(self) -> None:
-        for count, (process, said) in enumerate(self._tail.told(), 1):
-            self._take(process, said)
-            if count % _AT_ONCE == 0:
-                await asyncio.sleep(0)
+        async with self._reading:
+            for count, (process, said) in enumerate(self._tail.told(), 1):
+                self._take(process, said)
+                if count % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
         if self._new and self.flowing is None:
             self.flowing = min(self._new)
 
@@ -258,12 +261,12 @@ class Run:
         progress = self._progress
         share = max(1, self.plan.messages // (len(self.plan.faults) + 1))
         self.say(f"warm-up: {share} messages")
-        sending = asyncio.create_task(producer.send(share, self.plan.hold))
+        sending = asyncio.create_task(self._send(producer, share, self.plan.hold))
         await self._flows(progress, _WARM)
         await sending
         for name in self._schedule():
             # Sent over the time of the fault and beyond, so that it strikes work.
-            sending = asyncio.create_task(producer.send(share, self.plan.hold + 2.0))
+            sending = asyncio.create_task(self._send(producer, share, self.plan.hold + 2.0))
             await self._flows(progress, self.plan.progress)
             fault, healed = await self._strike(stage, name, recorder)
             self.faults.append(fault)
@@ -272,6 +275,13 @@ class Run:
             await self._drain(progress, _BACKLOG)
             fault.everywhere = round((max(progress.again.values()) - healed) / 1e9, 2)
             self.say(f"{name}: {fault.proof}; {fault.told()}")
+
+    async def _send(self, producer: Worker, messages: int, seconds: float) -> None:
+        """Over so many seconds, where the consumers keep up: no more than `_BACKLOG` wait, and a part."""
+        for begin in range(0, messages, _PART):
+            part = min(_PART, messages - begin)
+            await self._drain(self._progress, _BACKLOG)
+            await producer.send(part, seconds * part / messages)
 
     async def _end(self, stage: Stage, senders: Sequence[Worker], recorder: Recorder) -> None:
         with recorder.during("drain") as ending:
