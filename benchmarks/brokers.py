@@ -25,7 +25,7 @@ NAMES = {"rabbitmq": "RabbitMQ", "kafka": "Kafka", "redis": "Redis", "sqs": "SQS
 _ENGINES = {"kafka": {"confluent": CONFLUENT_ENGINE}}  # of URLs as kafka+confluent://, where an adapter has it
 _RIVALS = {  # modules and classes
     "rabbitmq": (("faststream", "Rabbit"), ("mq_bridge", "MqBridge")),
-    "kafka": (("confluent", "Confluent"), ("faststream", "Kafka"), ("mq_bridge", "MqBridge")),
+    "kafka": (("confluent", "Confluent"), ("confluent", "Futures"), ("faststream", "Kafka"), ("mq_bridge", "MqBridge")),
     "redis": (("faststream", "Redis"), ("mq_bridge", "MqBridge")),
     "sqs": (("mq_bridge", "MqBridge"),),
 }

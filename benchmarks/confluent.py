@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+from functools import partial
 from time import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer
 
 from benchmarks.flows import Flow, Raw
 from benchmarks.kafka import options
-from benchmarks.load import Handled, Miscount
+from benchmarks.load import Handled, Miscount, flood
 from benchmarks.watch import Watch
 
 CONFLUENT = "confluent-kafka"
@@ -79,6 +80,42 @@ class Confluent(Raw):
         finally:
             consumer.close()
         return handled.count
+
+
+class Futures(Confluent):
+    """What is left where nothing is done for a message but to hand it to librdkafka, for a caller who awaits it."""
+
+    name = f"{CONFLUENT}, a future each"
+    only_sends = True
+
+    async def send(self, queue: str, messages: int, flow: Flow, watch: Watch) -> None:
+        loop = asyncio.get_running_loop()
+        producer = Producer({**self._options, "acks": "all", "enable.idempotence": True, "linger.ms": 0})
+        headers: Any = [("x-message-id", next(self._ids).encode()), ("x-content-type", b"application/octet-stream")]
+        polling: asyncio.TimerHandle | None = None
+
+        def poll() -> None:
+            nonlocal polling
+            producer.poll(0)
+            polling = loop.call_later(0.001, poll) if len(producer) else None
+
+        def told(confirmed: asyncio.Future[None], error: KafkaError | None, _: Message) -> None:
+            if error is None:
+                confirmed.set_result(None)
+            else:
+                confirmed.set_exception(Miscount(f"{self.name}: {error.str()}"))
+
+        async def one() -> None:
+            nonlocal polling
+            confirmed: asyncio.Future[None] = loop.create_future()
+            producer.produce(queue, flow.body, headers=headers, timestamp=1, on_delivery=partial(told, confirmed))
+            if polling is None:
+                polling = loop.call_later(0.001, poll)
+            await confirmed
+
+        watch.start()
+        await flood(one, messages, flow.in_flight)
+        watch.stop()
 
 
 def settings(given: dict[str, Any]) -> dict[str, Any]:

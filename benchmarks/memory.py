@@ -17,6 +17,7 @@ Loop = Callable[[], asyncio.AbstractEventLoop]
 ORDERS = Queue("orders", bytes)
 DEFAULTS = "memory: send, handle, ack; default settings"
 PREFETCH = "memory: send, handle, ack; prefetch=1000"
+ALONE = "asyncio alone"
 
 
 def run(rounds: int, messages: int, profiles: Profiles) -> list[Case]:
@@ -24,14 +25,19 @@ def run(rounds: int, messages: int, profiles: Profiles) -> list[Case]:
     loops = {OURS: None, **({} if profiles else _uvloop())}
     for name, prefetch in ((DEFAULTS, None), (PREFETCH, 1000)):
         case = Case(name)
-        for loop in loops.values():
-            _run(_once(max(1000, messages // 10), prefetch, Watch()), loop)  # the first one pays for imports and caches
+        turns: dict[str, tuple[Callable[..., Coroutine[Any, Any, None]], Loop | None]] = {}
+        turns |= {who: (partial(_once, prefetch=prefetch), loop) for who, loop in loops.items()}
+        if not profiles:
+            turns[ALONE] = _alone, None
+        for work, loop in turns.values():
+            _run(work(max(1000, messages // 10), watch=Watch()), loop)  # the first one pays for imports and caches
         for number in range(rounds):
-            for contestant in rotated(list(loops), number):
+            for contestant in rotated(list(turns), number):
                 watch = Watch(profiles.of(name, messages))
-                _run(_once(messages, prefetch, watch), loops[contestant])
+                work, loop = turns[contestant]
+                _run(work(messages, watch=watch), loop)
                 case.add(contestant, watch.figures(messages))
-        case.samples = {contestant: case.samples[contestant] for contestant in loops}
+        case.samples = {contestant: case.samples[contestant] for contestant in turns}
         found.append(case)
     return found
 
@@ -48,6 +54,38 @@ def _uvloop() -> dict[str, Loop]:
     except ImportError:
         return {}
     return {f"{OURS}, uvloop": uvloop.new_event_loop}
+
+
+async def _alone(messages: int, watch: Watch) -> None:
+    """What nobody can do without who awaits each send and calls a coroutine for each message: no messages, no queue, no ack."""
+    loop = asyncio.get_running_loop()
+    waiting: list[asyncio.Future[None]] = []
+    handled = 0
+
+    async def handle(body: bytes) -> None:  # noqa: ARG001  # every handler takes a body
+        nonlocal handled
+        handled += 1
+
+    async def turn() -> None:
+        nonlocal waiting
+        sent, waiting = waiting, []
+        for each in sent:
+            await handle(BODY)
+            each.set_result(None)
+
+    async def send() -> None:
+        if not waiting:
+            running.append(loop.create_task(turn()))
+            del running[:-2]
+        waiting.append(future := loop.create_future())
+        await future
+
+    running: list[asyncio.Task[None]] = []
+    watch.start()
+    await flood(send, messages)
+    watch.stop()
+    if handled != messages:
+        raise Miscount(f"{ALONE}: {messages} sent, {handled} handled")
 
 
 async def _once(messages: int, prefetch: int | None, watch: Watch) -> None:

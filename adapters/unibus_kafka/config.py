@@ -39,7 +39,7 @@ class Settings(TlsTable, TopicOptions):
     rebalance_grace: float = Field(25.0, ge=0)  # for handlers that run when their partition goes to another consumer
     commit_interval: float = Field(0.2, gt=0)
     max_request_size: int = Field(1024 * 1024, ge=64 * 1024)
-    batch_size: int = Field(128 * 1024, ge=1024)  # not above `max.message.bytes` of any topic
+    batch_size: int = Field(256 * 1024, ge=1024)  # not above `max.message.bytes` of any topic
     compression: Literal["gzip", "snappy", "lz4", "zstd"] | None = None
     metadata_max_age: float = Field(300.0, gt=0)  # how soon new partitions are noticed
 

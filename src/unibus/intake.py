@@ -115,7 +115,7 @@ class Intake:
     # The loop
 
     def begin(self) -> None:
-        self.kit.link.on_lost.add(self._room.set)
+        self.kit.link.on_lost.add(self._link_lost)
         self._task = asyncio.create_task(self._run(), name=f"unibus receives from {self.address}")
 
     async def _run(self) -> None:
@@ -159,7 +159,7 @@ class Intake:
                     await self.kit.link.redeclare()
 
     async def _receive(self, epoch: int) -> None:
-        await self._subscribe()
+        await self._subscribe(epoch)
         await self._pull_all(epoch)
 
     async def _ended(self, receiving: asyncio.Task[None]) -> None:
@@ -175,10 +175,11 @@ class Intake:
             raise TransportError("the adapter cancelled its own call")  # else nobody would receive any more
         receiving.result()
 
-    async def _subscribe(self) -> None:
+    async def _subscribe(self, epoch: int) -> None:
         self.source.prefetch = 1 if self._guard.alone else self.prefetch
         subscription = await self.kit.link.adapter.subscribe(self.source)
         self._subscription = self._settler.subscription = subscription
+        self._settler.epoch = epoch
         lease = self.kit.link.adapter.capabilities.lease
         if lease and lease.limit:
             self._heartbeat = Heartbeat(subscription, self.holding, lease.limit, self.kit.clock, self._lease_lost)
@@ -611,6 +612,13 @@ class Intake:
             self._room.clear()
             await self._room.wait()
 
+    def _link_lost(self) -> None:
+        """At once: nothing is begun that came by it, before the loop gets to `_abandon`."""
+        for delivery in self._take_waiting():
+            delivery.lost = True
+            self._forget(delivery)
+        self._room.set()
+
     async def _abandon(self) -> None:
         """The link or the subscription is gone: so is all that came by it."""
         self.subscribed.clear()
@@ -650,7 +658,7 @@ class Intake:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
         self._stopping = self._settler.stopping = True
         self._end_watch()
-        self.kit.link.on_lost.discard(self._room.set)
+        self.kit.link.on_lost.discard(self._link_lost)
         # Out of the lanes at once, since the driver may take long to stop, and a handler that ends meanwhile would make room
         # for the next message. Given back only afterwards: this consumer could still get it again.
         waiting = self._take_waiting()

@@ -56,6 +56,7 @@ class Settler:
 
     def __init__(self, kit: Kit, address: Queue[Any] | Group, holder: Holder) -> None:
         self.subscription: Subscription | None = None
+        self.epoch = 0  # of the link that it came by: there may be another one when it says that its own is gone
         self.stopping = False
         self.stuck = 0  # groups of copies that can't be sent now
         self.trouble: str | None = None
@@ -144,7 +145,7 @@ class Settler:
 
     async def _settle_part(self, outcome: Outcome, deliveries: list[Delivery[Any]]) -> Sequence[TransportError | None]:
         """One result each. What the broker puts off is tried again; what can't be settled is counted: it comes again."""
-        subscription, epoch = self.subscription, self._kit.link.epoch
+        subscription, epoch = self.subscription, self.epoch
         results: list[TransportError | None] = [None] * len(deliveries)
         waiting = list(range(len(deliveries)))
         for failures in range(SETTLE_TRIES):
@@ -227,7 +228,7 @@ class Settler:
         rest = list(range(len(moves)))
         subscription = self.subscription
         if subscription is not None and self._kit.link.adapter.capabilities.atomic_move:
-            epoch = self._kit.link.epoch
+            epoch = self.epoch
             answers: Sequence[TransportError | Unsupported | None]
             try:
                 answers = await subscription.move([Move(d, [out]) for d, out in moves], self._kit.publisher.timeout)

@@ -636,6 +636,14 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
     story.handle("a", attempt=2)
 
 
+def attempts_forgotten_by_who_gave_it_back(story: Story) -> None:
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.handle("a", "fail", attempt=2)
+    story.settled("a", "released")
+    story.handle("a", attempt=1)
+
+
 @pytest.mark.parametrize(
     "tell",
     [
@@ -658,6 +666,7 @@ def attempts_forgotten_with_the_delivery(story: Story) -> None:
         unconfirmed_ones_in_any_order,
         senders_know_nothing_of_each_other,
         attempts_forgotten_with_the_delivery,
+        attempts_forgotten_by_who_gave_it_back,
     ],
 )
 def test_what_is_allowed_is_no_finding(tell: Callable[[Story], None]) -> None:

@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 from tests.unit.core_lab import EVENTS, LATER, ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
 
-from unibus import DeadLetter, Delivery, Message, Queue, Refused, RetryPolicy, Throttled, Timeout, Topic, TransportError
+from unibus import (
+    ConnectionLost,
+    DeadLetter,
+    Delivery,
+    Message,
+    Queue,
+    Refused,
+    RetryPolicy,
+    Throttled,
+    Timeout,
+    Topic,
+    TransportError,
+)
 from unibus.channel import Group, dead_letter_queue
 from unibus.deadletter import stamp
 from unibus.message import (
@@ -158,6 +170,27 @@ async def test_what_is_lost_while_it_waits_is_not_run() -> None:
         go.set()
         await until(lambda: len(runs) == 2)
         assert runs == ["0", "2"]
+
+
+@pytest.mark.parametrize("queue", [ORDERS, ORDERED])
+async def test_nothing_that_waits_is_begun_once_its_link_is_lost(queue: Queue[str]) -> None:
+    bus = make_bus()
+    begun: list[tuple[str, int]] = []  # with the number of the link
+
+    @bus.consumer(queue, concurrency=1, prefetch=10)
+    async def handle(body: str) -> None:
+        begun.append((body, spy_of(bus).calls["connect"]))
+        if len(begun) == 1:
+            link = bus._opened().kit.link
+            link.lost(link.epoch, ConnectionLost("the cable"))
+
+    async with lab(bus) as it:
+        await bus.send_many(queue, ["1", "2", "3"], key=lambda _: "k")
+        await later(it, 10)
+        await it.idle()
+        assert [body for body, link in begun if link == 1] == ["1"]
+        assert sorted(body for body, link in begun if link == 2) == ["1", "2", "3"]
+        assert spy_of(bus).calls["connect"] == 2  # a settlement by the old link says nothing of the new one
 
 
 async def test_losing_waits_for_what_runs() -> None:

@@ -124,6 +124,13 @@ class Causes:
             return "killed"
         return None
 
+    def released(self, call: Call, name: Name, by: int) -> bool:
+        """Did its process give the delivery back after `call`, and before that time? What it knew of failures went with it."""
+        return any(
+            (s.process, s.word) == (call.process, "released") and call.at <= s.at <= by
+            for s in self.settled.get(name, ())
+        )
+
     def copies(self, name: Name, sends: Iterable[Call], tries: Iterable[Call]) -> bool:
         """May there be two of it? `tries`: its handlings."""
         value, _, group = name

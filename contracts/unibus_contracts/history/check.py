@@ -367,7 +367,11 @@ class _Run:
                 before = last.get(call.process)
                 # Failures between two durable steps may be forgotten with the delivery, never else.
                 if before is not None and told < before.attempt:
-                    lost = self.causes.given_up(before, name, call.at) or self._may_be_undone(before, name, call.at)
+                    lost = (
+                        self.causes.given_up(before, name, call.at)
+                        or self.causes.released(before, name, call.at)
+                        or self._may_be_undone(before, name, call.at)
+                    )
                     if not lost and not self.causes.copies(name, self.sends.get(value, ()), tries):
                         why = f"{place}: attempt {told} after attempt {before.attempt} in {call.process}"
                         yield Finding("attempt_back", value, why, call.at)
