@@ -389,6 +389,15 @@ def stood_still_long_before_it_lost_its_link(story: Story) -> Expected:
     return CALM
 
 
+def lost_its_link_long_after_a_fault(story: Story) -> Expected:
+    story.fault()
+    settled_by_another(story)
+    story.now += 10 * SECOND
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+    return CALM
+
+
 def lost_its_link_and_did_not_stand_still(story: Story) -> Expected:
     settled_by_another(story)
     story.now += SECOND
@@ -471,6 +480,7 @@ def without_effect(story: Story) -> Expected:
         (a_settlement_that_nothing_followed, [("came_back", "a")]),
         (stood_still_and_lost_nothing, [("came_back", "a")]),
         (stood_still_long_before_it_lost_its_link, [("came_back", "a")]),
+        (lost_its_link_long_after_a_fault, [("came_back", "a")]),
         (lost_its_link_and_did_not_stand_still, [("came_back", "a")]),
         (stood_still_lost_its_link_and_got_it_by_a_new_one, [("came_back", "a")]),
         (back_in_a_fault_that_lost_nothing, [("attempt_back", "a")]),
@@ -603,6 +613,29 @@ def again_by_one_that_stood_still_and_could_not_settle(story: Story) -> None:
     story.settled("a", process="d", failed="a")
 
 
+def again_by_one_that_stood_still_and_was_killed(story: Story) -> None:
+    settled_by_another(story)
+    stalled(story, process="killed")
+    story.handle("a", process="killed")
+
+
+def again_by_one_whose_link_a_fault_had_broken(story: Story) -> None:
+    settled_by_another(story)
+    story.fault()
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+
+
+def together_with_one_whose_link_a_fault_had_broken(story: Story) -> None:
+    """The other has not settled it when this one begins."""
+    story.send("a")
+    story.fault()
+    story.handle("a")
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+    story.settled("a")
+
+
 def overtaken_by_who_got_the_key(story: Story) -> None:
     story.send("a", key="k")
     story.send("b", key="k")
@@ -662,6 +695,9 @@ def attempts_forgotten_by_who_gave_it_back(story: Story) -> None:
         copies_by_one_that_was_killed,
         again_by_one_that_stood_still,
         again_by_one_that_stood_still_and_could_not_settle,
+        again_by_one_that_stood_still_and_was_killed,
+        again_by_one_whose_link_a_fault_had_broken,
+        together_with_one_whose_link_a_fault_had_broken,
         overtaken_by_who_got_the_key,
         unconfirmed_ones_in_any_order,
         senders_know_nothing_of_each_other,

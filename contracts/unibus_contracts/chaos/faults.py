@@ -209,7 +209,8 @@ NOT_ON: Mapping[str, Mapping[str, str]] = {
 
 # What can be made there, and is not drawn: by `--only`.
 _TIME_OF_DAY = {
-    "clock-fast": "a due time is a time of day: what fails meanwhile may be due an hour later, and the drain would wait for it"
+    "clock-fast": "a due time is a time of day: what fails meanwhile may be due an hour later, and the drain would wait for it",
+    "clock-slow": "the same of what fails in the moment in which the clock jumps: its due time is of before, its wait is counted after",
 }
 NOT_DRAWN: Mapping[str, Mapping[str, str]] = dict.fromkeys(_OF, _TIME_OF_DAY)
 _NOT_ON_CLUSTER = {

@@ -165,17 +165,21 @@ class Causes:
         """Its process said of it later, and before that time, that the broker does not know."""
         return _any(self.uncommitted.get((settled.process, name), ()), settled.at, by + NOTICE)
 
-    def held_by_one_that_stood_still(self, call: Call, settled: Settled, name: Name) -> bool:
-        """Did `call` begin after another's settlement only because its process could not notice that it had lost the delivery?"""
-        assert settled.end is not None
-        end = settled.end
-        still = any(
-            begun <= end <= over and begun <= call.at <= over + NOTICE for begun, over in self.stalls[call.process]
-        )
+    def held_unaware(self, call: Call, other: int, name: Name) -> str | None:
+        """Why `call` began with a delivery that the broker had given to another, who was at work on it at the time `other`.
+
+        Its process could not notice before: it stood still then, or a fault was at its link. It noticed right after, or was killed.
+        """
         lost = (self.taken.get((call.process, name), ()), self.breaks.get(call.process, ()))
-        refused = [s for s in self.settled.get(name, ()) if s.process == call.process and s.end is None]
-        times = [*lost, [s.at for s in refused]]
-        return still and any(_any(each, call.at, call.at + NOTICE) for each in times)
+        refused = [s.at for s in self.settled.get(name, ()) if s.process == call.process and s.end is None]
+        noticed = any(_any(times, call.at, call.at + NOTICE) for times in (*lost, refused))
+        killed = self._killed(call.process) and self.last.get(call.process, 0) <= call.at + NOTICE
+        for begun, over in self.stalls[call.process]:
+            if begun <= other <= over and begun <= call.at <= over + NOTICE and (noticed or killed):
+                return "stalled"
+        if noticed and any(begun <= call.at <= end + NOTICE for begun, end in self.faults):
+            return "link"
+        return None
 
     def in_doubt(self, settled: Settled, name: Name, by: int | None) -> bool:
         """Settled as far as its process knows; has the broker seen it? Only asked where it confirms no settlement."""

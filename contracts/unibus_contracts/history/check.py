@@ -282,14 +282,19 @@ class _Run:
                         self.explained["ack"] += before is not None
                     elif not self.promised.settle_confirmed and self.causes.never_told(over, name, call.at):
                         self.explained["unsettled"] += before is not None
-                    elif self.causes.held_by_one_that_stood_still(call, over, name):
-                        self.explained["stalled"] += before is not None
+                    elif call.process != over.process and (
+                        cause := self.causes.held_unaware(call, over.end or over.at, name)
+                    ):
+                        self.explained[cause] += before is not None
                     else:
                         why = f"{place}: delivered to {call.process} after {over.process} had settled it"
                         yield Finding("came_back", value, why, call.at)
                         break
                 elif before is not None:
-                    if cause := self.causes.given_up(before, name, call.at):
+                    cause = self.causes.given_up(before, name, call.at)
+                    if cause is None and call.process != before.process:
+                        cause = self.causes.held_unaware(call, before.end or before.at, name)
+                    if cause is not None:
                         self.explained[cause] += 1
                     else:
                         why = f"{place}: handled by {before.process} and by {call.process}, and nothing says why"
