@@ -92,11 +92,11 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy $(CODE)
 
-bench: $(BENCH) ## throughput and latency beside the raw clients and other libraries, 20 minutes; reports/bench.json
+bench: $(BENCH) ## throughput and latency beside the raw clients and other libraries, 25 minutes; reports/bench.json
 	@mkdir -p reports
 	$(BIN)/python -m benchmarks --json reports/bench.json
 
-bench-check: $(BENCH) ## has a ratio fallen below the committed floor by more than its noise? What has a goal only, 5 minutes
+bench-check: $(BENCH) ## has a ratio fallen below the committed floor by more than its noise? What has a goal only, 10 minutes
 	@mkdir -p reports
 	$(BIN)/python -m benchmarks --headline --json reports/bench-check.json --check benchmarks/floor.json
 
