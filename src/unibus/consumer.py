@@ -27,9 +27,7 @@ log = logging.getLogger("unibus")
 
 SLOW = 60.0  # seconds that every handler has run, until the health tells that nothing else is begun
 LAST_WORD = 1.0  # seconds that a cancelled handler has to end
-TURN = (
-    64  # messages that a slot takes in a row; a handler that never waits would keep all else of the loop from going on
-)
+TURN = 64  # messages a slot takes in a row: a handler that never waits would keep all else of the loop from going on
 
 Batch = list[Delivery[Any]]
 

@@ -389,6 +389,14 @@ def stood_still_long_before_it_lost_its_link(story: Story) -> Expected:
     return CALM
 
 
+def settled_before_the_fault_that_broke_a_link(story: Story) -> Expected:
+    settled_by_another(story)
+    story.fault()
+    story.handle("a", process="d")
+    story.note("lost", process="d")
+    return CALM
+
+
 def lost_its_link_long_after_a_fault(story: Story) -> Expected:
     story.fault()
     settled_by_another(story)
@@ -480,6 +488,7 @@ def without_effect(story: Story) -> Expected:
         (a_settlement_that_nothing_followed, [("came_back", "a")]),
         (stood_still_and_lost_nothing, [("came_back", "a")]),
         (stood_still_long_before_it_lost_its_link, [("came_back", "a")]),
+        (settled_before_the_fault_that_broke_a_link, [("came_back", "a")]),
         (lost_its_link_long_after_a_fault, [("came_back", "a")]),
         (lost_its_link_and_did_not_stand_still, [("came_back", "a")]),
         (stood_still_lost_its_link_and_got_it_by_a_new_one, [("came_back", "a")]),
@@ -620,8 +629,10 @@ def again_by_one_that_stood_still_and_was_killed(story: Story) -> None:
 
 
 def again_by_one_whose_link_a_fault_had_broken(story: Story) -> None:
-    settled_by_another(story)
+    story.send("a")
+    story.handle("a")
     story.fault()
+    story.settled("a")
     story.handle("a", process="d")
     story.note("lost", process="d")
 

@@ -177,7 +177,8 @@ class Causes:
         for begun, over in self.stalls[call.process]:
             if begun <= other <= over and begun <= call.at <= over + NOTICE and (noticed or killed):
                 return "stalled"
-        if noticed and any(begun <= call.at <= end + NOTICE for begun, end in self.faults):
+        # What was settled before the fault has to stay settled, whatever happens to links afterwards.
+        if noticed and any(begun <= other and begun <= call.at <= end + NOTICE for begun, end in self.faults):
             return "link"
         return None
 
