@@ -28,7 +28,6 @@ from unibus_rabbitmq.subscription import Browser, RabbitMQSubscription
 log = logging.getLogger("unibus.rabbitmq")
 
 _TIMEOUT = 20.0  # of what has no deadline of its own
-_CLOSE_TIMEOUT = 5.0
 
 
 class RabbitMQAdapter:
@@ -87,7 +86,7 @@ class RabbitMQAdapter:
         links = [link for link in (self._consuming, self._publishing) if link is not None]
         self._publisher = self._publishing = self._consuming = None
         for link in links:
-            await link.close(_CLOSE_TIMEOUT)
+            await link.close()
 
     async def declare(self, topology_: Topology) -> None:
         link = self._link(self._consuming)

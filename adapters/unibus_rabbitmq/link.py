@@ -21,6 +21,7 @@ from aiormq.exceptions import AMQPConnectionError
 from yarl import URL
 
 from unibus.errors import ConnectionLost
+from unibus.waiting import answered
 from unibus_rabbitmq import wire
 
 log = logging.getLogger("unibus.rabbitmq")
@@ -33,6 +34,7 @@ ACK, NACK = b"\x00\x3c\x00\x50", b"\x00\x3c\x00\x78"
 
 _BEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _BEAT_EVERY = 1.0
+_CLOSE_TIMEOUT = 5.0
 _OVERHEAD = 8  # bytes of a frame beside its payload: type, channel, size; and the end
 _head = struct.Struct(">BHI")
 _settle = struct.Struct(">BHIIQBB").pack
@@ -122,7 +124,7 @@ class Link(TransportFactory):
         self.version = ""
         self._context = context
         self.said = (0, "")  # connection.close: reply code and text
-        self._writer: asyncio.StreamWriter
+        self._writer: Any = None  # asyncio.StreamWriter, once there is a transport
         self._amqp: Any
 
     async def open(self, timeout: float) -> None:
@@ -131,7 +133,7 @@ class Link(TransportFactory):
             async with asyncio.timeout(timeout):
                 await self.connection.connect()
         except BaseException:
-            await self.connection.close()
+            await self.close()
             raise
         assert self.connection.transport is not None  # noqa: S101  # for mypy: it is connected
         self._amqp = self.connection.transport.connection
@@ -199,11 +201,15 @@ class Link(TransportFactory):
         except OSError as exc:
             raise self.lost or ConnectionLost(f"the connection to RabbitMQ is gone: {exc}") from exc
 
-    async def close(self, timeout: float) -> None:
-        """Idempotent, and bounded."""
+    async def close(self) -> None:
+        """Idempotent, bounded, and never raises: whatever aiormq thinks of it, the connection is gone afterwards."""
         try:
-            async with asyncio.timeout(timeout):
-                await self.connection.close()
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                # It waits for tasks of its own, which it may just have cancelled since the server said nothing any more.
+                await answered(self.connection.close())
         except TimeoutError:
-            log.warning("RabbitMQ did not answer the end of the connection within %g s; cut", timeout)
+            log.warning("RabbitMQ did not answer the end of the connection within %g s; cut", _CLOSE_TIMEOUT)
+        except Exception as exc:
+            log.debug("the connection to RabbitMQ did not end in order: %s", exc)
+        if self._writer is not None:
             self._writer.transport.abort()

@@ -20,7 +20,7 @@ from unibus.driver import NoLease, NoMove, OnlyLooks, held
 from unibus.errors import ConnectionLost, NotFound, UnibusError, Unsupported
 from unibus.inflow import Inflow, closed
 from unibus.retry import SUSPECT_AFTER, handed_out_often
-from unibus.waiting import Tasks
+from unibus.waiting import Tasks, answered
 from unibus_rabbitmq import errors, wire
 from unibus_rabbitmq.link import CHANNEL_CLOSE, DELIVER, HEADER, METHOD, Link, ack_frame, nack_frame
 from unibus_rabbitmq.topology import Place, Plan
@@ -234,7 +234,7 @@ class RabbitMQSubscription(NoMove, NoLease):
         try:
             async with asyncio.timeout(_TIMEOUT):
                 for consumer in self._consumers:
-                    await self._channel.basic_cancel(consumer)
+                    await answered(self._channel.basic_cancel(consumer))
         except Exception as exc:
             log.warning("stop receiving from %s: %s", self.address, errors.translate(exc, "basic.cancel"))
             self._lose()  # aiormq closes the channel; whatever is written to it after that costs the connection
@@ -260,7 +260,7 @@ class RabbitMQSubscription(NoMove, NoLease):
         self._inflow.end(closed(self.address))
         try:
             async with asyncio.timeout(_TIMEOUT):
-                await self._channel.close()  # gives back what is still unsettled
+                await answered(self._channel.close())  # gives back what is still unsettled
         except Exception as exc:
             log.warning("close the channel of %s: %s", self.address, errors.translate(exc, "channel.close"))
         self._leave()

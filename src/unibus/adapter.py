@@ -6,7 +6,8 @@ that two adapters share is a missing function of the core.
 
 Rules
 -----
-- All methods may run concurrently. `asyncio.CancelledError` is never mapped to another error.
+- All methods may run concurrently. `asyncio.CancelledError` is never mapped to another error, and raised only where the
+  caller was cancelled: for a client library that cancels its own calls there is `waiting.answered`.
 - `send` and `settle` return one result per message, in order: None, or the TransportError of that message. They raise
   only when the link itself is gone (ConnectionLost), for all messages alike.
 - `receive` is called only when there is room, and may be cancelled: what had arrived comes with the next call or goes

@@ -28,6 +28,7 @@ from unibus.registrations import Handlers
 from unibus.registry import adapter_factory
 from unibus.session import Session
 from unibus.topology import Channels, stations
+from unibus.waiting import answered
 
 if TYPE_CHECKING:
     from unibus.config import Settings
@@ -503,7 +504,7 @@ class Bus(Handlers):
         epoch = link.epoch
         reasons = await session.complaints()
         try:
-            state = await link.adapter.check()
+            state = await answered(link.adapter.check())
         except Exception as error:
             return BusHealth("down", (f"the link can't be checked: {describe(error)}",))
         if state.blocked:

@@ -28,6 +28,7 @@ from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settlement import Place, Step, beyond, onward, plan
 from unibus.settler import Kit, Settler
 from unibus.supervisor import FATAL, back_off
+from unibus.waiting import answered
 from unibus.watchdog import Watchdog, standing
 
 log = logging.getLogger("unibus")
@@ -532,7 +533,7 @@ class Intake:
         suspects, self._guard.suspects = self._guard.suspects, []
         try:
             if self._subscription is not None:
-                await self._subscription.stop()
+                await answered(self._subscription.stop())
             self._give_back_waiting()
             self._emptying = True
             while self.running:
@@ -637,7 +638,7 @@ class Intake:
         self._end_watch()
         if subscription is not None:
             try:
-                await within(self.kit.clock, LONGEST_CLOSE, subscription.close())
+                await within(self.kit.clock, LONGEST_CLOSE, answered(subscription.close()))
             except Exception as error:  # it is over in any case
                 self._disorder("close", error)
 
@@ -668,7 +669,7 @@ class Intake:
         waiting += self._take_waiting()
         if self._subscription is not None:
             try:
-                await within(self.kit.clock, LONGEST_CLOSE, self._subscription.stop())
+                await within(self.kit.clock, LONGEST_CLOSE, answered(self._subscription.stop()))
             except Exception as error:
                 self._disorder("stop", error)
         self._give_back([*waiting, *self._take_waiting()])

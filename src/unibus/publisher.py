@@ -21,6 +21,7 @@ from unibus.errors import Closed, ConnectionLost, MessageTooLarge, Timeout, Tran
 from unibus.message import Message
 from unibus.supervisor import Link, back_off
 from unibus.telemetry import Counts
+from unibus.waiting import answered
 
 log = logging.getLogger("unibus")
 
@@ -271,7 +272,8 @@ class Lane:
         results: Sequence[UnibusError | None]
         try:
             epoch = await self._link.up(remaining)
-            results = await self._link.adapter.send([entry.outgoing for entry in batch], max(0.0, remaining))
+            call = self._link.adapter.send([entry.outgoing for entry in batch], max(0.0, remaining))
+            results = await answered(call)
         except ConnectionLost as error:
             self._link.lost(epoch, error)
             results = [error] * len(batch)
@@ -396,7 +398,7 @@ class Lane:
         """Nobody has said why these were not confirmed. An alarm of the broker, by which it takes none, should be named."""
         why = ""
         try:
-            health = await within(self._publisher.clock, _ANSWER, self._link.adapter.check())
+            health = await within(self._publisher.clock, _ANSWER, answered(self._link.adapter.check()))
             why = health.blocked or ""
         except (TimeoutError, UnibusError) as error:
             log.debug("%s: no word on why nothing is confirmed: %s", self.address, error)

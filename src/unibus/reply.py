@@ -23,6 +23,7 @@ from unibus.report import ANSWERED, extra
 from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settler import Kit
 from unibus.supervisor import FATAL, back_off
+from unibus.waiting import answered
 
 log = logging.getLogger("unibus")
 
@@ -106,7 +107,7 @@ class Requester:
             epoch = 0
             try:
                 epoch = await link.up()
-                subscription = await link.adapter.subscribe(self._source)
+                subscription = await answered(link.adapter.subscribe(self._source))
                 address = subscription.address
                 self._address = address.name if isinstance(address, Inbox) else str(address)
                 self._open.set()
@@ -134,7 +135,7 @@ class Requester:
 
     async def _receive(self, subscription: Subscription) -> None:
         while True:
-            deliveries = await subscription.receive(INBOX_PREFETCH, POLL)
+            deliveries = await answered(subscription.receive(INBOX_PREFETCH, POLL))
             for delivery in deliveries:
                 future = self._waiting.get(delivery.message.causation_id or "")
                 if future is None or future.done():
@@ -142,7 +143,7 @@ class Requester:
                 else:
                     future.set_result(delivery.message)
             if deliveries:
-                await subscription.settle(Outcome.ACCEPTED, deliveries)
+                await answered(subscription.settle(Outcome.ACCEPTED, deliveries))
 
     def _late(self, delivery: Delivery[Any]) -> None:
         self._kit.counts.add(telemetry.LATE_REPLIES, None)
@@ -165,7 +166,7 @@ class Requester:
 
 async def _close(subscription: Subscription) -> None:
     try:
-        await subscription.close()
+        await answered(subscription.close())
     except TransportError as error:
         log.debug("the inbox did not close in order: %s", error)
 

@@ -18,6 +18,7 @@ from unibus.publisher import Publisher
 from unibus.retry import handed_out_often
 from unibus.supervisor import Link, back_off
 from unibus.telemetry import Counts
+from unibus.waiting import answered
 
 log = logging.getLogger("unibus")
 
@@ -156,7 +157,7 @@ class Settler:
                     results[i] = _lease_lost(deliveries[i], gone)
                 break
             try:
-                answers = await subscription.settle(outcome, part)
+                answers = await answered(subscription.settle(outcome, part))
             except ConnectionLost as error:
                 self._kit.link.lost(epoch, error)
                 answers = [_lease_lost(delivery, error) for delivery in part]
@@ -231,7 +232,8 @@ class Settler:
             epoch = self.epoch
             answers: Sequence[TransportError | Unsupported | None]
             try:
-                answers = await subscription.move([Move(d, [out]) for d, out in moves], self._kit.publisher.timeout)
+                call = subscription.move([Move(d, [out]) for d, out in moves], self._kit.publisher.timeout)
+                answers = await answered(call)
             except TransportError as error:
                 answers = [error] * len(moves)
             except Exception as error:  # a fault of the adapter: the messages are kept, and it is tried again

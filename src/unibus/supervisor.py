@@ -20,6 +20,7 @@ from unibus.errors import (
     UnibusError,
 )
 from unibus.telemetry import Counts
+from unibus.waiting import answered
 
 log = logging.getLogger("unibus")
 T = TypeVar("T")
@@ -59,13 +60,16 @@ class Link:
     async def open(self) -> None:
         """Connect and declare once; a failure is the caller's."""
         try:
-            await self.adapter.connect()
-            await self.adapter.declare(self.topology)
+            await answered(self._connect())
         except BaseException:
-            await self.adapter.close()
+            await answered(self.adapter.close())
             raise
         self.epoch += 1
         self._up.set()
+
+    async def _connect(self) -> None:
+        await self.adapter.connect()
+        await self.adapter.declare(self.topology)
 
     @property
     def is_up(self) -> bool:
@@ -92,12 +96,12 @@ class Link:
         """
         epoch = await self.up(PATIENCE)
         try:
-            return await question()
+            return await answered(question())
         except ConnectionLost as error:
             self.lost(epoch, error)
         epoch = await self.up(PATIENCE)
         try:
-            return await question()
+            return await answered(question())
         except ConnectionLost as error:
             self.lost(epoch, error)
             raise
@@ -125,7 +129,7 @@ class Link:
         """Make again what was deleted on the broker (declare=create), or say what is missing. Never raises."""
         epoch = self.epoch
         try:
-            await self.adapter.declare(self.topology)
+            await answered(self.adapter.declare(self.topology))
         except ConnectionLost as error:
             self.lost(epoch, error)
         except Exception as error:
@@ -140,9 +144,8 @@ class Link:
         failures = 0
         while True:
             try:
-                await self.adapter.close()
-                await self.adapter.connect()
-                await self.adapter.declare(self.topology)
+                await answered(self.adapter.close())
+                await answered(self._connect())
             except FATAL as error:
                 self.give_up(error)
                 return
@@ -170,4 +173,4 @@ class Link:
             await asyncio.wait([self._task])
             self._task = None
         self._up.set()
-        await self.adapter.close()
+        await answered(self.adapter.close())

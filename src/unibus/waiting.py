@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
 from unibus.clock import Clock
+from unibus.errors import ConnectionLost
 
 T = TypeVar("T")
 
@@ -43,6 +44,21 @@ async def happens(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+async def answered(call: Awaitable[T]) -> T:
+    """Await a call of an adapter. What its client calls off by itself is an error of the call, not the end of who waits.
+
+    Raises ConnectionLost for an `asyncio.CancelledError` that nobody has asked this task for: a client cancels its own
+    waiting calls when its connection has ended.
+    """
+    try:
+        return await call
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionLost("the client of the broker cancelled its own call") from None
 
 
 class Tasks:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from unibus.adapter import Standing, Subscription
 from unibus.clock import Clock, Timer, within
+from unibus.waiting import answered
 
 log = logging.getLogger("unibus")
 
@@ -75,7 +76,7 @@ class Watchdog:
 async def standing(subscription: Subscription, clock: Clock) -> Standing | None:
     """What it says of itself; None where it can't tell, or not in time."""
     try:
-        return await within(clock, LOOK, subscription.check())
+        return await within(clock, LOOK, answered(subscription.check()))
     except Exception as error:
         log.debug(
             "the subscription of %s can't be checked: %s", subscription.address, str(error) or type(error).__name__

@@ -119,7 +119,7 @@ async def until(condition: Callable[[], object], what: str) -> None:
 
 
 class Proxy:
-    """TCP in between. `cut` ends all links at once; `freeze` holds back what clients send; `say` speaks for the server."""
+    """TCP in between. `cut` ends all links at once; `freeze` holds back what clients send, `hang` all; `say` speaks for the server."""
 
     def __init__(self, url: str, context: ssl.SSLContext | None = None) -> None:
         parts = parse(url)
@@ -129,8 +129,10 @@ class Proxy:
         self._context = context
         self._links: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._open = asyncio.Event()
+        self._open = asyncio.Event()  # to the server
         self._open.set()
+        self._answers = asyncio.Event()  # from the server
+        self._answers.set()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
@@ -159,8 +161,14 @@ class Proxy:
     def freeze(self) -> None:
         self._open.clear()
 
+    def hang(self) -> None:
+        """Neither side hears of the other, not even that it is gone."""
+        self._open.clear()
+        self._answers.clear()
+
     def thaw(self) -> None:
         self._open.set()
+        self._answers.set()
 
     def say(self, frame: bytes) -> None:
         """To every client; only while the server is silent, since frames must stay whole."""
@@ -175,15 +183,15 @@ class Proxy:
     async def _link(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         answers, server = await asyncio.open_connection(*self._target)
         self._links.append((client, server))
-        await asyncio.gather(self._pump(reader, server, gate=True), self._pump(answers, client, gate=False))
+        await asyncio.gather(self._pump(reader, server, self._open), self._pump(answers, client, self._answers))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, gate: bool) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
         try:
             while data := await reader.read(65536):
-                if gate:
-                    await self._open.wait()
+                await gate.wait()
                 writer.write(data)
                 await writer.drain()
+            await gate.wait()
         except OSError:
             writer.transport.abort()
         finally:

@@ -728,6 +728,24 @@ async def test_a_lost_link_is_told_everywhere_and_nothing_confirmed_is_lost(lab:
         assert {m.body for m in await drink(again, 2)} == {b"held", b"buffered"}
 
 
+async def test_a_server_that_hangs_while_the_link_is_closed_hinders_nobody(lab: Bench) -> None:
+    """The client library cancels its own calls when it gives such a server up; that must not look like our own end."""
+    q = lab.queue()
+    async with Proxy(lab.url) as proxy:
+        adapter = await lab.adapter(q, endpoint=lab.endpoint(proxy.url(), heartbeat=1))
+        subscription = await adapter.subscribe(source(q))
+        proxy.hang()
+        closing = asyncio.ensure_future(adapter.close())  # it asks the server to stop sending
+        await asyncio.wait([closing], timeout=3 * SOON)
+        assert closing.done()
+        assert not closing.cancelled()
+        assert closing.exception() is None
+        assert await subscription.check() == "gone"
+        proxy.thaw()
+        await adapter.connect()
+        assert not any(await adapter.send([out(q)], SOON))
+
+
 async def test_a_busy_link_outlives_its_heartbeat(lab: Bench) -> None:
     """A server that sends all the time sends no heartbeats, and aiormq does not see what the tap takes."""
     q = lab.queue(options={"queue_type": "classic"})

@@ -94,6 +94,10 @@ class Spy(MemoryAdapter):
         self.call("connect")
         await super().connect()
 
+    async def close(self) -> None:
+        await super().close()
+        self.call("close")
+
     async def declare(self, topology: Topology) -> None:
         self.call("declare")
         await super().declare(topology)

@@ -317,6 +317,33 @@ async def test_an_adapter_that_breaks_in_an_unexpected_way_is_not_the_end(
     assert any(r.exc_info for r in caplog.records if r.levelno >= logging.WARNING)
 
 
+@pytest.mark.parametrize(
+    "method", ["close", "connect", "declare", "subscribe", "receive", "send", "settle", "move", "unsubscribe"]
+)
+async def test_a_client_that_cancels_its_own_calls_ends_nothing(method: str) -> None:
+    """As aiormq, when a server hangs: the reconnect was cancelled by it, and never tried again."""
+    bus = make_bus()
+
+    @bus.consumer(ORDERS, retry=RetryPolicy(max_retries=0))
+    async def handle(body: str) -> None:
+        if body == "bad":
+            raise ValueError
+
+    async with lab(bus) as it:
+        spy_of(bus).faults[method].append(asyncio.CancelledError())
+        it.broker.cut()
+        await later(it, 40)
+        sending = asyncio.ensure_future(bus.send_many(ORDERS, ["bad", "good"]))
+        await later(it, 100)
+        await sending
+        await it.idle()
+        assert not spy_of(bus).faults[method]
+        assert bus.counts["handled"] >= 1
+        assert {m.body for m in it.dead_letters(ORDERS)} == {"bad"}
+        assert it.broker.in_flight() == 0
+        assert (await bus.health()).status == "ok"
+
+
 @pytest.mark.parametrize("method", ["stop", "unsubscribe"])
 async def test_an_adapter_that_breaks_at_the_end_does_not_keep_the_bus_open(method: str) -> None:
     bus = make_bus()
