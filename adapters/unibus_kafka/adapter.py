@@ -38,6 +38,8 @@ _LOOK = 1.0  # seconds without a confirmation after which the topics are looked 
 _REPLIES = {"retention.ms": "3600000", "cleanup.policy": "delete"}
 _HIDDEN = "; what this user may not Describe looks missing to it"
 
+Route = tuple[str, int | None, bool]  # topic; partition, where it is given; whether the message waits there
+
 
 class KafkaAdapter:
     """One producer, and one consumer for each subscription."""
@@ -156,8 +158,8 @@ class KafkaAdapter:
     async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
         link, now = self._linked(), self._clock.time()
         results: list[TransportError | None] = [None] * len(batch)
-        routes = self._routes(batch, now)
-        gone = await link.missing({topic for topic, _, _ in routes})
+        routes, looked_up = self._routes(batch, now)
+        gone = await link.missing({topic for _, (topic, _, _) in looked_up})
         batches: dict[TopicPartition, list[Batch]] = defaultdict(list)
         for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
             key, value, headers, at = record = wire.encode(outgoing, now, later=later)
@@ -176,29 +178,29 @@ class KafkaAdapter:
             await delivered[0]
         else:
             await asyncio.gather(*delivered)
-        for topic in {topic for topic, _, later in routes if later} | {
-            r[0] for r, o in zip(routes, batch, strict=True) if type(o.to) is Group
-        }:
+        for topic in {topic for to, (topic, _, later) in looked_up if later or type(to) is Group}:
             for subscription in self._subscriptions:
                 subscription.sent(topic)
-        for i, outgoing in enumerate(batch):
-            if isinstance(outgoing.to, Topic) and results[i] is None and not await self._has_group(link, outgoing.to):
-                results[i] = nobody(outgoing.to)
+        if any(isinstance(to, Topic) for to, _ in looked_up):
+            for i, outgoing in enumerate(batch):
+                to = outgoing.to
+                if isinstance(to, Topic) and results[i] is None and not await self._has_group(link, to):
+                    results[i] = nobody(to)
         return results
 
-    def _routes(self, batch: Sequence[Outgoing], now: float) -> list[tuple[str, int | None, bool]]:
-        """`_route` of each. Most of a batch go to one place, which is looked up once."""
+    def _routes(self, batch: Sequence[Outgoing], now: float) -> tuple[list[Route], list[tuple[Address, Route]]]:
+        """`_route` of each; and those that were looked up: most of a batch go to one place, and only the first of these is."""
         to: Address | None = None  # of the one before, where it goes at once
-        routes = []
+        routes, looked_up = [], []
         for outgoing in batch:
             if outgoing.to is not to or outgoing.not_before is not None:
                 route = self._route(outgoing, now)
+                looked_up.append((outgoing.to, route))
                 to = outgoing.to if outgoing.not_before is None else None
             routes.append(route)
-        return routes
+        return routes, looked_up
 
-    def _route(self, outgoing: Outgoing, now: float) -> tuple[str, int | None, bool]:
-        """Topic; partition, where it is given; whether the message waits there."""
+    def _route(self, outgoing: Outgoing, now: float) -> Route:
         if isinstance(outgoing.to, Inbox):
             topic, number, _ = wire.reply_address(outgoing.to.name)
             return topic, number, False

@@ -47,7 +47,7 @@ def known(version: str | None = None, *, max_request_size: int = 1024 * 1024) ->
         max_body=max_request_size - ENVELOPE_BYTES,
         max_header_bytes=32 * 1024,
         max_key=4096,
-        send_batch=1000,
+        send_batch=250,  # of 500 messages under way one half is made while the other is written
         receive_batch=1000,
         settle_batch=5000,
         ordered_batches=True,

@@ -11,7 +11,7 @@ from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.envelope import JSON, read, time_text, write
+from unibus.envelope import JSON, is_bare, read, time_text, write
 from unibus.errors import ConfigError, MessageTooLarge
 from unibus.inboxes import PLAIN, check_inbox, plain
 from unibus.message import CONTENT_TYPE, ID, NO_HEADERS, NOT_BEFORE, RESERVED_HEADERS, TIMESTAMP, Message
@@ -50,24 +50,25 @@ def reply_address(text: str) -> tuple[str, int, str]:
 def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
     """`later`: it goes to a topic where it waits, so its time there begins now."""
     message, origin = outgoing.message, outgoing.origin
-    ours = {ID: message.id}
-    if message.content_type is not None and message.content_type != JSON:
-        ours[CONTENT_TYPE] = message.content_type
-    write(message, ours, brief=True)
+    headers: list[tuple[str, bytes | None]] = [(ID, message.id.encode())]
+    if (content_type := message.content_type) is not None and content_type != JSON:
+        headers.append((CONTENT_TYPE, content_type.encode()))
+    more: dict[str, str] = {}
+    if not is_bare(message):
+        write(message, more, brief=True)
+        del more[ID]
     if outgoing.not_before is not None:
-        ours[NOT_BEFORE] = time_text(outgoing.not_before)
+        more[NOT_BEFORE] = time_text(outgoing.not_before)
     at = now
     if message.timestamp is not None:
         if not later and 0 <= now - message.timestamp < _FRESH:
             at = message.timestamp
         else:
-            ours[TIMESTAMP] = time_text(message.timestamp)
+            more[TIMESTAMP] = time_text(message.timestamp)
     if message.headers is not NO_HEADERS:
-        ours |= message.headers
-    headers: list[tuple[str, bytes | None]] = []
-    add = headers.append
-    for name, text in ours.items():
-        add((name, text.encode()))
+        more |= message.headers
+    if more:
+        headers += [(name, text.encode()) for name, text in more.items()]
     key = None if message.key is None else message.key.encode("utf-8", "surrogateescape")
     value: bytes | None = message.body
     native: Any = None if origin is None else origin.native

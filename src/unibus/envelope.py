@@ -55,6 +55,17 @@ def write(message: Message, headers: dict[str, str], timestamp: float | None = N
         headers[EXPIRES_AT] = time_text(message.expires_at)
 
 
+def is_bare(message: Message) -> bool:
+    """Is there nothing of the envelope to write but id, key, content type and timestamp?"""
+    return (
+        message.type is None
+        and message.correlation_id is None
+        and message.causation_id is None
+        and message.reply_to is None
+        and message.expires_at is None
+    )
+
+
 def read(headers: dict[str, str], message: Message) -> float | None:
     """Move the envelope's headers into the fields of a received message; what is left of `headers` are the user's.
 
