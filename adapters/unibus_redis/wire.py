@@ -17,7 +17,7 @@ from typing import Any
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
-from unibus.envelope import JSON, packed, read, write
+from unibus.envelope import JSON, is_bare, packed, packed_bare, read, write
 from unibus.inboxes import inbox, inbox_shape
 from unibus.message import (
     ENVELOPE_HEADERS,
@@ -69,6 +69,9 @@ def reply_address(text: str) -> Inbox:
 def encode(outgoing: Outgoing, now: float) -> list[Any]:
     """Names and values in turn."""
     message, origin = outgoing.message, outgoing.origin
+    stamped = origin is not None or outgoing.not_before or abs(now - (message.timestamp or now)) > 1
+    if not stamped and message.headers is NO_HEADERS and message.key is None and is_bare(message):
+        return [BODY, message.body, HEADERS, packed_bare(message.id, message.content_type)]
     headers: dict[str, Any] = {}
     more: list[bytes] = []
     pack: Callable[[dict[str, Any]], str] = packed
@@ -79,7 +82,6 @@ def encode(outgoing: Outgoing, now: float) -> list[Any]:
             pack = _dump
     if message.headers is not NO_HEADERS:
         headers |= message.headers
-    stamped = origin is not None or outgoing.not_before or abs(now - (message.timestamp or now)) > 1
     write(message, headers, message.timestamp if stamped else None)
     return [BODY, message.body, HEADERS, pack(headers), *more]
 

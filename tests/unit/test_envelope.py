@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unibus.envelope import JSON, packed, read, read_time, time_text, write
+from unibus.envelope import JSON, is_bare, packed, packed_bare, read, read_time, time_text, write
 from unibus.message import ENVELOPE_HEADERS, NO_HEADERS, NOT_BEFORE, Message
 
 FULL = Message(
@@ -42,6 +42,19 @@ def test_what_is_set_is_written_in_one_order() -> None:
 def test_packed_headers_are_json_in_ascii(headers: dict[str, str]) -> None:
     assert packed(headers) == json.dumps(headers, separators=(",", ":"))
     assert packed(headers).isascii()
+
+
+@given(st.text(st.characters(exclude_categories=[])), st.none() | st.text(st.characters(exclude_categories=[])))
+def test_a_bare_message_is_packed_as_any_other(id: str, content_type: str | None) -> None:
+    assert packed_bare(id, content_type) == packed(written(Message(b"", id, content_type=content_type)))
+
+
+def test_bare_is_what_has_nothing_to_write_but_what_every_message_has() -> None:
+    assert is_bare(Message(b"x", "id-1", None, "text/csv", {"tenant": "acme"}, "k", timestamp=1.25, priority=1))
+    for name in ("type", "correlation_id", "causation_id", "reply_to"):
+        more: dict[str, Any] = {name: ""}
+        assert not is_bare(Message(b"x", "id-1", **more))
+    assert not is_bare(Message(b"x", "id-1", expires_at=0.0))
 
 
 def test_brief_leaves_out_what_the_adapter_writes_and_the_correlation_id_that_says_nothing() -> None:
