@@ -102,6 +102,7 @@ class Intake:
         self._postponed: dict[Delivery[Any], float] = {}  # held uncounted, and since when, monotonic
         self._kept: set[Delivery[Any]] = set()  # parked by hand where no handlers run: settled until handed out again
         self._gone: set[Delivery[Any]] = set()  # lost while their handlers run, and that was said
+        self._taken_back: set[Delivery[Any]] = set()  # at the end, from the hands of a user who had not settled them
         self._room = asyncio.Event()
         self._reserved = 0  # room given to receives under way
         self._waiters: dict[Delivery[Any], asyncio.Future[TransportError | None]] = {}
@@ -346,6 +347,8 @@ class Intake:
 
     async def settle(self, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Returns once the step is confirmed; the first verdict counts. Raises LeaseLost, or what hindered it."""
+        if delivery in self._taken_back:
+            raise LeaseLost(f"message {delivery.message.id} went back when its receiver ended; it is delivered again")
         if delivery.settled or delivery in self._decided:
             return
         waiter = self._waiters[delivery] = asyncio.get_running_loop().create_future()
@@ -675,7 +678,14 @@ class Intake:
         self._give_back([*waiting, *self._take_waiting()])
 
     async def close(self) -> None:
-        """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself."""
+        """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself.
+
+        What a user holds by hand is given back: left to the broker it would count as a crash.
+        """
+        if not self.runs_handlers:
+            for delivery in [held for held in self.running if not (held.settled or held.lost)]:
+                self._taken_back.add(delivery)
+                self.finish(delivery, retry.RELEASE)
         await self._settler.idle()
         await self._close_subscription()
         if self.at_most_once:

@@ -133,6 +133,7 @@ class SettlesLater(Subscription):
     "shutdown.deadline_then_return",
     "shutdown.in_flight_completes",
     "shutdown.restarts_kill_no_message",
+    "shutdown.held_by_hand",
     "shutdown.sigterm",
     "competing.leaver_hands_over",
 )

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from unibus import Bus, Closed, Delivery
+from unibus import Bus, Closed, Delivery, LeaseLost
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import FACTOR, SOON, Kit, Seen, bodies, leftover, letters, take, until
 
@@ -161,6 +161,21 @@ async def test_reopened(kit: Kit) -> None:
         assert sorted(bodies(found)) == sorted(sent)
         assert await letters(bus, queue, 0) == []
         assert await leftover(bus, queue) == []
+
+
+@contract("shutdown.held_by_hand", "What a receiver that ends still held goes back, uncounted, however often.")
+async def test_held_by_hand(kit: Kit) -> None:
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        await bus.send(queue, b"x")
+        for _ in range(8):
+            async with bus.receiver(queue) as receiver:
+                (delivery,) = await take(receiver)
+                assert delivery.attempt == 1
+            with pytest.raises(LeaseLost):
+                await delivery.ack()
+        assert bodies(await leftover(bus, queue)) == [b"x"]
+        assert await letters(bus, queue, 0) == []
 
 
 @contract("shutdown.sends_are_decided", "A send that is under way at close arrives, or raises Closed; never neither.")
