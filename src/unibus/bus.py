@@ -18,7 +18,7 @@ from unibus.adapter import Adapter, Backlog, DeclareMode, Endpoint, Outgoing, Se
 from unibus.blocking import Blocking
 from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue
-from unibus.clock import Clock, SystemClock
+from unibus.clock import Clock, Deadline, SystemClock
 from unibus.deadletter import describe
 from unibus.errors import Closed, ConfigError, ConnectionLost, SendFailed, UnibusError
 from unibus.layers import Layer
@@ -114,7 +114,7 @@ class Bus(Handlers):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0  # where it was opened
         self._stack = AsyncExitStack()
-        self._stopping: asyncio.Event | None = None
+        self._run: _Run | None = None
         self._tool: tuple[Group, ...] | None = (
             None  # of a tool's copy (`tooling`): groups it asks for beside the handlers'
         )
@@ -153,7 +153,7 @@ class Bus(Handlers):
 
         `only`: the handlers of these channels, or of single groups as `topic.group`; UnknownChannel for one without any.
         """
-        opened = self._session is None
+        opened, deadline = self._session is None, None
         if opened:
             await self._open(only)
         try:
@@ -167,43 +167,47 @@ class Bus(Handlers):
                 await session.started(session.intakes)
                 yield self
             finally:
-                await session.drain()
+                deadline = session.deadline()
+                await session.drain(deadline)
         finally:
             if opened:
-                await self.close()
+                await self._close(deadline)
 
     async def run(self, *, only: Iterable[str] | None = None) -> None:
         """Run the handlers until SIGTERM or SIGINT, or `stop()`; then drain. A second signal ends the process at once.
 
-        `only`: as for `running`. Raises what ended the link for good, such as AuthenticationFailed.
+        A start that is still under way is broken off by them. `only`: as for `running`. Raises what ended the link for good,
+        such as AuthenticationFailed.
         """
-        self._stopping = stopping = asyncio.Event()
+        self._run = run = _Run()
         loop = asyncio.get_running_loop()
 
         def stop(number: int) -> None:
-            if stopping.is_set():
+            if run.stopping.is_set():
                 os._exit(128 + number)
             log.info("%s: draining", signal.Signals(number).name)
-            stopping.set()
+            run.stop()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop, number)
         try:
-            async with self.running(only=only):
-                session = self._opened()
-                link = session.kit.link
-                log.info(
-                    "at work: %s",
-                    ", ".join(str(consumer.intake.address) for consumer in session.consumers) or "no handlers",
-                )
-                waits = [asyncio.ensure_future(stopping.wait()), asyncio.ensure_future(link.failed.wait())]
-                try:
-                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for wait in waits:
-                        wait.cancel()
-                if link.failure is not None:
-                    raise link.failure
+            with run:
+                async with self.running(only=only):
+                    run.starting = False
+                    session = self._opened()
+                    link = session.kit.link
+                    log.info(
+                        "at work: %s",
+                        ", ".join(str(consumer.intake.address) for consumer in session.consumers) or "no handlers",
+                    )
+                    waits = [asyncio.ensure_future(run.stopping.wait()), asyncio.ensure_future(link.failed.wait())]
+                    try:
+                        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        for wait in waits:
+                            wait.cancel()
+                    if link.failure is not None:
+                        raise link.failure
             log.info("drained")
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -211,8 +215,8 @@ class Bus(Handlers):
 
     def stop(self) -> None:
         """End `run()` as a signal would."""
-        if self._stopping is not None:
-            self._stopping.set()
+        if self._run is not None:
+            self._run.stop()
 
     async def _open(self, only: Iterable[str] | None = None) -> None:
         if self._session is not None or self._opening:
@@ -270,17 +274,24 @@ class Bus(Handlers):
         return settings, channels
 
     async def close(self) -> None:
-        """Drain the handlers, finish the sends under way, disconnect. Idempotent."""
+        """Drain the handlers, finish the sends under way, disconnect. Idempotent.
+
+        Ends within `shutdown_timeout` and 3 seconds, not counting `lifespan`, also where the broker doesn't answer.
+        """
+        await self._close(None)
+
+    async def _close(self, deadline: Deadline | None) -> None:
         session = self._session
         if session is None:
             return
+        deadline = deadline or session.deadline()
         try:
-            await session.drain()
+            await session.drain(deadline)
             await self._stack.aclose()
         finally:
             self._session = None
             self.state = None
-            await session.close()
+            await session.close(deadline)
 
     def _opened(self) -> Session:
         if self._session is None:
@@ -515,6 +526,31 @@ class Bus(Handlers):
                 link.lost(epoch, ConnectionLost("a health check found the link to the broker broken"))
             return BusHealth("down", tuple(reasons) or ("the link to the broker is down",))
         return BusHealth("degraded" if reasons else "ok", tuple(reasons))
+
+
+class _Run:
+    """One `run()`: what asks it to stop, also while it still starts."""
+
+    def __init__(self) -> None:
+        self.stopping = asyncio.Event()
+        self.starting = True
+        self._task = asyncio.current_task()
+        self._broken_off = False
+
+    def stop(self) -> None:
+        if self.starting and not self.stopping.is_set() and self._task is not None:
+            self._broken_off = True
+            self._task.cancel()  # there is no other way out of a `lifespan`, or of a subscription that does not come to stand
+        self.stopping.set()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        self.starting = False
+        if not self._broken_off or self._task is None:
+            return False
+        others = self._task.uncancel()
+        return kind is asyncio.CancelledError and not others
 
 
 def _wrong_verb(channel: Queue[Any] | Topic[Any]) -> str:

@@ -40,6 +40,8 @@ async def within(clock: Clock, seconds: float | None, awaitable: Awaitable[T]) -
     """
     if seconds is None:
         return await awaitable
+    current = asyncio.current_task()
+    before = current.cancelling() if current is not None else 0  # who cleans up after a cancellation has deadlines, too
     task = asyncio.ensure_future(awaitable)
     expired = False
 
@@ -51,15 +53,26 @@ async def within(clock: Clock, seconds: float | None, awaitable: Awaitable[T]) -
     try:
         return await task
     except asyncio.CancelledError:
-        if expired and task.cancelled():
-            current = asyncio.current_task()
-            if current is None or not current.cancelling():
-                raise TimeoutError from None
+        if expired and task.cancelled() and (current is None or current.cancelling() <= before):
+            raise TimeoutError from None
         raise
     finally:
         timer.cancel()
         if not task.done():
             task.cancel()
+
+
+class Deadline:
+    """A moment that the steps of something share: each gets what the ones before it have left."""
+
+    LEAST = 0.25  # seconds for a step that comes after it: where nothing hangs, that is enough
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock = clock
+        self._at = clock.monotonic() + seconds
+
+    def left(self) -> float:
+        return max(self.LEAST, self._at - self._clock.monotonic())
 
 
 class SystemClock:

@@ -13,7 +13,7 @@ from contextvars import Context, copy_context
 from typing import Any, Literal
 
 from unibus import retry
-from unibus.clock import Timer, within
+from unibus.clock import Deadline, Timer, within
 from unibus.codec import BodyCodec
 from unibus.correlation import handling, place
 from unibus.delivery import Delivery
@@ -300,12 +300,15 @@ class Consumer:
             f"{self.intake.address}: {waiting} messages wait: each of {len(runs)} handlers has run for {shortest:.0f} s"
         )
 
-    async def drain(self, timeout: float) -> None:
-        """Take no more, let what runs finish within `timeout` seconds, cancel the rest; settle, and end the subscription."""
+    async def drain(self, timeout: float, deadline: Deadline) -> None:
+        """Take no more, let what runs finish within `timeout` seconds, cancel the rest; settle, and end the subscription.
+
+        All of it by the `deadline`, also where the broker doesn't answer.
+        """
         self._draining = True
         until = self._clock.monotonic() + timeout  # to stop may take seconds, and the handlers have them too
         try:
-            await self.intake.stop()
+            await self.intake.stop(deadline)
             if self.intake.at_most_once:
                 await self.intake.idle()  # what is being settled first has still to run
             try:
@@ -316,7 +319,7 @@ class Consumer:
             idle = self._end_slots()
         if idle:
             await asyncio.wait(idle)
-        await self.intake.close()
+        await self.intake.close(deadline)
 
     def _end_slots(self) -> list[asyncio.Task[None]]:
         """The tasks of idle slots, which end at once; a busy one may not listen."""

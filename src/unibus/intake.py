@@ -16,7 +16,7 @@ from typing import Any
 from unibus import deadletter, retry, telemetry
 from unibus.adapter import Outgoing, Source, Start, Subscription
 from unibus.channel import Group, Queue
-from unibus.clock import within
+from unibus.clock import Deadline, within
 from unibus.delivery import Delivery
 from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Throttled, Timeout, TransportError, UnibusError
 from unibus.guard import CrashGuard
@@ -35,7 +35,7 @@ log = logging.getLogger("unibus")
 
 POLL = 5.0  # seconds a receive waits: only how often an idle loop turns
 POLL_ALONE = 1.0  # the same while the crash guard is at work: an empty receive ends that
-LONGEST_CLOSE = 30.0  # seconds, of a driver that doesn't come to an end with its subscription
+LONGEST_CLOSE = 30.0  # seconds, of a driver that doesn't come to an end with a subscription that is followed by another
 
 
 class _Again(Exception):
@@ -632,7 +632,7 @@ class Intake:
         self._guard.suspects.clear()
         await self._close_subscription()
 
-    async def _close_subscription(self) -> None:
+    async def _close_subscription(self, seconds: float = LONGEST_CLOSE) -> None:
         subscription, self._subscription = self._subscription, None
         self._settler.subscription = None
         if self._heartbeat is not None:
@@ -641,24 +641,24 @@ class Intake:
         self._end_watch()
         if subscription is not None:
             try:
-                await within(self.kit.clock, LONGEST_CLOSE, answered(subscription.close()))
+                await within(self.kit.clock, seconds, answered(subscription.close()))
             except Exception as error:  # it is over in any case
-                self._disorder("close", error)
+                self._disorder("close", error, seconds)
 
     def _end_watch(self) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
 
-    def _disorder(self, what: str, error: Exception) -> None:
+    def _disorder(self, what: str, error: Exception, seconds: float) -> None:
         if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
-            log.error("%s: the subscription did not %s within %g s; left behind", self.address, what, LONGEST_CLOSE)
+            log.error("%s: the subscription did not %s within %.3g s; left behind", self.address, what, seconds)
             return
         level = logging.DEBUG if isinstance(error, TransportError) else logging.ERROR
         trace = None if isinstance(error, TransportError) else error
         log.log(level, "%s: the subscription did not %s in order: %s", self.address, what, error, exc_info=trace)
 
-    async def stop(self) -> None:
+    async def stop(self, deadline: Deadline) -> None:
         """Take no more, and give back what was not handed out. What runs can still be settled."""
         self._stopping = self._settler.stopping = True
         self._end_watch()
@@ -671,13 +671,14 @@ class Intake:
             await asyncio.wait([self._task])
         waiting += self._take_waiting()
         if self._subscription is not None:
+            seconds = deadline.left()
             try:
-                await within(self.kit.clock, LONGEST_CLOSE, answered(self._subscription.stop()))
+                await within(self.kit.clock, seconds, answered(self._subscription.stop()))
             except Exception as error:
-                self._disorder("stop", error)
+                self._disorder("stop", error, seconds)
         self._give_back([*waiting, *self._take_waiting()])
 
-    async def close(self) -> None:
+    async def close(self, deadline: Deadline) -> None:
         """After `stop`: settle what finished, then end the subscription; what still runs goes back by itself.
 
         What a user holds by hand is given back: left to the broker it would count as a crash.
@@ -686,12 +687,26 @@ class Intake:
             for delivery in [held for held in self.running if not (held.settled or held.lost)]:
                 self._taken_back.add(delivery)
                 self.finish(delivery, retry.RELEASE)
-        await self._settler.idle()
-        await self._close_subscription()
+        try:
+            await within(self.kit.clock, deadline.left(), self._settler.idle())
+        except TimeoutError:
+            await self._give_up()
+        await self._close_subscription(deadline.left())
         if self.at_most_once:
             for delivery in [*self.lanes.ready, *self.lanes.behind()]:
                 self.finish(delivery, retry.RELEASE)
         self.lanes.end(Closed(f"no more is received from {self.address}"))
+
+    async def _give_up(self) -> None:
+        """The broker has not answered by the deadline: what was decided and not told comes again."""
+        await self._settler.give_up()
+        log.error(
+            "%s: %d deliveries not settled by the end of the drain; they come again", self.address, len(self.holding)
+        )
+        for delivery in list(self.holding):
+            delivery.lost = True
+            self._resolve(delivery, LeaseLost(f"message {delivery.message.id}: not settled by the end of the drain"))
+            self._forget(delivery)
 
     # For health and tests
 

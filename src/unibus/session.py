@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unibus.adapter import Adapter, Outgoing
 from unibus.channel import Group, Inbox, Queue, Topic, stem
-from unibus.clock import Clock, within
+from unibus.clock import Clock, Deadline, within
 from unibus.codec import BodyCodec, Bounded, codec_for, codec_of
 from unibus.consumer import Consumer
 from unibus.correlation import correlate, handling
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from unibus.config import Settings
 
 log = logging.getLogger("unibus")
+
+# Seconds after `shutdown_timeout` for what the handlers leave behind: their messages settled, their sends confirmed. With the
+# default both are less than the 30 s after which Kubernetes kills.
+WIND_UP = 3.0
 
 
 class Route:
@@ -343,13 +347,19 @@ class Session:
 
     # The end
 
-    async def drain(self) -> None:
+    def deadline(self) -> Deadline:
+        """By when all has to be over that begins to end now, whatever the broker does."""
+        return Deadline(self.kit.clock, self.settings.shutdown_timeout + WIND_UP)
+
+    async def drain(self, deadline: Deadline) -> None:
         """Stop the handlers: no new messages, those under way get `shutdown_timeout` seconds, all is settled."""
         async with self._draining:  # who comes second waits, too, before it closes the link
             consumers, self.consumers = self.consumers, []
             self.running = False
             try:
-                await asyncio.gather(*(consumer.drain(self.settings.shutdown_timeout) for consumer in consumers))
+                await asyncio.gather(
+                    *(consumer.drain(self.settings.shutdown_timeout, deadline) for consumer in consumers)
+                )
             finally:
                 for threads in self._threads:
                     threads.close()
@@ -360,25 +370,29 @@ class Session:
             for consumer in consumers:
                 self.intakes.remove(consumer.intake)
 
-    async def close(self) -> None:
-        await self.drain()
+    async def close(self, deadline: Deadline) -> None:
+        await self.drain(deadline)
         for intake in list(self.intakes):
-            await self.end(intake)
+            await self.end(intake, deadline)
         try:
-            await within(self.kit.clock, self.settings.shutdown_timeout, self.kit.publisher.drain())
+            await within(self.kit.clock, deadline.left(), self.kit.publisher.drain())
         except TimeoutError:
             log.warning("messages were not confirmed before the end; their senders are told")
         await self._requester.close()
         await self.kit.publisher.close()
         await self._close_stores()
-        await self.kit.link.close()
+        try:
+            await within(self.kit.clock, deadline.left(), self.kit.link.close())
+        except TimeoutError:
+            log.warning("the link to the broker did not close in time; left behind")
 
-    async def end(self, intake: Intake) -> None:
+    async def end(self, intake: Intake, deadline: Deadline | None = None) -> None:
         """Of a receiver by hand: what it holds goes back."""
         if intake in self.intakes:
             self.intakes.remove(intake)
-            await intake.stop()
-            await intake.close()
+            deadline = deadline or self.deadline()
+            await intake.stop(deadline)
+            await intake.close(deadline)
 
     async def complaints(self) -> list[str]:
         """What is wrong with receiving, handling or sending, as far as this process knows."""

@@ -23,6 +23,7 @@ from unibus.waiting import answered
 log = logging.getLogger("unibus")
 
 SETTLE_TRIES = 6
+LAST_WORD = 1.0  # seconds that a call of the adapter has to end once it is cancelled
 FIRST_MOVE_WAIT = 3  # in doublings of the shortest back-off: a dead-letter channel rarely comes back at once
 
 Transfer = tuple[Delivery[Any], Outgoing]
@@ -112,6 +113,16 @@ class Settler:
             if not waiting:
                 return
             await asyncio.wait(waiting)
+
+    async def give_up(self) -> None:
+        """Leave what is under way."""
+        for task in (running := [task for task in (self._task, *self._moving) if task is not None]):
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=LAST_WORD)
+        self._done.clear()
+        self._returns.clear()
+        self._moves.clear()
 
     def _start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._flush())

@@ -52,11 +52,12 @@ async def answered(call: Awaitable[T]) -> T:
     Raises ConnectionLost for an `asyncio.CancelledError` that nobody has asked this task for: a client cancels its own
     waiting calls when its connection has ended.
     """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
     try:
         return await call
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if task is None or task.cancelling() > before:
             raise
         raise ConnectionLost("the client of the broker cancelled its own call") from None
 

@@ -63,7 +63,8 @@ async def later(it: Lab, seconds: float) -> None:
 class Spy(MemoryAdapter):
     """A memory adapter that records its calls, fails on demand, and has the capabilities that a test asks for.
 
-    `faults[name]`: what the next calls of a method raise. `gate`: closed, it holds sends back.
+    `faults[name]`: what the next calls of a method raise. `hanging`: methods that don't return. `gate`: closed, it holds
+    sends back.
     """
 
     changes: dict[str, Any]
@@ -78,6 +79,7 @@ class Spy(MemoryAdapter):
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.faults: defaultdict[str, deque[BaseException]] = defaultdict(deque)
         self.always: dict[str, BaseException] = {}
+        self.hanging: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
         self.flying = self.most_flying = 0
@@ -90,13 +92,18 @@ class Spy(MemoryAdapter):
         if name in self.always:
             raise self.always[name]
 
+    async def answer(self, name: str) -> None:
+        if name in self.hanging:
+            await asyncio.Event().wait()
+        self.call(name)
+
     async def connect(self) -> None:
         self.call("connect")
         await super().connect()
 
     async def close(self) -> None:
         await super().close()
-        self.call("close")
+        await self.answer("close")
 
     async def declare(self, topology: Topology) -> None:
         self.call("declare")
@@ -108,7 +115,7 @@ class Spy(MemoryAdapter):
         self.most_flying = max(self.flying, self.most_flying)
         try:
             await self.gate.wait()
-            self.call("send")
+            await self.answer("send")
             return await super().send(batch, timeout)
         finally:
             self.flying -= 1
@@ -139,12 +146,12 @@ class SpySubscription(MemorySubscription):
     async def settle(
         self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
     ) -> Results:
-        self.spy.call("settle")
+        await self.spy.answer("settle")
         self.spy.settled.append((outcome, [d.message.body.decode() for d in deliveries]))
         return await super().settle(outcome, deliveries, delays=delays)
 
     async def move(self, moves: Sequence[Move], timeout: float) -> Results:
-        self.spy.call("move")
+        await self.spy.answer("move")
         return await super().move(moves, timeout)
 
     async def extend(self, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
@@ -153,12 +160,12 @@ class SpySubscription(MemorySubscription):
         return await super().extend(deliveries, seconds)
 
     async def stop(self) -> None:
-        self.spy.call("stop")
+        await self.spy.answer("stop")
         await super().stop()
 
     async def close(self) -> None:
         await super().close()
-        self.spy.call("unsubscribe")
+        await self.spy.answer("unsubscribe")
 
 
 def spying(made: list[Spy], **capabilities: Any) -> Any:

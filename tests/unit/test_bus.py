@@ -14,7 +14,9 @@ import pytest
 from pydantic import BaseModel, Field
 from tests.unit.core_lab import DONE, EVENTS, ORDERS, Spy, lab, make_bus, spy_of, spying, tidy, turns, until
 
-from unibus import AuthenticationFailed, Bus, Closed, ConfigError, Handlers, Queue
+from unibus import AuthenticationFailed, Bus, Closed, ConfigError, Handlers, Queue, Timeout
+from unibus.adapter import Source
+from unibus.memory_subscription import MemorySubscription
 
 
 def test_making_a_bus_does_nothing() -> None:
@@ -296,6 +298,76 @@ def test_a_signal_drains_and_ends_the_process(number: signal.Signals) -> None:
         process.send_signal(number)
         assert process.stdout.read() == "done\nclosed\n"
         assert process.wait() == 0
+
+
+async def test_a_start_that_hangs_is_broken_off_by_stop() -> None:
+    events: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(bus: Bus) -> AsyncIterator[None]:
+        try:
+            events.append("waits for a database")
+            await asyncio.Event().wait()
+            yield
+        finally:
+            events.append("cleaned up")
+
+    bus = make_bus(lifespan=lifespan)
+    running = asyncio.ensure_future(bus.run())
+    await until(lambda: events, "it starts")
+    bus.stop()
+    await running
+    assert events == ["waits for a database", "cleaned up"]
+    assert repr(bus) == "<Bus closed>"
+
+
+async def test_a_subscription_that_does_not_come_to_stand_does_not_keep_the_others_at_work() -> None:
+    bus, handled = make_bus(), list[str]()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None:
+        handled.append(body)
+
+    @bus.consumer(DONE)
+    async def other(body: str) -> None: ...
+
+    made: list[Spy] = []
+    with spying(made):
+        async with tidy():
+            running = asyncio.ensure_future(bus.run())
+            await until(lambda: made, "the adapter is made")
+            subscribe = made[0].subscribe
+
+            async def refuse(source: Source) -> MemorySubscription:
+                if source.address == DONE:
+                    raise Timeout("not now")
+                return await subscribe(source)
+
+            made[0].subscribe = refuse  # type: ignore[method-assign]  # of this one
+            await until(lambda: bus._session is not None and bus._session.intakes, "the handlers begin")
+            await bus.send(ORDERS, "x")
+            await until(lambda: handled, "one of them is at work")
+            bus.stop()
+            await running
+    assert handled == ["x"]
+    assert repr(bus) == "<Bus closed>"
+
+
+async def test_who_cancels_a_run_while_it_stops_sees_it_cancelled() -> None:
+    bus = make_bus(lifespan=hanging)
+    running = asyncio.ensure_future(bus.run())
+    await until(lambda: bus._session is not None, "it starts")
+    bus.stop()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await bus.close()
+
+
+@asynccontextmanager
+async def hanging(_: Bus) -> AsyncIterator[None]:
+    await asyncio.Event().wait()
+    yield
 
 
 async def test_counts_and_names() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unibus.clock import SystemClock, VirtualClock, within
+from unibus.clock import Deadline, SystemClock, VirtualClock, within
 
 
 @given(st.lists(st.floats(0, 100), max_size=20), st.lists(st.floats(0, 50), max_size=5))
@@ -161,3 +161,36 @@ def test_who_is_woken_a_rounding_error_too_early_waits_for_the_rest_and_not_for_
     clock.move(2)
     assert len(fired) == 2
     assert 1 < fired[1] < 1.001
+
+
+async def test_within_times_out_in_a_task_that_cleans_up_after_its_cancellation() -> None:
+    clock, cut = VirtualClock(), list[str]()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            try:
+                await within(clock, 5.0, asyncio.Event().wait())
+            except TimeoutError:
+                cut.append("clean-up")
+
+    task = asyncio.ensure_future(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    for _ in range(4):
+        await asyncio.sleep(0)
+    clock.move(5.0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cut == ["clean-up"]
+
+
+def test_the_steps_of_a_deadline_share_what_is_left() -> None:
+    clock = VirtualClock()
+    deadline = Deadline(clock, 3.0)
+    assert deadline.left() == 3.0
+    clock.move(2.5)
+    assert deadline.left() == 0.5
+    clock.move(60.0)
+    assert deadline.left() == Deadline.LEAST

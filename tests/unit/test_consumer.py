@@ -25,6 +25,7 @@ from tests.unit.core_lab import (
 from unibus import (
     BatchFailed,
     Bus,
+    Closed,
     DeadLetter,
     Delivery,
     Discard,
@@ -36,8 +37,10 @@ from unibus import (
     RetryPolicy,
 )
 from unibus.adapter import Outcome
+from unibus.clock import Deadline
 from unibus.memory_subscription import MemorySubscription
 from unibus.message import ERROR_TYPE, ORIGINAL_ERROR, RETRY_COUNT
+from unibus.session import WIND_UP
 from unibus.testing import Lab
 
 ONCE = RetryPolicy(max_retries=0)
@@ -684,6 +687,39 @@ async def test_nothing_begins_while_the_driver_takes_its_time_to_stop(monkeypatc
         await closing
     assert begun == ["first"]
     assert [m.body.decode() for m in broker.waiting(ORDERS)] == ["second"]
+
+
+@pytest.mark.parametrize("hangs", ["settle", "move", "send", "stop", "unsubscribe", "close"])
+async def test_a_broker_that_does_not_answer_does_not_keep_the_process(hangs: str) -> None:
+    """All is over 3 s after the handlers' time: before Kubernetes kills, which makes crashes of all that is held."""
+    bus = make_bus(shutdown_timeout=5)
+
+    @bus.consumer(ORDERS, concurrency=2, retry=RetryPolicy(max_retries=0))
+    async def handle(body: str) -> None:
+        if body == "bad":
+            raise ValueError
+        await asyncio.Event().wait()
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "long")
+        await turns()
+        spy = spy_of(bus)
+        spy.hanging.add(hangs)
+        sending = asyncio.ensure_future(bus.send(ORDERS, "bad"))
+        await turns()
+        closing = asyncio.ensure_future(bus.close())
+        await later(it, 4.9)
+        assert not closing.done(), "the handler has its time"
+        await later(it, 5 + WIND_UP + 4 * Deadline.LEAST - 4.9)
+        assert closing.done()
+        await closing
+        if hangs == "send":
+            with pytest.raises(Closed):
+                await sending
+        else:
+            await sending
+        spy.hanging.clear()
+        await spy.close()
 
 
 async def test_the_end_of_a_drain_cuts_what_still_runs_and_gives_it_back() -> None:
