@@ -4,7 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,20 @@ class Story:
 
     def send(self, value: str, kind: Kind | None = "ok", **about: object) -> None:
         self.step("send", kind, value=value, place="q", **about)  # type: ignore[arg-type]
+
+    def send_together(self, values: Iterable[str], process: str = "p", unknown: str = "", **about: object) -> None:
+        """None of them is awaited before the next: one begins after the other, and all end at once."""
+        told = {"place": "q", "key": "k"} | about
+        begun = []
+        for value in values:
+            self.calls += 1
+            self.now += SECOND
+            begun.append((self.calls, value))
+            self.told.append(Operation(process, self.calls, self.now, "send", "invoke", value, **told))  # type: ignore[arg-type]
+        self.now += SECOND
+        for call, value in begun:
+            kind: Kind = "unknown" if value in unknown else "ok"
+            self.told.append(Operation(process, call, self.now, "send", kind))
 
     def handle(self, value: str, kind: Kind | None = "ok", process: str = "c", **about: object) -> None:
         self.step("handle", kind, process, value=value, **({"place": "q"} | about))  # type: ignore[arg-type]
@@ -201,6 +215,38 @@ def a_later_one_first(story: Story) -> Expected:
     story.handle("b", key="k")
     story.handle("a", key="k")
     return ORDERED
+
+
+def sent_together_and_handled_backwards(story: Story) -> Expected:
+    """Ten of one key, by one process, in one batch."""
+    story.send_together("0123456789")
+    for value in "9876543210":
+        story.handle(value, key="k")
+    return ORDERED
+
+
+def backwards_around_one_of_which_nothing_is_known(story: Story) -> Expected:
+    story.send_together("abc", unknown="b")
+    for value in "cba":
+        story.handle(value, key="k")
+    return ORDERED
+
+
+def backwards_after_it_was_sent_again(story: Story) -> Expected:
+    """While one is sent again in a fault, the later ones of its key wait for it."""
+    story.fault()
+    story.note("try", "a", process="p", kind="unknown")
+    story.send_together("ab")
+    story.handle("b", key="k")
+    story.handle("a", key="k")
+    return ORDERED
+
+
+def backwards_in_one_group(story: Story) -> Expected:
+    story.send_together("ab")
+    for value, group in (("a", "g"), ("b", "h"), ("b", "g"), ("a", "h")):
+        story.handle(value, key="k", group=group)
+    return Expected({"q": ("g", "h")}, frozenset({"q"}))
 
 
 def both_at_once(story: Story) -> Expected:
@@ -469,6 +515,10 @@ def without_effect(story: Story) -> Expected:
         (refused_and_yet_there, [("resurrected", "a")]),
         (handled_twice, [("duplicate", "a")]),
         (a_later_one_first, [("order", "a")]),
+        (sent_together_and_handled_backwards, [("order", value) for value in "876543210"]),
+        (backwards_around_one_of_which_nothing_is_known, [("order", "a")]),
+        (backwards_after_it_was_sent_again, [("order", "a")]),
+        (backwards_in_one_group, [("order", "a")]),
         (both_at_once, [("overlap", "b")]),
         (attempts_go_back, [("attempt_back", "a")]),
         (attempts_without_failures, [("attempt_high", "a")]),
@@ -656,13 +706,25 @@ def overtaken_by_who_got_the_key(story: Story) -> None:
     story.note("lost", "a")
 
 
-def unconfirmed_ones_in_any_order(story: Story) -> None:
-    """Neither was confirmed before the other was sent."""
-    story.step("send", "ok", "p", 9, value="a", place="q", key="k")
-    story.now -= 9 * SECOND
-    story.step("send", "ok", "p", 9, value="b", place="q", key="k")
-    story.handle("b", key="k")
-    story.handle("a", key="k")
+def sent_together_and_handled_in_order(story: Story) -> None:
+    story.send_together("0123456789")
+    for value in "0123456789":
+        story.handle(value, key="k")
+
+
+def one_of_which_nothing_is_known_comes_at_any_time(story: Story) -> None:
+    """Those around it keep their order."""
+    story.send_together("abcd", unknown="bc")
+    for value in "cadb":
+        story.handle(value, key="k")
+
+
+def the_first_comes_again_after_the_second(story: Story) -> None:
+    story.send_together("ab")
+    for value in "aba":
+        story.handle(value, key="k")
+        if value == "b":
+            story.note("lost", "a")
 
 
 def senders_know_nothing_of_each_other(story: Story) -> None:
@@ -670,6 +732,33 @@ def senders_know_nothing_of_each_other(story: Story) -> None:
     story.step("send", "ok", "p2", value="b", place="q", key="k")
     story.handle("b", key="k")
     story.handle("a", key="k")
+
+
+def senders_at_the_same_time(story: Story) -> None:
+    story.send_together("abc", process="p1")
+    story.now -= 4 * SECOND
+    story.send_together("xyz", process="p2")
+    for value in "xaybcz":
+        story.handle(value, key="k")
+
+
+def backwards_where_there_is_no_order(story: Story) -> None:
+    story.send_together("abc", place="unordered")
+    for value in "cba":
+        story.handle(value, key="k", place="unordered")
+
+
+def backwards_without_a_key(story: Story) -> None:
+    story.send_together("abc", key="")
+    for value in "cba":
+        story.handle(value)
+
+
+def keys_know_nothing_of_each_other(story: Story) -> None:
+    story.send_together("ab", key="k")
+    story.send_together("cd", key="l")
+    for value, key in (("c", "l"), ("a", "k"), ("d", "l"), ("b", "k")):
+        story.handle(value, key=key)
 
 
 def attempts_forgotten_with_the_delivery(story: Story) -> None:
@@ -710,8 +799,14 @@ def attempts_forgotten_by_who_gave_it_back(story: Story) -> None:
         again_by_one_whose_link_a_fault_had_broken,
         together_with_one_whose_link_a_fault_had_broken,
         overtaken_by_who_got_the_key,
-        unconfirmed_ones_in_any_order,
+        sent_together_and_handled_in_order,
+        one_of_which_nothing_is_known_comes_at_any_time,
+        the_first_comes_again_after_the_second,
         senders_know_nothing_of_each_other,
+        senders_at_the_same_time,
+        backwards_where_there_is_no_order,
+        backwards_without_a_key,
+        keys_know_nothing_of_each_other,
         attempts_forgotten_with_the_delivery,
         attempts_forgotten_by_who_gave_it_back,
     ],

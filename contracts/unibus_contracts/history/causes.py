@@ -47,7 +47,7 @@ class Call:
     kind: Kind = "unknown"
     end: int | None = None
     detail: str = ""
-    seq: int = 0
+    number: int = 0  # among the calls of its process: the order in which they were made
 
 
 @dataclass(slots=True)

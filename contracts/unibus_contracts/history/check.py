@@ -6,7 +6,7 @@
 | left | the same, but it is still stored: nothing is lost, yet the drain said it was done |
 | unexpected | something was handled that nobody has sent |
 | resurrected | something was handled whose send had certainly failed |
-| order | of two messages of one key, of which the first was confirmed before the second was sent, the second was handled first |
+| order | of two messages of one key and one sender, both confirmed, the one that was sent later was handled first |
 | overlap | two messages of one key were handled at the same time, and neither consumer had lost its delivery |
 | duplicate | a message was handled with success twice, and nothing in its history says why (`causes`) |
 | attempt_back | the attempt went down within a process that had not lost the delivery |
@@ -320,19 +320,27 @@ class _Run:
                     yield Finding("innocent", value, why)
 
     def order(self) -> Iterable[Finding]:
-        """Among first deliveries: nobody waited for a message that was confirmed before this one was sent."""
-        first: dict[tuple[str, str, str, str], list[tuple[int, Call]]] = defaultdict(list)
+        """Among first deliveries: those of one key and sender come in the order of the calls, awaited in between or not.
+
+        What was sent again in a fault is no exception: later ones of its key wait for it, or fail with it. Of a send that was
+        not confirmed nothing is promised; those around it keep their order.
+        """
+        first: dict[tuple[str, str, str, str], list[tuple[int, int, str]]] = defaultdict(list)
         for (value, place, group), tries in self.handled.items():
             sends = self.sends.get(value, ())
-            if place in self.promised.ordered and len(sends) == 1 and sends[0].kind == "ok":
-                first[place, group, sends[0].key, sends[0].process].append((tries[0].at, sends[0]))
+            if place not in self.promised.ordered or len(sends) != 1:
+                continue
+            send = sends[0]
+            # Without a key there is no order, nor between channels.
+            if send.kind == "ok" and send.key and send.place == place:
+                first[place, group, send.key, send.process].append((tries[0].at, send.number, value))
         for (place, group, key, _), firsts in first.items():
             newest = 0
-            for at, send in sorted(firsts, key=lambda one: one[0]):
-                if send.end is not None and send.end < newest:
+            for at, number, value in sorted(firsts):  # begun in the same nanosecond: not known to be out of order
+                if number < newest:
                     name = f"{place}.{group}" if group else place
-                    yield Finding("order", send.value, f"{name}, key {key!r}: a later message was handled first", at)
-                newest = max(newest, send.at)
+                    yield Finding("order", value, f"{name}, key {key!r}: a later message was handled first", at)
+                newest = max(newest, number)
 
     def overlapping(self) -> Iterable[tuple[Call, Call, Name]]:
         """Pairs of handlings of one key at the same time, and the name of the first."""
@@ -438,4 +446,4 @@ class _Run:
 
 def _call(operation: Operation, process: str, value: str) -> Call:
     o = operation
-    return Call(process, o.at, value, intern(o.place), intern(o.group), intern(o.key), o.attempt, seq=o.seq)
+    return Call(process, o.at, value, intern(o.place), intern(o.group), intern(o.key), o.attempt, number=o.call)

@@ -76,7 +76,8 @@ _quoted = json.encoder.encode_basestring_ascii
 
 @dataclass(slots=True)
 class Operation:
-    """One line. `process` and `call` tie an ending to its invocation; `at`: nanoseconds, monotonic.
+    """One line. `process` and `call` tie an ending to its invocation; calls are numbered as they are made, and by that number
+    the sends of a process are told to be in order: it has one bus and one event loop. `at`: nanoseconds, monotonic.
 
     `value`: what was sent, unique in the run; `place`: channel; `group`: subscription, empty on a queue; `seq`: its number
     among the messages of its key and sender; `attempt`: as the delivery told; `detail`: a word on why, where or what.
