@@ -197,9 +197,7 @@ class Consumer:
         handling.set(None)  # a batch has no single cause
         clean = copy_context()
         while True:
-            batch: Batch = []
-            while len(batch) < self._batch and intake.lanes.ready:
-                batch.append(intake.take())
+            batch: Batch = intake.take_ready(self._batch)
             if not batch:
                 await intake.wait()
                 continue

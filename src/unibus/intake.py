@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -79,6 +80,7 @@ class Intake:
         self.lanes = Lanes(ordered=channel.ordered)  # those of them that wait
         self.running: set[Delivery[Any]] = set()  # handed out; who took it says finish
         self._report = Report(kit.counts, address, private=self.place.private)
+        self._now = kit.clock.monotonic
         self._handled = kit.counts.counter(telemetry.HANDLED, address)
         self._received = kit.counts.counter(telemetry.RECEIVED, address)
         self.subscribed = asyncio.Event()
@@ -310,10 +312,29 @@ class Intake:
     def take(self) -> Delivery[Any]:
         """The next one. Raises IndexError when none is ready."""
         delivery = self.lanes.take()
+        # The heartbeat may have had no answer, or no turn: what nobody knows to be ours is not begun.
+        while (until := delivery.lease_until) is not None and until <= self._now() and not self.at_most_once:
+            self._overdue(delivery)
+            delivery = self.lanes.take()
         self.running.add(delivery)
         if self._kept:
             self._reopen(delivery)
         return delivery
+
+    def take_ready(self, limit: int) -> list[Delivery[Any]]:
+        """Up to `limit` of what is ready."""
+        taken: list[Delivery[Any]] = []
+        with suppress(IndexError):
+            while len(taken) < limit:
+                taken.append(self.take())
+        return taken
+
+    def _overdue(self, delivery: Delivery[Any]) -> None:
+        """Its lease has ended while it waited. Given back with those behind it, since the driver still holds them."""
+        self._report.overdue(delivery)
+        for each in (delivery, *self.lanes.take_behind(delivery)):
+            each.settled = True
+            self._settler.let_go(each)
 
     def _reopen(self, delivery: Delivery[Any]) -> None:
         if delivery in self._kept:
@@ -322,12 +343,12 @@ class Intake:
 
     async def take_some(self, limit: int, timeout: float) -> list[Delivery[Any]]:
         """Up to `limit` of what is ready; none after `timeout` seconds without any."""
-        if not self.lanes.ready:
+        while not (taken := self.take_ready(limit)):
             try:
                 await within(self.kit.clock, timeout, self.wait())
             except TimeoutError:
-                return []
-        return [self.take() for _ in range(min(limit, len(self.lanes.ready)))]
+                break
+        return taken
 
     def _expire(self, delivery: Delivery[Any]) -> None:
         self._report.count(telemetry.EXPIRED)

@@ -121,6 +121,12 @@ class Report:
         more = extra(self._address, delivery, LOST, None, reason=consequence)
         log.warning(text, self._address, delivery.message.id, consequence, extra=more)
 
+    def overdue(self, delivery: Delivery[Any]) -> None:
+        """It had not begun. Whether it was lost is known, and counted, once it is given back."""
+        text = "%s: the lease of message %s has ended while it waited; not begun but given back, it comes again, here or elsewhere"
+        more = extra(self._address, delivery, LOST, None, reason="its lease has ended while it waited")
+        log.warning(text, self._address, delivery.message.id, extra=more)
+
     def suspect(self, delivery: Delivery[Any]) -> None:
         self.count(telemetry.SUSPECTED)
         text = "%s: message %s was handed out %s times without an answer; its next run is alone"

@@ -89,7 +89,11 @@ class Settler:
         if self._counted and handed_out_often(delivery):
             again = deadletter.copy(delivery.message, delivery.message.headers)
             self.move(delivery, Outgoing(self._address, again, None, delivery))
-            return
+        else:
+            self.let_go(delivery)
+
+    def let_go(self, delivery: Delivery[Any]) -> None:
+        """Give back what may be another's by now: never as a copy, which would be one message more."""
         self._returns.append(delivery)
         if self._task is None:
             self._start()

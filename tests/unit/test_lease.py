@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from tests.unit.core_lab import ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
+from tests.unit.core_lab import DONE, ORDERED, ORDERS, SpySubscription, lab, later, make_bus, spy_of, turns, until
 
-from unibus import Bus, ConfigError, Delivery, LeaseLost, RetryPolicy, TransportError
-from unibus.adapter import Outcome
+from unibus import Bus, ConfigError, Delivery, LeaseLost, Message, RetryPolicy, TransportError
+from unibus.adapter import Outcome, Results
+from unibus.testing import Lab
 
 
 async def test_prefetched_and_running_ones_are_kept_for_as_long_as_it_takes() -> None:
@@ -305,6 +308,164 @@ async def test_what_waits_is_not_begun_once_its_lease_is_gone() -> None:
         await it.idle()
         assert runs == ["1", "3"]
         assert bus.counts["lease_lost"] == 1
+
+
+async def test_an_extend_that_never_returns_is_tried_again_at_the_next_beat(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus()
+    runs: list[Delivery[str]] = []
+    whole, first = SpySubscription.extend, iter([True])
+
+    async def hang_once(self: SpySubscription, deliveries: Sequence[Delivery[Any]], seconds: float) -> Results:
+        if next(first, False):
+            await asyncio.Event().wait()
+        return await whole(self, deliveries, seconds)
+
+    monkeypatch.setattr(SpySubscription, "extend", hang_once)
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=1, on_lease_lost="cancel")
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        runs.append(delivery)
+        await asyncio.Event().wait()
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await later(it, 300)
+        assert len(runs) == 1
+        assert not runs[0].lost
+        assert (runs[0].lease_until or 0) > it.clock.monotonic()
+        assert spy_of(bus).extended
+    assert [r for r in caplog.records if "no answer within 10 s" in r.getMessage()]
+
+
+async def test_an_adapter_that_cancels_its_own_extend_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus()
+
+    async def cancel_itself(_self: SpySubscription, _deliveries: Sequence[Delivery[Any]], _seconds: float) -> Results:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(SpySubscription, "extend", cancel_itself)
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=1)
+    async def handle(body: str) -> None:
+        await asyncio.Event().wait()
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await later(it, 25)
+    assert [r for r in caplog.records if "1 leases could not be extended" in r.getMessage()]
+
+
+def blocked(it: Lab, seconds: float) -> None:
+    """The loop does not turn for so long: no timer fires."""
+    it.clock._elapsed += seconds
+
+
+async def test_what_waited_beyond_its_lease_is_given_back_not_begun(caplog: pytest.LogCaptureFixture) -> None:
+    bus = make_bus()
+    begun: list[tuple[str, bool]] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=3)
+    async def handle(body: str, delivery: Delivery[str]) -> None:
+        begun.append((body, (delivery.lease_until or 0) > it.clock.monotonic()))
+        if len(begun) == 1:
+            await go.wait()
+
+    async with lab(bus) as it:
+        ids = await bus.send_many(ORDERS, ["1", "2", "3"])
+        await until(lambda: begun)
+        _, second, third = bus._opened().intakes[0].holding
+        await taken_away(bus, second)
+        blocked(it, 100)
+        go.set()
+        await it.idle()
+        assert sorted(begun) == [("1", True), ("2", True), ("3", True)]
+        assert begun[0] == ("1", True)
+        assert bus.counts["lease_lost"] == 1  # the third was still ours when it went back
+        assert (it.broker.in_flight(), bus._opened().intakes[0].holding) == (0, {})
+        assert (await bus.health()).status == "ok"
+    said = [r.__dict__ for r in caplog.records if "has ended while it waited" in r.getMessage()]
+    assert [(r["message_id"], r["channel"], r["verdict"]) for r in said] == [(id, "orders", "lost") for id in ids[1:]]
+    assert third.settled
+
+
+async def test_in_order_what_is_given_back_beyond_its_lease_keeps_its_place() -> None:
+    bus = make_bus()
+    begun: list[str] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERED, concurrency=1, prefetch=4)
+    async def handle(body: str) -> None:
+        begun.append(body)
+        if len(begun) == 1:
+            await go.wait()
+
+    async with lab(bus) as it:
+        await bus.send(ORDERED, "first", key="other")
+        await until(lambda: begun)
+        intake = bus._opened().intakes[0]
+        for body in ("1", "2", "3"):
+            await bus.send(ORDERED, body, key="k")
+        await until(lambda: len(intake.holding) == 2)
+        later_one: Delivery[Any] = Delivery(
+            Message(b"9", key="k"), intake.source, None
+        )  # what other brokers hand out behind it
+        intake._admit([later_one])
+        blocked(it, 100)
+        go.set()
+        await it.idle()
+        assert begun == ["first", "1", "2", "3"]
+        assert (Outcome.RELEASED, ["1", "9"]) in spy_of(bus).settled
+
+
+async def test_a_batch_and_a_receiver_by_hand_begin_nothing_beyond_its_lease() -> None:
+    bus = make_bus()
+    begun: list[bool] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=4, batch=2)
+    async def handle(bodies: list[str], batch: list[Delivery[str]]) -> None:
+        begun.extend((delivery.lease_until or 0) > it.clock.monotonic() for delivery in batch)
+        await go.wait()
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["1", "2", "3", "4"])
+        await bus.send_many(DONE, ["1", "2"])
+        await until(lambda: begun)
+        async with bus.receiver(DONE, prefetch=2) as receiver:
+            await turns()
+            blocked(it, 100)
+            go.set()
+            assert [d.body for d in [await receiver.receive(timeout=1), await receiver.receive(timeout=1)] if d] == [
+                "1",
+                "2",
+            ]
+            assert all((d.lease_until or 0) > it.clock.monotonic() for d in it.bus._opened().intakes[1].running)
+        await it.idle()
+        assert begun == [True] * 4
+
+
+async def test_what_was_settled_first_needs_no_lease() -> None:
+    bus = make_bus()
+    runs: list[str] = []
+    go = asyncio.Event()
+
+    @bus.consumer(ORDERS, concurrency=1, prefetch=3, guarantee="at-most-once")
+    async def handle(body: str) -> None:
+        runs.append(body)
+        await go.wait()
+
+    async with lab(bus) as it:
+        await bus.send_many(ORDERS, ["1", "2", "3"])
+        await until(lambda: runs)
+        blocked(it, 100)
+        go.set()
+        await it.idle()
+        assert runs == ["1", "2", "3"]
 
 
 def test_a_thread_can_not_be_cancelled() -> None:
