@@ -750,7 +750,7 @@ class Intake:
     async def complaint(self) -> str | None:
         """Why this intake doesn't receive as it should, or None."""
         unprotected = self.protection.trouble if self.protection else None
-        if (trouble := self.trouble or self._settler.trouble or unprotected) or self._stopping:
+        if (trouble := self.trouble or self._settler.complaint() or unprotected) or self._stopping:
             return trouble
         if self._emptying:
             return f"{self.address}: nothing is received until its handlers end: the next message may have killed its consumers"

@@ -18,12 +18,13 @@ from unibus.publisher import Publisher
 from unibus.retry import handed_out_often
 from unibus.supervisor import Link, back_off
 from unibus.telemetry import Counts
-from unibus.waiting import answered
+from unibus.watchdog import Calls
 
 log = logging.getLogger("unibus")
 
 SETTLE_TRIES = 6
 LAST_WORD = 1.0  # seconds that a call of the adapter has to end once it is cancelled
+LONGEST_SETTLE = 90.0  # seconds; drivers and clients give up before (RabbitMQ's heartbeat after 60), unless they hang
 FIRST_MOVE_WAIT = 3  # in doublings of the shortest back-off: a dead-letter channel rarely comes back at once
 
 Transfer = tuple[Delivery[Any], Outgoing]
@@ -74,6 +75,7 @@ class Settler:
         self._task: asyncio.Task[None] | None = None
         self._moving: set[asyncio.Task[None]] = set()
         self._troubled: set[object] = set()  # those of them that have failed and are not through
+        self._calls = Calls(kit.clock)
 
     def accept(self, delivery: Delivery[Any]) -> None:
         self._done.append(delivery)
@@ -172,7 +174,7 @@ class Settler:
                     results[i] = _lease_lost(deliveries[i], gone)
                 break
             try:
-                answers = await answered(subscription.settle(outcome, part))
+                answers = await self._calls.bounded(subscription.settle(outcome, part), LONGEST_SETTLE)
             except ConnectionLost as error:
                 self._kit.link.lost(epoch, error)
                 answers = [_lease_lost(delivery, error) for delivery in part]
@@ -194,6 +196,12 @@ class Settler:
         if failed:
             self._kit.counts.add(telemetry.LEASE_LOST, self._address, len(failed))
             log.warning("%s: %d deliveries not settled, they come again: %s", self._address, len(failed), failed[0])
+
+    def complaint(self) -> str | None:
+        """Why messages that were handled stay in our hands, or None."""
+        if self.trouble is None and (seconds := self._calls.slow()) is not None:
+            return f"{self._address}: its messages are not settled: the adapter has not answered for {seconds:g} s"
+        return self.trouble
 
     async def _carry_out(self, moves: list[Transfer]) -> None:
         """Move, again until it succeeds; meanwhile the messages are kept, and `stuck` says to take in no more."""
@@ -247,8 +255,9 @@ class Settler:
             epoch = self.epoch
             answers: Sequence[TransportError | Unsupported | None]
             try:
-                call = subscription.move([Move(d, [out]) for d, out in moves], self._kit.publisher.timeout)
-                answers = await answered(call)
+                timeout = self._kit.publisher.timeout
+                call = subscription.move([Move(d, [out]) for d, out in moves], timeout)
+                answers = await self._calls.bounded(call, timeout + LONGEST_SETTLE)
             except TransportError as error:
                 answers = [error] * len(moves)
             except Exception as error:  # a fault of the adapter: the messages are kept, and it is tried again

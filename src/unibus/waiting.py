@@ -12,6 +12,7 @@ from unibus.errors import ConnectionLost
 T = TypeVar("T")
 
 AT_ONCE = 8
+OWN_CALL = "the client of the broker cancelled its own call"
 
 
 class Waiter:
@@ -59,7 +60,7 @@ async def answered(call: Awaitable[T]) -> T:
     except asyncio.CancelledError:
         if task is None or task.cancelling() > before:
             raise
-        raise ConnectionLost("the client of the broker cancelled its own call") from None
+        raise ConnectionLost(OWN_CALL) from None
 
 
 class Tasks:

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from asyncio import current_task
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from unibus.adapter import Standing, Subscription
 from unibus.clock import Clock, Timer, within
-from unibus.waiting import answered
+from unibus.errors import ConnectionLost
+from unibus.waiting import OWN_CALL, answered
 
 log = logging.getLogger("unibus")
+T = TypeVar("T")
 
 LOOK = 5.0  # seconds
 LONG = 2  # looks, after which a receive is longer than it was asked to be: is the subscription still there?
@@ -82,3 +86,50 @@ async def standing(subscription: Subscription, clock: Clock) -> Standing | None:
             "the subscription of %s can't be checked: %s", subscription.address, str(error) or type(error).__name__
         )
         return None
+
+
+class Calls:
+    """Calls of one owner that have to end, one at a time of each task.
+
+    They are on every message's way: there is one timer for all, and only while there are any.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._looks = 0
+        self._calls: dict[asyncio.Task[Any], tuple[int, float]] = {}  # at which look it began, and its seconds
+        self._cut: set[asyncio.Task[Any]] = set()  # cancelled, since they have not ended
+        self._timer: Timer | None = None
+
+    async def bounded(self, call: Awaitable[T], seconds: float) -> T:
+        """What it returns. Raises ConnectionLost when it has not returned in about so many seconds, and cancels it."""
+        task = current_task()
+        assert task is not None  # noqa: S101  # we are in one
+        self._calls[task] = self._looks, seconds
+        if self._timer is None:
+            self._timer = self._clock.call_later(LOOK, self._look)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if task.cancelling() > (task in self._cut):
+                raise
+            if task in self._cut:
+                raise ConnectionLost(f"a call of the adapter has not returned for {seconds:g} s") from None
+            raise ConnectionLost(OWN_CALL) from None
+        finally:
+            del self._calls[task]
+            if self._cut and task in self._cut:
+                self._cut.discard(task)
+                task.uncancel()
+
+    def slow(self) -> float | None:
+        """Seconds that the longest has taken, once that is too long for a call that will end well."""
+        looks = max((self._looks - began for began, _ in self._calls.values()), default=0)
+        return looks * LOOK if looks >= LONG else None
+
+    def _look(self) -> None:
+        self._looks += 1
+        for task, (began, seconds) in self._calls.items():
+            if (self._looks - began) * LOOK >= seconds and task not in self._cut and task.cancel():
+                self._cut.add(task)
+        self._timer = self._clock.call_later(LOOK, self._look) if self._calls else None

@@ -10,7 +10,9 @@ from tests.unit.core_lab import ORDERS, SpySubscription, lab, later, make_bus, s
 from unibus import Bus, Delivery, RetryPolicy
 from unibus.adapter import Standing
 from unibus.capabilities import refused
+from unibus.clock import VirtualClock
 from unibus.errors import Timeout
+from unibus.watchdog import Calls
 
 Receive = Callable[[SpySubscription, int, float], Any]
 
@@ -247,6 +249,105 @@ async def test_a_bus_closes_while_its_receive_hangs(monkeypatch: pytest.MonkeyPa
     bus = consuming([])
     async with lab(bus):
         await turns()
+
+
+# A settling that never returns
+
+
+def hanging(monkeypatch: pytest.MonkeyPatch, method: str, *, release: asyncio.Event | None = None) -> None:
+    """The first call of `method` returns never, or once released."""
+    whole, first = getattr(SpySubscription, method), iter([True])
+
+    async def hang_once(self: SpySubscription, *args: Any, **more: Any) -> Any:
+        if next(first, False):
+            await (release or asyncio.Event()).wait()
+        return await whole(self, *args, **more)
+
+    monkeypatch.setattr(SpySubscription, method, hang_once)
+
+
+async def test_a_settle_that_never_returns_is_told_and_its_link_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[str] = []
+    hanging(monkeypatch, "settle")
+    bus = consuming(handled, prefetch=5)
+    async with lab(bus) as it:
+        sent = [f"{n}" for n in range(50)]
+        await bus.send_many(ORDERS, sent)
+        await later(it, 4)
+        assert (await bus.health()).status == "ok"
+        await later(it, 7)
+        health = await bus.health()
+        assert (health.status, health.reasons) == (
+            "degraded",
+            ("queue 'orders': its messages are not settled: the adapter has not answered for 10 s",),
+        )
+        assert len(handled) <= 5
+        await later(it, 85)
+        await it.idle()
+        assert sorted(set(handled)) == sorted(sent)
+        assert bus.counts["reconnected"] == 1
+        assert (it.broker.in_flight(), bus._opened().intakes[0].holding) == (0, {})
+        assert (await bus.health()).status == "ok"
+
+
+async def test_a_move_that_never_returns_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging(monkeypatch, "move")
+    bus = make_bus(send_timeout=20)
+
+    @bus.consumer(ORDERS, retry=RetryPolicy(max_retries=0))
+    async def handle(body: str) -> None:
+        raise ValueError
+
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await later(it, 11)
+        assert (await bus.health()).status == "degraded"
+        await later(it, 90)
+        assert bus.counts.get("reconnected", 0) == 0
+        await later(it, 15)
+        await it.idle()
+        assert bus.counts["reconnected"] == 1
+        assert [letter.body for letter in it.dead_letters(ORDERS)] == ["x"]
+        assert (await bus.health()).status == "ok"
+
+
+async def test_a_settle_that_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[str] = []
+    release = asyncio.Event()
+    hanging(monkeypatch, "settle", release=release)
+    bus = consuming(handled)
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await later(it, 80)
+        release.set()
+        await later(it, 100)
+        assert (handled, bus.counts.get("reconnected", 0)) == (["x"], 0)
+        assert (await bus.health()).status == "ok"
+
+
+async def test_a_bus_closes_while_a_settle_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging(monkeypatch, "settle")
+    bus = consuming([])
+    async with lab(bus) as it:
+        await bus.send(ORDERS, "x")
+        await turns()
+        clock = it.clock
+        began = clock.monotonic()
+    assert clock.monotonic() - began < 100
+
+
+async def test_who_cancels_a_bounded_call_cancels_it() -> None:
+    clock = VirtualClock()
+    calls = Calls(clock)
+    task = asyncio.ensure_future(calls.bounded(asyncio.Event().wait(), 5))
+    await turns()
+    clock.move(5)
+    task.cancel()
+    await turns()
+    assert task.cancelled()
+    assert clock.next_due() == 5
+    clock.move(5)
+    assert clock.next_due() is None
 
 
 # What the health tells of those who can't keep up
