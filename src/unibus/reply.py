@@ -13,10 +13,12 @@ from typing import Any
 from unibus import deadletter, retry, telemetry
 from unibus.adapter import Outcome, Outgoing, Source, Subscription
 from unibus.channel import Inbox, Queue
+from unibus.clock import within
 from unibus.codec import BodyCodec
 from unibus.delivery import Delivery
 from unibus.errors import Closed, CodecError, ConnectionLost, RemoteError, Timeout, TransportError, UnibusError
 from unibus.handlers import InvalidHeader
+from unibus.intake import LONGEST_CLOSE
 from unibus.layers import Handling
 from unibus.message import REPLY_ERROR, REPLY_STATUS, Message, new_id
 from unibus.report import ANSWERED, extra
@@ -24,6 +26,7 @@ from unibus.retry import Action, RetryPolicy, Verdict
 from unibus.settler import Kit
 from unibus.supervisor import FATAL, back_off
 from unibus.waiting import answered
+from unibus.watchdog import Receiving, Watchdog
 
 log = logging.getLogger("unibus")
 
@@ -43,6 +46,8 @@ class Requester:
         self._open = asyncio.Event()
         self._failure: UnibusError | None = None
         self._task: asyncio.Task[None] | None = None
+        self._trouble: str | None = None
+        self._deaf = False  # it fell silent, and no receive has returned since
 
     async def request(self, outgoing: Outgoing, codec: BodyCodec, timeout: float) -> Any:
         """Send, and wait for the reply. Raises Timeout, RemoteError, ConnectionLost, CodecError, or what send raises."""
@@ -112,13 +117,17 @@ class Requester:
                 self._address = address.name if isinstance(address, Inbox) else str(address)
                 self._open.set()
                 failures = 0
-                await self._receive(subscription)
+                if not self._deaf:
+                    self._trouble = None
+                await self._watched(subscription, epoch)
             except (Closed, *FATAL) as error:
+                self._trouble = str(error)
                 self._lose(error)
                 self._failure = error
                 self._open.set()
                 return
             except Exception as error:
+                self._trouble = str(error) or type(error).__name__
                 if isinstance(error, ConnectionLost):
                     link.lost(epoch, error)
                 else:
@@ -131,11 +140,42 @@ class Requester:
             finally:
                 self._open.clear()
                 if subscription is not None:
-                    await _close(subscription)
+                    await self._leave(subscription)
 
-    async def _receive(self, subscription: Subscription) -> None:
+    async def _watched(self, subscription: Subscription, epoch: int) -> None:
+        """Receive. Raises what ends it; that it has fallen silent, too: if that was not the first time it may be the link."""
+        why: list[str] = []
+        receiving: asyncio.Task[None]
+
+        def fell_silent(said: str) -> None:
+            if not receiving.done():
+                why.append(said)
+                receiving.cancel()
+
+        watchdog = Watchdog(subscription, self._kit.clock, fell_silent)
+        receiving = asyncio.create_task(self._receive(subscription, watchdog.loop()))
+        watchdog.begin()
+        try:
+            await asyncio.wait([receiving])
+        finally:
+            watchdog.stop()
+            receiving.cancel()
+            await asyncio.wait([receiving])
+        if why:
+            error = TransportError(f"nothing is received from it: {why[0]}")
+            if self._deaf:
+                self._kit.link.lost(epoch, error)
+            self._deaf = True
+            self._kit.counts.add(telemetry.RESUBSCRIBED, None)
+            raise error
+        receiving.result()
+
+    async def _receive(self, subscription: Subscription, receiving: Receiving) -> None:
         while True:
+            receiving.looks = 0
             deliveries = await answered(subscription.receive(INBOX_PREFETCH, POLL))
+            if self._deaf:
+                self._deaf, self._trouble = False, None
             for delivery in deliveries:
                 future = self._waiting.get(delivery.message.causation_id or "")
                 if future is None or future.done():
@@ -144,6 +184,12 @@ class Requester:
                     future.set_result(delivery.message)
             if deliveries:
                 await answered(subscription.settle(Outcome.ACCEPTED, deliveries))
+
+    def complaint(self) -> str | None:
+        """Why no reply can arrive, or None. Without a request so far there is no inbox, and nothing is missed."""
+        if self._trouble is not None:
+            return f"the inbox for replies: {self._trouble}"
+        return "the inbox for replies is not open yet" if self._task is not None and not self._open.is_set() else None
 
     def _late(self, delivery: Delivery[Any]) -> None:
         self._kit.counts.add(telemetry.LATE_REPLIES, None)
@@ -163,12 +209,13 @@ class Requester:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-
-async def _close(subscription: Subscription) -> None:
-    try:
-        await answered(subscription.close())
-    except TransportError as error:
-        log.debug("the inbox did not close in order: %s", error)
+    async def _leave(self, subscription: Subscription) -> None:
+        try:
+            await within(self._kit.clock, LONGEST_CLOSE, answered(subscription.close()))
+        except TransportError as error:
+            log.debug("the inbox did not close in order: %s", error)
+        except TimeoutError:
+            log.error("the inbox did not close within %g s; left behind", LONGEST_CLOSE)  # noqa: TRY400  # no fault of ours
 
 
 class Responder:

@@ -398,7 +398,7 @@ class Session:
         """What is wrong with receiving, handling or sending, as far as this process knows."""
         told = [await intake.complaint() for intake in self.intakes]
         told += [consumer.complaint() for consumer in self.consumers]
-        return [text for text in (*told, *self.kit.publisher.complaints()) if text]
+        return [text for text in (*told, self._requester.complaint(), *self.kit.publisher.complaints()) if text]
 
     def moving(self) -> bool:
         """Is anything under way besides handlers that wait for something? A thread may always be at work."""

@@ -2,13 +2,30 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from tests.unit.core_lab import ASKS, DONE, EVENTS, ORDERS, lab, later, make_bus, spy_of, turns, until
+from tests.unit.core_lab import (
+    ASKS,
+    DONE,
+    EVENTS,
+    ORDERS,
+    Spy,
+    SpySubscription,
+    lab,
+    later,
+    make_bus,
+    spy_of,
+    turns,
+    until,
+)
 
 from unibus import Closed, ConnectionLost, DeadLetter, Delivery, Message, Queue, RemoteError, RetryPolicy, Timeout
 from unibus.adapter import Source, Subscription
 from unibus.channel import Inbox
+from unibus.memory_subscription import MemorySubscription
+from unibus.testing import Lab
 
 NUMBERS = Queue[int]("numbers", int, reply=int)
 
@@ -384,3 +401,100 @@ async def test_an_inbox_that_breaks_is_opened_again(caplog: pytest.LogCaptureFix
         assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], ConnectionLost)
         assert await bus.request(ASKS, "2") == "2"
     assert any(r.exc_info and r.levelno == logging.WARNING for r in caplog.records)
+
+
+async def asked(it: Lab) -> object:
+    """What becomes of a request that has 30 s."""
+    request = asyncio.ensure_future(it.bus.request(ASKS, "x", timeout=30))
+    await later(it, 31)
+    return (await asyncio.gather(request, return_exceptions=True))[0]
+
+
+@pytest.mark.parametrize("methods", [["receive"], ["settle"], ["receive", "close"]])
+async def test_an_inbox_that_falls_silent_is_noticed_and_opened_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, methods: list[str]
+) -> None:
+    bus = make_bus()
+
+    def hang_once(name: str) -> None:
+        whole, first = getattr(SpySubscription, name), iter([True])
+
+        async def hang(self: SpySubscription, *args: Any, **more: Any) -> Any:
+            if isinstance(self.address, Inbox) and next(first, False):
+                await asyncio.Event().wait()
+            return await whole(self, *args, **more)
+
+        monkeypatch.setattr(SpySubscription, name, hang)
+
+    for name in methods:
+        hang_once(name)
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return body
+
+    async with lab(bus) as it:
+        assert (await asked(it) == "x") is (methods == ["settle"])  # the reply came, and could not be settled
+        await later(it, 1)
+        await later(it, 36 if "close" in methods else 6)
+        assert bus.counts["resubscribed"] == 1
+        assert (await bus.health()).status == "ok"
+        assert await asked(it) == "x"
+    assert [r for r in caplog.records if "the inbox failed: nothing is received from it" in r.getMessage()]
+
+
+async def test_an_inbox_that_stays_silent_is_told_and_may_be_the_links_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = make_bus()
+    whole, hangs = SpySubscription.receive, True
+
+    async def receive(self: SpySubscription, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        if hangs and isinstance(self.address, Inbox):
+            await asyncio.Event().wait()
+        return await whole(self, limit, timeout)
+
+    monkeypatch.setattr(SpySubscription, "receive", receive)
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return body
+
+    async with lab(bus) as it:
+        await asked(it)
+        assert bus.counts.get("reconnected", 0) == 0
+        for _ in range(5):
+            await later(it, 30)
+            health = await bus.health()
+            assert (health.status, health.reasons) == (
+                "degraded",
+                ("the inbox for replies: nothing is received from it: a receive has not returned for 30 s",),
+            )
+        assert bus.counts["reconnected"] > 0
+        hangs = False
+        await later(it, 40)
+        assert (await bus.health()).status == "ok"
+        assert await asked(it) == "x"
+
+
+async def test_an_inbox_that_can_not_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = make_bus()
+    whole, refused = Spy.subscribe, True
+
+    async def subscribe(self: Spy, source: Source) -> MemorySubscription:
+        if refused and isinstance(source.address, Inbox):
+            raise Timeout("no answer from the broker")
+        return await whole(self, source)
+
+    monkeypatch.setattr(Spy, "subscribe", subscribe)
+
+    @bus.responder(ASKS)
+    async def answer(body: str) -> str:
+        return body
+
+    async with lab(bus) as it:
+        assert (await bus.health()).status == "ok"  # nobody has asked for an inbox
+        assert isinstance(await asked(it), ConnectionLost)
+        assert (await bus.health()).reasons == ("the inbox for replies: no answer from the broker",)
+        refused = False
+        await later(it, 3)
+        assert await asked(it) == "x"
+        assert (await bus.health()).status == "ok"
