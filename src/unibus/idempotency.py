@@ -30,6 +30,7 @@ LEASE = 60.0  # seconds
 KEEP = 7 * 86400.0  # seconds: longer than any retry, and than a dead letter waits to be sent back
 SHORTEST_WAIT = 0.05  # seconds: less is the error of a sum of floats
 LONGEST_POLL = 1.0  # seconds until it is looked again whether the other run has ended
+UNASKED = 5.0  # seconds after which no message is left that would ask again: what waited is tried sooner
 LAST_WORD = 2.0  # seconds that a store has at the end to record what it could not record before
 
 LONGEST_ID = 200  # characters
@@ -291,13 +292,16 @@ class Once:
             self._beating = asyncio.get_running_loop().create_task(self._tend())
 
     async def _tend(self) -> None:
-        """Renew what is in progress, record what could not be recorded, remove what is old."""
+        """Renew what is in progress, record what could not be recorded, remove what is old, see whether an ill store is well."""
         try:
             await self._record()
             if held := list(self._held):
                 for key, ours in zip(held, await self._store.renew(held, self._token), strict=True):
                     if not ours and key in self._held:
                         log.warning("%s: the lease of message %s in the store has ended while it is handled", *key)
+            if self.trouble is not None and self._clock.monotonic() - self._shut_until > UNASKED:
+                await self._store.free((self._place, self._token), self._token)  # nobody's key: it only has to answer
+                self._failures, self.trouble = 0, None
             await self._store.tidy()
         except Exception as error:  # the next beat tries again; who begins says that it is ill
             log.debug("%s: the store could not be tended: %s", self._place, error, exc_info=True)

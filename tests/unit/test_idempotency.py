@@ -497,6 +497,44 @@ async def test_without_its_store_nothing_runs_and_nothing_is_lost(error: Excepti
         assert gone(it)
 
 
+async def test_a_store_that_is_back_is_well_though_nobody_asks_it_any_more() -> None:
+    bus, store = make_bus(), Store()
+    runs = counting(bus, store, concurrency=1, prefetch=1)
+    async with lab(bus) as it:
+        store.fail("begin", "renew", "free")
+        await bus.send(ORDERS, copy())
+        await turns()
+        intake = bus._opened().intakes[0]
+        (waits,) = intake.holding
+        assert intake._subscription is not None
+        async with bus.receiver(ORDERS, prefetch=1) as other:  # the message ends elsewhere
+            await intake._subscription.settle(Outcome.RELEASED, [waits])
+            taken = await other.receive(timeout=1)
+            assert taken is not None
+            await later(it, 25)
+            await taken.ack()
+        await later(it, 100)
+        assert (await bus.health()).status == "degraded"
+        store.fail()
+        await later(it, 21)
+        assert ((await bus.health()).status, runs) == ("ok", [])
+        await bus.send(ORDERS, copy(id="m2"))
+        await it.idle()
+        assert runs == [("x", 1)]
+
+
+async def test_while_messages_ask_it_nothing_else_says_that_a_store_is_well() -> None:
+    bus, store = make_bus(), Store()
+    counting(bus, store)
+    async with lab(bus) as it:
+        store.fail("begin")  # it would answer to anything else
+        await bus.send(ORDERS, copy())
+        for _ in range(60):
+            await later(it, 1)
+            assert (await bus.health()).status == "degraded"
+        assert "free" not in store.log
+
+
 async def test_what_was_handled_and_could_not_be_recorded_is_recorded_later() -> None:
     """It waits, unacked, and does not run again. Of the same process: the beat tells the store, or the next try does."""
     bus, store = make_bus(), Store()
