@@ -2,7 +2,8 @@
 
 Each failed attempt and each discard is one record, with these attributes beside its text, for logs that are searched:
 `channel`, `group` (None on a queue), `message_id`, `correlation_id`, `attempt`, `verdict` (retry, dead letter, discard,
-invalid, answered, lost), `delay` (seconds, None unless it is tried again), `reason`, `error_type`. Never a body, a header or a key.
+invalid, answered, lost, suspected), `delay` (seconds, None unless it is tried again), `reason`, `error_type`. Never a body, a header or a key.
+Deliveries that could not be settled are one record together: `channel`, `group`, `number`, and the `message_id` of the first.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class Report:
     def suspect(self, delivery: Delivery[Any]) -> None:
         self.count(telemetry.SUSPECTED)
         text = "%s: message %s was handed out %s times without an answer; its next run is alone"
-        log.warning(text, self._address, delivery.message.id, delivery.deliveries)
+        more = extra(self._address, delivery, telemetry.SUSPECTED, None, reason="crash guard")
+        log.warning(text, self._address, delivery.message.id, delivery.deliveries, extra=more)
 
     def count(self, event: str) -> None:
         self._counts.add(event, self._address)

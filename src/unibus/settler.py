@@ -17,7 +17,7 @@ from unibus.errors import Closed, ConnectionLost, LeaseLost, NotFound, Transport
 from unibus.publisher import Publisher
 from unibus.retry import handed_out_often
 from unibus.supervisor import Link, back_off
-from unibus.telemetry import Counts
+from unibus.telemetry import Counts, names_of
 from unibus.watchdog import Calls
 
 log = logging.getLogger("unibus")
@@ -189,13 +189,16 @@ class Settler:
             if not waiting:
                 break
             await self._kit.clock.sleep(back_off(failures))
-        self._tell([result for result in results if result is not None])
+        self._tell([(d, result) for d, result in zip(deliveries, results, strict=True) if result is not None])
         return results
 
-    def _tell(self, failed: list[TransportError]) -> None:
+    def _tell(self, failed: list[tuple[Delivery[Any], TransportError]]) -> None:
         if failed:
+            delivery, error = failed[0]
             self._kit.counts.add(telemetry.LEASE_LOST, self._address, len(failed))
-            log.warning("%s: %d deliveries not settled, they come again: %s", self._address, len(failed), failed[0])
+            more = {**names_of(self._address), "number": len(failed), "message_id": delivery.message.id}
+            text = "%s: %d deliveries not settled, they come again: %s"
+            log.warning(text, self._address, len(failed), error, extra=more)
 
     def complaint(self) -> str | None:
         """Why messages that were handled stay in our hands, or None."""
@@ -217,7 +220,7 @@ class Settler:
         while True:
             for delivery, _ in moves:
                 if delivery.lost:  # it comes again, and needs no copy
-                    self._tell([gone := _lease_lost(delivery, None)])
+                    self._tell([(delivery, gone := _lease_lost(delivery, None))])
                     self._holder.settled(delivery, gone)
             moves = [move for move in moves if not move[0].lost]
             if not moves:
@@ -277,7 +280,7 @@ class Settler:
                     self._holder.settled(moves[i][0], answer)
                 else:
                     results[i] = answer
-            self._tell([answer for answer in answers if isinstance(answer, LeaseLost)])
+            self._tell([(d, a) for (d, _), a in zip(moves, answers, strict=True) if isinstance(a, LeaseLost)])
         if rest:
             errors: Sequence[UnibusError | None]
             try:

@@ -8,9 +8,10 @@ import logging.config
 from typing import Any
 
 import pytest
-from tests.unit.core_lab import ASKS, EVENTS, ORDERED, ORDERS, lab, later, make_bus, turns, until
+from tests.unit.core_lab import ASKS, EVENTS, ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
 
-from unibus import Delivery, Discard, Message, RemoteError, RetryPolicy
+from unibus import Delivery, Discard, LeaseLost, Message, RemoteError, RetryPolicy
+from unibus.retry import SUSPECT_AFTER
 from unibus.telemetry import LogIds
 
 own = logging.getLogger("shop")
@@ -91,6 +92,39 @@ async def test_a_failure_after_the_handler_has_settled(caplog: pytest.LogCapture
         sent = await bus.send(ORDERS, "x")
         await it.idle()
     assert told(caplog, sent) == [("orders", None, 1, "lost", None, "it was settled before", "OSError")]
+
+
+async def test_deliveries_that_could_not_be_settled_are_one_record(caplog: pytest.LogCaptureFixture) -> None:
+    bus = make_bus()
+
+    @bus.subscriber(EVENTS, group="g")
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        spy_of(bus).faults["settle"].append(LeaseLost("it is another's"))
+        for body in ("1", "2", "3"):
+            await bus.publish(EVENTS, Message(body, id=body))
+        await it.idle()
+    (record,) = (r.__dict__ for r in caplog.records if "deliveries not settled" in r.getMessage())
+    found = tuple(record[name] for name in ("channel", "group", "number", "message_id"))
+    assert found[:2] == ("events", "g")
+    assert found[2] == record["args"][1] > 0
+    assert found[3] == "1"
+
+
+async def test_what_the_crash_guard_suspects(caplog: pytest.LogCaptureFixture) -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None: ...
+
+    async with lab(bus) as it:
+        await it.idle()
+        intake = bus._opened().intakes[0]
+        message = Message(b"canary", id="m1", key="canary")
+        intake._admit([Delivery(message, intake.source, None, deliveries=SUSPECT_AFTER + 1)])
+        await it.idle()
+    assert told(caplog, "m1")[0] == ("orders", None, 1, "suspected", None, "crash guard", None)
 
 
 async def test_an_answered_failure_and_a_handler_that_took_too_long(caplog: pytest.LogCaptureFixture) -> None:
