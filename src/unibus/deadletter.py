@@ -18,7 +18,7 @@ from unibus.codec import BodyCodec
 from unibus.delivery import Delivery
 from unibus.errors import CodecError, ConfigError, Unsupported
 from unibus.message import Message
-from unibus.retry import ACK, BROKER_LIMIT, CRASH_LOOP, EXPIRED, UNDECODABLE, Verdict
+from unibus.retry import BROKER_LIMIT, CRASH_LOOP, EXPIRED, UNDECODABLE, Action, Verdict
 from unibus.telemetry import PURGED, REDRIVEN
 
 if TYPE_CHECKING:
@@ -310,10 +310,11 @@ async def purge(
     limit: int | None = None,
     rate: float | None = None,
 ) -> int:
-    """Delete dead letters for good; the number of those deleted. Parameters as for `redrive`."""
+    """Delete dead letters for good, each with its record in the log; the number of those deleted. Parameters as for `redrive`."""
 
     async def delete(intake: Intake, chosen: Sequence[Delivery[Any]]) -> None:
-        await asyncio.gather(*(intake.settle(delivery, ACK) for delivery in chosen))
+        discard = Verdict(Action.DISCARD, reason=PURGED)  # each is logged with its id, as all that is discarded
+        await asyncio.gather(*(intake.settle(delivery, discard) for delivery in chosen))
 
     return await _empty(bus, channel, group, delete, PURGED, invalid, where, limit, rate)
 

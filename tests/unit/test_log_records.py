@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.unit.core_lab import ASKS, EVENTS, ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
 
-from unibus import Delivery, Discard, LeaseLost, Message, RemoteError, RetryPolicy
+from unibus import Delivery, Discard, LeaseLost, Message, RemoteError, RetryPolicy, deadletter
 from unibus.retry import SUSPECT_AFTER
 from unibus.telemetry import LogIds
 
@@ -125,6 +125,24 @@ async def test_what_the_crash_guard_suspects(caplog: pytest.LogCaptureFixture) -
         intake._admit([Delivery(message, intake.source, None, deliveries=SUSPECT_AFTER + 1)])
         await it.idle()
     assert told(caplog, "m1")[0] == ("orders", None, 1, "suspected", None, "crash guard", None)
+
+
+async def test_a_purged_dead_letter(caplog: pytest.LogCaptureFixture) -> None:
+    bus = make_bus()
+
+    @bus.consumer(ORDERS, retry=RetryPolicy(max_retries=0))
+    async def handle(body: str) -> None:
+        raise OSError("broken disk")
+
+    async with lab(bus) as it:
+        sent = [await bus.send(ORDERS, f"canary {n}") for n in range(3)]
+        await it.idle()
+        caplog.clear()
+        assert await deadletter.purge(bus, ORDERS, where=lambda letter: letter.body != "canary 1") == 2
+        assert bus.counts.get("handled", 0) == 0
+    purged = ("orders.dlq", None, 1, "discard", None, "purged", None)
+    assert [told(caplog, id) for id in sent] == [[purged], [], [purged]]
+    assert all(r.levelno == logging.INFO for r in caplog.records if hasattr(r, "verdict"))
 
 
 async def test_an_answered_failure_and_a_handler_that_took_too_long(caplog: pytest.LogCaptureFixture) -> None:
