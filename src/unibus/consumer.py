@@ -306,7 +306,7 @@ class Consumer:
         self._draining = True
         until = self._clock.monotonic() + timeout  # to stop may take seconds, and the handlers have them too
         try:
-            await self.intake.stop(deadline)
+            await self.intake.stop(timeout)
             if self.intake.at_most_once:
                 await self.intake.idle()  # what is being settled first has still to run
             try:

@@ -679,8 +679,11 @@ class Intake:
         trace = None if isinstance(error, TransportError) else error
         log.log(level, "%s: the subscription did not %s in order: %s", self.address, what, error, exc_info=trace)
 
-    async def stop(self, deadline: Deadline) -> None:
-        """Take no more, and give back what was not handed out. What runs can still be settled."""
+    async def stop(self, seconds: float) -> None:
+        """Take no more, and give back what was not handed out. What runs can still be settled.
+
+        `seconds`: that the driver has to stop.
+        """
         self._stopping = self._settler.stopping = True
         self._end_watch()
         self.kit.link.on_lost.discard(self._link_lost)
@@ -692,7 +695,6 @@ class Intake:
             await asyncio.wait([self._task])
         waiting += self._take_waiting()
         if self._subscription is not None:
-            seconds = deadline.left()
             try:
                 await within(self.kit.clock, seconds, answered(self._subscription.stop()))
             except Exception as error:

@@ -391,7 +391,7 @@ class Session:
         if intake in self.intakes:
             self.intakes.remove(intake)
             deadline = deadline or self.deadline()
-            await intake.stop(deadline)
+            await intake.stop(self.settings.shutdown_timeout)
             await intake.close(deadline)
 
     async def complaints(self) -> list[str]:

@@ -608,7 +608,7 @@ async def test_nothing_begins_once_the_end_has_begun() -> None:
         await bus.send_many(ORDERS, ["0", "1", "2"])
         await until(lambda: begun == ["0"])
         (intake,) = bus._opened().intakes
-        stopping = asyncio.ensure_future(intake.stop(bus._opened().deadline()))
+        stopping = asyncio.ensure_future(intake.stop(5.0))
         await asyncio.sleep(0)
         go.set()
         await stopping
