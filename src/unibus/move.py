@@ -6,11 +6,15 @@ what was on its way is there twice, by the same id; run again, it goes on with w
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address, ip_address
+from math import inf
 from typing import Any
 
-from unibus.adapter import Backlog, Inspected, Outcome, Outgoing, Source, Subscription
+from unibus.adapter import Backlog, Inspected, Outcome, Outgoing, Source, Subscription, Url
 from unibus.bus import Bus
 from unibus.capabilities import Capabilities
 from unibus.channel import Group, Queue, Topic, dead_letter_queue, invalid_queue, stem
@@ -50,7 +54,8 @@ class Stayed:
 class Place:
     """A queue or group, or the dead letters or invalid messages of one. `before` and `after`: None where it is missing.
 
-    `twice`: how many of the `moved` could not be settled, so that they are still at the source, too.
+    `twice`: how many of the `moved` could not be settled, so that they are still at the source, too. `full`: as many were taken as
+    there were before, and it went no further.
     """
 
     address: Address
@@ -58,6 +63,7 @@ class Place:
     after: Backlog | None = None
     moved: int = 0
     twice: int = 0
+    full: bool = False
     stayed: list[Stayed] = field(default_factory=list)
 
     @property
@@ -74,12 +80,15 @@ class Place:
 
 
 def refuse_the_same(source: Bus, target: Bus) -> None:
-    """Raises ConfigError where both may be one broker: it would go round in circles."""
+    """Raises ConfigError where both may be one broker: it would only stir what is there.
+
+    One broker by two names, nodes of one cluster for example, is not seen here: there `move` ends by the count.
+    """
     one, other = (bus._load()[0].url for bus in (source, target))
     if broker_name(one.scheme) != broker_name(other.scheme):
         return
     servers = [{text for text in url.query.values() if "://" in text} for url in (one, other)]
-    paths = {one.path, other.path}
+    paths = {_path(one), _path(other)}
     if servers[0] != servers[1] or (len(paths) > 1 and "" not in paths):
         return
     for host, port in one.targets(0):
@@ -90,8 +99,23 @@ def refuse_the_same(source: Bus, target: Bus) -> None:
                 )
 
 
+def _path(url: Url) -> str:
+    """Without a host it may be a file, which has many names."""
+    return url.path if url.hosts or not url.path else os.path.realpath(url.path)
+
+
 def _here(host: str) -> str:
-    return "localhost" if host in {"127.0.0.1", "::1"} else host.lower()
+    """One name for all that this machine is called. Nothing is resolved: that may take long, and one address may be many brokers."""
+    name = host.lower().rstrip(".")
+    if name in {"localhost", socket.gethostname().lower()}:
+        return "localhost"
+    try:
+        address = ip_address(name)
+    except ValueError:
+        return name
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return "localhost" if address.is_loopback or address.is_unspecified else str(address)
 
 
 async def look(source: Bus, names: Sequence[str] = ()) -> list[Place]:
@@ -156,24 +180,40 @@ async def move(
     """Bring over what is at these places, and note in each what became of it.
 
     Bodies, headers, ids, keys and their order, priority, expiry and counts of attempts stay what they are; what is delayed
-    is due when it would have been. `wait`: go on for so many seconds while something is delayed that can't be taken before it
+    is due when it would have been. Between brokers of one kind a place is over once as many were taken as it had at the start: nobody can
+    tell two names of one broker from two brokers, and what was moved would come round again. `wait`: go on for so many seconds while something is delayed that can't be taken before it
     is due. `moved` is called with the number of those that are over. Raises ConnectionLost, Timeout, Throttled,
     PermissionDenied and NotFound of either broker: what was not confirmed is still at the source.
     """
     await check(target, places)
+    alike = source.capabilities.adapter == target.capabilities.adapter
+    shared = 0
+    if alike and any(place.before is not None and place.before.delayed is None for place in places):
+        shared = sum(one.messages or 0 for one in await held(source))  # whose they are shows only as they come
 
     async def one(place: Place) -> None:
         if place.before is not None:
-            await _Mover(source, target, place, wait, moved).run()
+            most = _most(place.before, shared) if alike else inf
+            await _Mover(source, target, place, wait, moved, most).run()
             place.after = await _backlog(source, place.address)
 
     await side_by_side(places, one, AT_ONCE)
 
 
-class _Mover:
-    """Of one place. `holding`: received, and neither settled nor given back; `kept`: those of them that stay."""
+def _most(before: Backlog, shared: int) -> int:
+    """How many there may be. Where the broker estimates they may be more than it says, or an estimate of none would move none."""
+    counted = before.ready + (before.in_flight or 0) + (shared if before.delayed is None else before.delayed)
+    return counted if before.exact else max(counted, HELD)
 
-    def __init__(self, source: Bus, target: Bus, place: Place, wait: float, moved: Callable[[int], object]) -> None:
+
+class _Mover:
+    """Of one place. `holding`: received, and neither settled nor given back; `kept`: those of them that stay. `most`: so many are
+    received, and no more.
+    """
+
+    def __init__(
+        self, source: Bus, target: Bus, place: Place, wait: float, moved: Callable[[int], object], most: float
+    ) -> None:
         self._bus, self._place, self._moved = source, place, moved
         self._source: Session = source._opened()
         self._target: Session = target._opened()
@@ -187,6 +227,7 @@ class _Mover:
         self._subscription: Subscription
         self._holding: dict[Delivery[Any], None] = {}
         self._kept: list[Delivery[Any]] = []
+        self._most = most
 
     async def run(self) -> None:
         before, can = self._place.before, self._bus.capabilities
@@ -200,6 +241,7 @@ class _Mover:
         workers = 1 if self._channel.ordered else min(can.receivers, RECEIVERS)
         try:
             await side_by_side(range(workers), self._work, workers)
+            self._place.full = not self._most
         finally:
             if heartbeat is not None:
                 heartbeat.stop()
@@ -226,7 +268,12 @@ class _Mover:
     async def _work(self, _number: int) -> None:
         idle, quiet = 0.0, SHORT
         while len(self._kept) < HELD:
-            batch = await self._subscription.receive(min(PAGE, HELD - len(self._kept)), quiet)
+            limit = int(min(PAGE, HELD - len(self._kept), self._most))
+            if not limit:  # or other workers wait for the rest
+                return
+            self._most -= limit
+            batch = await self._subscription.receive(limit, quiet)
+            self._most += limit - len(batch)
             if batch:
                 idle = 0.0
                 await self._carry(batch)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from tests.unit.cli_lab import Cli
 
 from unibus import Bus, ConfigError, Message, NotFound, Queue, Refused, RetryPolicy, Timeout, Topic, Unsupported
-from unibus.adapter import Outcome, Outgoing, Source
+from unibus.adapter import Backlog, Inspected, Outcome, Outgoing, Source
 from unibus.channel import Group, dead_letter_queue
 from unibus.clock import VirtualClock
 from unibus.errors import ConnectionLost
 from unibus.memory import MemoryAdapter
 from unibus.memory_broker import MemoryBroker
-from unibus.move import look, move, refuse_the_same
+from unibus.move import HELD, look, move, refuse_the_same
 from unibus.tooling import attached
 
 ORDERS: Queue[bytes] = Queue("orders", ordered=True)
@@ -277,6 +280,69 @@ async def test_where_nothing_can_be_taken_early(two: Two, monkeypatch: pytest.Mo
     assert two.clock.time() < 1_700_000_000 + 60  # and no longer than that
 
 
+async def test_one_broker_by_two_names_comes_to_an_end(two: Two) -> None:
+    """Nodes of one cluster: nothing in their URLs tells. What was moved would come round again for ever."""
+    await two.old.send_many(PLAN, [b"%d" % n for n in range(600)])
+    await two.old.send_many(ORDERS, [b"%d" % n for n in range(7)], key=lambda body: "k")
+    await two.old.send(PLAN, b"late", delay=1000)
+    two.ends = make("memory://old", two.clock), make("memory:///old", two.clock)
+    async with asyncio.timeout(20):
+        places = await two.move()
+    assert moved(places) == {"plan": 601, "orders": 7}
+    assert {place.name: (place.full, place.left) for place in places if place.moved} == {
+        "plan": (True, 601),
+        "orders": (True, 7),
+    }
+    assert [int(m.body) for m in two.broker(two.old).waiting(ORDERS)] == [*range(7)]
+    assert two.broker(two.old).delayed() == 1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+async def test_where_producers_go_on_it_ends_by_the_count(
+    two: Two, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An estimate may be too low, of none even: then a place is good for a few more."""
+    backlog, send = MemoryAdapter.backlog, MemoryAdapter.send
+
+    async def estimated(self: MemoryAdapter, address: Any) -> Backlog:
+        found = await backlog(self, address)
+        return found if exact else replace(found, ready=0, exact=False)
+
+    async def and_another(self: MemoryAdapter, batch: Any, timeout: float) -> Any:
+        if self.broker is two.broker(two.new):
+            await two.old.send_many(PLAN, [b"more"] * len(batch))
+        return await send(self, batch, timeout)
+
+    await two.old.send_many(PLAN, [b"%d" % n for n in range(20)])
+    monkeypatch.setattr(MemoryAdapter, "backlog", estimated)
+    monkeypatch.setattr(MemoryAdapter, "send", and_another)
+    async with asyncio.timeout(20):
+        (place,) = [place for place in await two.move() if place.moved]
+    monkeypatch.undo()
+    expected = 20 if exact else HELD
+    assert (place.moved, place.full) == (expected, True)
+    assert len(two.broker(two.new).waiting(PLAN)) == expected
+    assert len(two.broker(two.old).waiting(PLAN)) == 20
+
+
+async def test_what_is_held_for_all_channels_is_counted_in(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where delays wait in places that channels share, nobody knows how many come to which."""
+    backlog, inspected = MemoryAdapter.backlog, MemoryAdapter.inspect
+
+    async def no_delays(self: MemoryAdapter, address: Any) -> Backlog:
+        return replace(await backlog(self, address), delayed=None)
+
+    async def shared(self: MemoryAdapter, topology: Any) -> Any:
+        return [*await inspected(self, topology), Inspected("hold", "h", True, messages=self.broker.delayed())]
+
+    monkeypatch.setattr(MemoryAdapter, "backlog", no_delays)
+    monkeypatch.setattr(MemoryAdapter, "inspect", shared)
+    await two.old.send_many(PLAN, [b"1", b"2"])
+    for body in (b"3", b"4"):
+        await two.old.send(PLAN, body, delay=50)
+    assert moved(await two.move("plan")) == {"plan": 4}
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -289,6 +355,15 @@ async def test_where_nothing_can_be_taken_early(two: Two, monkeypatch: pytest.Mo
         ("redis://localhost:6379/0", "redis://127.0.0.1:6379", True),
         ("kafka://k1:9092,k2:9092", "kafka://k2:9092", True),
         ("kafka://k1:9092", "amqp://k1:9092", False),
+        ("amqp://Rabbit.Example.:5672", "amqp://rabbit.example:5672", True),
+        ("amqp://127.0.1.1:5672", "amqp://[::ffff:127.0.0.1]:5672", True),
+        (f"amqp://{socket.gethostname()}:5672", "amqp://localhost:5672", True),
+        ("amqp://[fe80::1]:5672", "amqp://[fe80:0:0::1]:5672", True),
+        ("amqp://[fe80::1]:5672", "amqp://[fe80::2]:5672", False),
+        ("memory:///folder/../old.db", "memory:///old.db", True),
+        ("memory:///old.db", f"memory:///{Path.cwd()}/old.db", True),
+        ("memory:///old.db", "memory:////old.db", False),
+        ("amqp://rabbit/a/../b", "amqp://rabbit/b", False),
         ("sqs://eu-west-1", "sqs://eu-west-1", True),
         ("sqs://eu-west-1", "sqs://eu-west-1?endpoint_url=http://127.0.0.1:4566", False),
     ],
@@ -341,6 +416,14 @@ def test_the_command_moves_and_says_so(run: Run) -> None:
     assert [line["id"] for line in run("peek", "orders", "--url", TO[1]).lines] == ["o-0", "o-1", "o-2"]
     again = run("move", *FROM, *TO, "--json")
     assert (again.code, again.lines[0]["moved"]) == (0, 0)
+
+
+def test_the_command_says_where_both_ends_may_be_one(run: Run) -> None:
+    assert run("send", "orders", "--url", FROM[1], text='{"id": "o-1", "body": {"id": "1"}}\n').code == 0
+    done = run("move", *FROM, "--to", "memory:///cli-from")
+    assert done.code == 1
+    said = "1 message moved, 1 still at the source: more arrived meanwhile, or both ends are one broker; run it again\n"
+    assert done.err == said
 
 
 def test_the_command_names_what_stays(run: Run) -> None:

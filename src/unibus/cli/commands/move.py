@@ -111,7 +111,10 @@ def _print(places: Sequence[Place], shared: Sequence[Inspected], *, dry_run: boo
         output.table(("stays", "id", "why"), stayed[:SHOWN])
     _print_shared(shared)
     moved, left = sum(place.moved for place in there), sum(place.left for place in there)
-    more = f", {left} still at the source; run it again" if left > len(stayed) else f", {left} stay" if left else ""
+    more = f", {left} stay" if left else ""
+    if left > len(stayed):
+        why = ": more arrived meanwhile, or both ends are one broker" if any(p.full and p.left for p in there) else ""
+        more = f", {left} still at the source{why}; run it again"
     output.say(f"{output.plural(moved, 'message')} moved{more}")
 
 
