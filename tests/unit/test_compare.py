@@ -13,6 +13,7 @@ import pytest
 from tests.unit.cli_lab import APP, Cli
 
 from unibus import Bus, ConfigError, ConnectionLost, Queue, Topic
+from unibus.url import parse
 from unibus_contracts import supply
 from unibus_contracts.compare import contracts
 from unibus_contracts.compare import run as running
@@ -402,6 +403,33 @@ def test_a_server_in_place_of_the_service_is_no_service() -> None:
     [target] = targets("sqs://eu-west-1?endpoint_url=http://user:secret@127.0.0.1:1")
     assert target.emulator == "sqs at 127.0.0.1:1, not the service itself"
     assert "secret" not in json.dumps(target.told())
+
+
+@pytest.mark.parametrize("url", ["memory://disguised?profile=sqs&lease=40", "memory://?profile=sqs&lease=40"])
+async def test_a_profile_stays_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the probes, for the contracts, for a child that is to be killed: else a column says of memory what it calls by another name."""
+    [target] = targets(url)
+    run = Run([target], TINY, only={"largest body", "limits", "priority"})
+    document = await run()
+    [told] = document["targets"]
+    assert (told["name"], told["adapter"], told["settings"]) == (
+        "sqs in memory",
+        "sqs",
+        {"profile": "sqs", "lease": "40"},
+    )
+    found = cells(document)
+    assert found["receiving.priority"]["level"] == "refused"
+    assert found["limits.body"]["text"].endswith("declares 666 KiB")
+    assert run._labs[0].known.lease.limit == 40
+    again = parse(json.loads(order(target, "p.", "q"))["url"])
+    child = Target("", again, target.settings).bus()
+    async with child:
+        assert (child.capabilities.adapter, child.capabilities.lease.limit) == ("sqs", 40)
+    monkeypatch.setattr(contracts, "QUICK_LIMIT", 300.0)
+    monkeypatch.setattr(contracts, "QUICK", ("logs::test_quiet",))
+    outcome = await contracts.run(target, "cmp-x.", [], quick=True)
+    assert outcome.error == ""
+    assert (outcome.report["adapter"], outcome.report["features"]["priority"]["level"]) == ("sqs", "refused")
 
 
 # The contracts as rows

@@ -43,7 +43,7 @@ class Target:
         given: dict[str, Any] = {"service": "compare", "config": False, "environ": {}, "settings": dict(self.settings)}
         if url.username is not None:
             given |= {"username": url.username, "password": url.password.value if url.password else None}
-        bus = NotingBus(self._bare(), **(given | more))
+        bus = NotingBus(self._bare() + _query(self._not_settings()), **(given | more))
         bus.made = made
         return bus
 
@@ -58,13 +58,16 @@ class Target:
             password = f":{quote(self.url.password.value, safe='')}" if self.url.password else ""
             user = f"{quote(self.url.username, safe='')}{password}@"
         plain = {k: _text(v) for k, v in self.settings.items() if not isinstance(v, dict)}
-        query = f"?{urlencode(plain, quote_via=quote)}" if plain else ""
         scheme, separator, rest = self._bare().partition("://")
-        return f"{scheme}{separator}{user}{rest}{query}"
+        return f"{scheme}{separator}{user}{rest}{_query(self._not_settings() | plain)}"
 
     def _bare(self) -> str:
         hosts = str(Url("x", self.url.hosts)).removeprefix("x://")
         return f"{self.url.scheme}://{hosts}" + (f"/{quote(self.url.path, safe='')}" if self.url.path else "")
+
+    def _not_settings(self) -> dict[str, str]:
+        """What of the URL's query is none of the driver's settings, and belongs to the URL: the profile of a memory broker."""
+        return {k: v for k, v in self.url.query.items() if k not in self.settings}
 
     def told(self) -> dict[str, Any]:
         """For the document: no credential in it."""
@@ -72,7 +75,9 @@ class Target:
             "given": self.given,
             "url": self.shown,
             "emulator": self.emulator,
-            "settings": masked("", {k: v for k, v in self.settings.items() if not isinstance(v, Secret)}),
+            "settings": masked(
+                "", {k: v for k, v in {**self._not_settings(), **self.settings}.items() if not isinstance(v, Secret)}
+            ),
         }
 
 
@@ -85,6 +90,10 @@ def left_out(target: Target) -> list[str]:
         for name in ("defaults", "queues", "topics")
         if name in tomllib.loads(target.file.read_text(encoding="utf-8"))
     ]
+
+
+def _query(values: Mapping[str, str]) -> str:
+    return f"?{urlencode(values, quote_via=quote)}" if values else ""
 
 
 def _text(value: object) -> str:
@@ -141,8 +150,9 @@ def _given(text: str) -> Target:
             f"{text!r} is no URL, no file.toml and none of the brokers that can be started here: "
             f"{', '.join(supply.KINDS)}"
         )
-    if text.endswith("://"):
-        text += f"compare-{secrets.token_hex(3)}"  # a broker inside this process that all buses of the run share
+    place, mark, query = text.partition("?")
+    if place == "memory://":  # a broker inside this process that all buses of the run share
+        text = f"{place}compare-{secrets.token_hex(3)}{mark}{query}"
     return _target("", {"url": text}, _known(text))
 
 
