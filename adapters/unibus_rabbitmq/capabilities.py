@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from unibus.capabilities import Capabilities, emulated, native, refused
 
-NEWEST = "4.3"
+VERSIONS = ("3.10", "4.0", "4.3")  # from which on something is different
+NEWEST = VERSIONS[-1]
 LONGEST_DELAY = 366 * 86400.0  # longer ones are a calendar's business; each 4096 s of it costs a hop
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import supply
 from .report import NOT_RUN, NOT_TRIED, PASSED, REFUSED, problems
 
 ANSWERS = Path(__file__).parent / "answers"  # of the adapters in this repository
@@ -59,6 +60,15 @@ def unpinned(folder: Path, report: Mapping[str, Any]) -> str | None:
         return None
     name = f"{report['adapter']} {_version(report)}"
     return f"nothing is pinned of {name}, so nothing was compared; pinned: {', '.join(others)}"
+
+
+def server(pinned: Mapping[str, Any]) -> str:
+    """What the answers of this repository were measured on, for people: the name of an emulator, or the server and its version."""
+    name = pinned["adapter"]
+    if (kind := supply.KINDS.get(name)) is None:
+        return " ".join(filter(None, (name, pinned["version"])))
+    # Where a client can't ask for the version it is the same in Docker and as a process.
+    return supply.emulator(name) or f"{name} {pinned['version'] or kind.image.partition(':')[2]}"
 
 
 def differences(folder: Path, report: Mapping[str, Any]) -> list[str]:

@@ -310,12 +310,14 @@ class Profile:
     """What an adapter says without a broker, for `memory://?profile=` and plans.
 
     `capabilities`: with the settings of the endpoint. `plan`: raises what `declare` would raise before it asks the broker.
-    `refusal`: what `send` would answer without asking.
+    `refusal`: what `send` would answer without asking. `versions`: of the server, from which on the answers are others, the oldest first;
+    the last one counts where none is named. Empty: they depend on none.
     """
 
     capabilities: Capabilities
     plan: Callable[[Topology], object]
     refusal: Callable[[Outgoing], TransportError | None] = _no_refusal
+    versions: tuple[str, ...] = ()
 
 
 ProfileFactory = Callable[[Endpoint, str | None], Profile]  # the second: of this version, None for the newest

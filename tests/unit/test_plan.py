@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.unit.snippets import blocks, compiled, read
 from unibus import Bus, ConfigError, Queue, RetryPolicy, Topic, Unsupported
 from unibus.swap import Plan, Row, plan
 from unibus.tooling import attached, settings_of
+from unibus_contracts.supply.kafka import VERSION as KAFKA
 
 PROFILES = ("kafka", "rabbitmq", "redis", "sqs")
 NEVER = RetryPolicy(max_retries=0)
@@ -350,6 +352,57 @@ def test_the_command_for_scripts(cli: Cli) -> None:
     assert told["rows"][0]["level"] == "refused"
     assert set(told["rows"][0]) == {"channel", "feature", "level", "what", "how", "limit"}
     assert told["pinned"]["kept"] > 150
+
+
+@pytest.mark.parametrize(
+    ("to", "version", "server", "says"),
+    [
+        ("rabbitmq-3.10", "3.10", "rabbitmq 3.10.8", "for 3.10; the contract suite on rabbitmq 3.10.8: "),
+        ("rabbitmq-3.10.2", "3.10.2", "rabbitmq 3.10.8", "the contract suite on rabbitmq 3.10.8: "),
+        ("rabbitmq-3.13", "3.13", None, "for 3.13; not measured on that version, only on rabbitmq 3.10.8"),
+        ("rabbitmq", "4.3", None, "for 4.3; not measured on that version, only on rabbitmq 3.10.8"),
+        ("redis-7.0", "7.0", "redis 7.0.15", "the contract suite on redis 7.0.15: "),
+        ("redis", None, "redis 7.0.15", "the contract suite on redis 7.0.15: "),
+        ("sqs", None, "SQS/SNS on ministack", "the contract suite on SQS/SNS on ministack: "),
+        ("kafka", None, f"kafka {KAFKA}", f"the contract suite on kafka {KAFKA}: "),
+    ],
+)
+def test_it_says_what_the_answers_were_measured_on(
+    cli: Cli, to: str, version: str | None, server: str | None, says: str
+) -> None:
+    app = cli.app(APP)
+    assert says in run(cli, app, "--to", to).err
+    (told,) = run(cli, app, "--to", to, "--json").lines
+    assert (told["version"], told["measured"]) == (version, server is not None)
+    assert (told["pinned"] or {}).get("server") == server
+
+
+def test_what_nobody_has_measured_says_so(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = cli.app(APP)
+    monkeypatch.setattr("unibus_contracts.pins.ANSWERS", tmp_path)
+    for to in ("kafka", "rabbitmq"):
+        assert "; not measured: no answers of it are pinned" in run(cli, app, "--to", to).err
+    monkeypatch.setitem(sys.modules, "unibus_contracts.pins", None)
+    assert "declared by its adapter\n" in run(cli, app, "--to", "kafka").err
+    (told,) = run(cli, app, "--to", "kafka", "--json").lines
+    assert (told["measured"], told["pinned"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("to", "known"),
+    [
+        ("kafka-99", "kafka, the same on all versions"),
+        ("redis-8.0", "redis, the same on all versions; measured: redis-7.0"),
+        ("rabbitmq-99.1", "rabbitmq-3.10 to rabbitmq-4.3; measured: rabbitmq-3.10"),
+        ("rabbitmq-3.9", "rabbitmq-3.10 to rabbitmq-4.3; measured: rabbitmq-3.10"),
+        ("rabbitmq-4", "rabbitmq-3.10 to rabbitmq-4.3; measured: rabbitmq-3.10"),
+        ("rabbitmq-", "rabbitmq-3.10 to rabbitmq-4.3; measured: rabbitmq-3.10"),
+    ],
+)
+def test_a_version_that_nothing_is_known_of(cli: Cli, to: str, known: str) -> None:
+    done = run(cli, cli.app(APP), "--to", to)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"unibus: --to {to}: no such version is known; known: {known}\n"
 
 
 def test_a_target_by_url_is_asked(cli: Cli) -> None:
