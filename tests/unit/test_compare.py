@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.unit.cli_lab import APP, Cli
 
 from unibus import Bus, ConfigError, ConnectionLost, Queue, Topic
@@ -22,6 +25,7 @@ from unibus_contracts.compare.lab import Lab, percentile
 from unibus_contracts.compare.model import FULL, QUICK, Found, NotMeasurable, Probe, Row, Sizes
 from unibus_contracts.compare.probes import ALL
 from unibus_contracts.compare.run import Run, failures, known_names, yours_first
+from unibus_contracts.compare.table import show
 from unibus_contracts.compare.targets import Target, resolve
 from unibus_contracts.compare.touches import touched
 
@@ -208,6 +212,60 @@ async def test_a_run_that_is_broken_off_keeps_what_it_has() -> None:
     assert run.document["finished"] is False
     states = {id: cell["state"] for id, cell in cells(run.document).items()}
     assert states == {"x.fine": "measured", "x.stuck": "not run", "x.later": "not run"}
+
+
+SUITE = """#!{python}
+import json, signal, sys, time
+def end(*_):
+    time.sleep(0.2)  # it cleans up
+    open(report, "w").write(json.dumps({{"finished": False, "left": ["not deleted: what begins with 'x': y"], "contracts": [
+        {{"id": "order.a", "chapter": "order", "outcome": "passed"}}, {{"id": "order.b", "chapter": "order", "outcome": "not-run"}},
+        {{"id": "retry.a", "chapter": "retry", "outcome": "not-run"}}]}}))
+    sys.exit(2)
+signal.signal(signal.SIGINT, end)
+(report,) = [one.partition("=")[2] for one in sys.argv if one.startswith("--unibus-report=")]
+open({begun!r}, "w").close()
+time.sleep(60)
+"""
+
+
+async def test_a_run_that_is_broken_off_keeps_what_the_contracts_have_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the target that was through all of it, of the one that was in the middle nothing but that, of the one that had not begun none."""
+    real = contracts.run
+    script = tmp_path / "suite"
+    script.write_text(SUITE.format(python=sys.executable, begun=str(tmp_path / "begun")))
+    script.chmod(0o755)
+
+    async def run_one(target: Target, *rest: Any, **more: Any) -> contracts.Outcome:
+        name = target.shown.removeprefix("memory://")
+        if name == "one":
+            return report(order_a="passed", retry_a="passed")
+        if name == "three":
+            await asyncio.Event().wait()
+        return await real(target, *rest, **more)
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(contracts, "run", run_one)
+    run = Run(targets("memory://one", "memory://two", "memory://three"), TINY, only={contracts.CHAPTER}, quick=True)
+    task = asyncio.ensure_future(run())
+    async with asyncio.timeout(30):
+        while not (tmp_path / "begun").exists():  # noqa: ASYNC110  # of another process
+            await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert run.document["finished"] is False
+    said = {id: [cells(run.document, n)[id] for n in range(3)] for id in ("contracts.order", "contracts.retry")}
+    assert [cell["text"] for cell in said["contracts.order"]] == ["1 kept", "1 kept, 1 not run", "not run"]
+    assert [cell["state"] for cell in said["contracts.order"]] == ["measured", "measured", "not run"]
+    assert [cell["state"] for cell in said["contracts.retry"]] == ["measured", "not run", "not run"]
+    assert run._labs[1].left == ["what begins with 'x': y"]
+    assert failures(run.document) == []
+    console = Console(file=io.StringIO(), width=200)
+    show(run.document, console)
+    assert "partial: the run was broken off" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 async def test_a_broker_that_can_not_be_reached_is_a_column_of_errors() -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -35,8 +35,18 @@ class Outcome:
     error: str = ""
 
 
-async def run(target: Target, prefix: str, left: list[Made], *, quick: bool) -> Outcome:
-    """Run it, with names that begin with `prefix`. It deletes what it makes; what it had no more time for is added to `left`."""
+async def run(
+    target: Target,
+    prefix: str,
+    left: list[Made],
+    *,
+    quick: bool,
+    partial: Callable[[Outcome], object] = lambda _found: None,
+) -> Outcome:
+    """Run it, with names that begin with `prefix`. It deletes what it makes; what it had no more time for is added to `left`.
+
+    Cancelled, it tells `partial` what was found by then.
+    """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         path = Path(folder, "report.json")
         packages = [f"unibus_contracts.suite.test_{name}" for name in QUICK] if quick else ["unibus_contracts"]
@@ -56,6 +66,11 @@ async def run(target: Target, prefix: str, left: list[Made], *, quick: bool) -> 
             await asyncio.wait_for(child.wait(), QUICK_LIMIT if quick else LIMIT)
         except TimeoutError:
             pass  # what it has done by then is in its report
+        except asyncio.CancelledError:
+            await _end(child)
+            if (found := _read(path, output, child.returncode)).report:
+                partial(found)
+            raise
         finally:
             try:
                 await _end(child)

@@ -143,21 +143,31 @@ class Run:
             taken.append(told["name"])
 
     async def _run_contracts(self) -> None:
-        async def one(column: int) -> contracts.Outcome:
-            told, begun = self.document["targets"][column], perf_counter()
-            if "error" in told:
-                return contracts.Outcome(error=told["error"])
-            lab = self._labs[column]
-            outcome = await contracts.run(lab.target, lab.prefix, lab.made, quick=self._quick)
-            lab.left += [text.removeprefix("not deleted: ") for text in outcome.report.get("left", ())]
-            self._progress(told["name"], contracts.CHAPTER, perf_counter() - begun)
-            return outcome
+        outcomes = [contracts.Outcome() for _ in self._labs]  # nothing was run
 
-        outcomes = await asyncio.gather(*(one(column) for column in range(len(self._labs))))
-        for row, cells in contracts.rows(outcomes, quick=self._quick):
-            self._add(row)
-            for column, (state, found) in enumerate(cells):
-                self._put(row.id, column, state, found)
+        async def one(column: int) -> None:
+            told, begun, lab = self.document["targets"][column], perf_counter(), self._labs[column]
+            if "error" in told:
+                outcomes[column] = contracts.Outcome(error=told["error"])
+                return
+
+            def keep(outcome: contracts.Outcome) -> None:
+                outcomes[column] = outcome
+                lab.left += [text.removeprefix("not deleted: ") for text in outcome.report.get("left", ())]
+
+            keep(await contracts.run(lab.target, lab.prefix, lab.made, quick=self._quick, partial=keep))
+            self._progress(told["name"], contracts.CHAPTER, perf_counter() - begun)
+
+        try:
+            # Broken off, it waits until each has written what it found: the first that ends is not the last.
+            ended = await asyncio.gather(*(one(column) for column in range(len(self._labs))), return_exceptions=True)
+            for error in filter(None, ended):
+                raise error
+        finally:
+            for row, cells in contracts.rows(outcomes, quick=self._quick):
+                self._add(row)
+                for column, (state, found) in enumerate(cells):
+                    self._put(row.id, column, state, found)
 
     async def _wait(self, column: int) -> None:
         waiting = [probe for probe in self._probes if isinstance(probe, Probe) and probe.waits]
