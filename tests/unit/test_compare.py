@@ -6,9 +6,11 @@ import asyncio
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -461,6 +463,45 @@ def test_a_server_in_place_of_the_service_is_no_service() -> None:
     [target] = targets("sqs://eu-west-1?endpoint_url=http://user:secret@127.0.0.1:1")
     assert target.emulator == "sqs at 127.0.0.1:1, not the service itself"
     assert "secret" not in json.dumps(target.told())
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, bytes], str]]:
+    """Servers that answer so to everybody."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(status: int, body: bytes) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status if self.path == "/_ministack/health" else 404)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"127.0.0.1:{servers[-1].server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_emulator_that_tells_its_name_has_it(
+    answering: Callable[[int, bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the environment names it, and nothing of it is known to the supply."""
+    host = answering(200, b'{"services": {"sqs": "available"}}')
+    url = f"sqs://eu-west-1?endpoint_url=http://{host}"
+    assert [target.emulator for target in targets(url)] == ["SQS/SNS on ministack"]
+    monkeypatch.setenv("UNIBUS_TEST_SQS_URL", url)
+    assert [target.emulator for target in targets("sqs")] == ["SQS/SNS on ministack"]
+    for status, body in ((200, b"{}"), (403, b'"sqs"')):
+        other = answering(status, body)
+        [target] = targets(f"sqs://eu-west-1?endpoint_url=http://{other}")
+        assert target.emulator == f"sqs at {other}, not the service itself"
 
 
 @pytest.mark.parametrize("url", ["memory://disguised?profile=sqs&lease=40", "memory://?profile=sqs&lease=40"])

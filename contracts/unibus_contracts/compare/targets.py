@@ -165,7 +165,7 @@ def _target(given: str, code: Mapping[str, object], emulator: str | None, file: 
     server = driver.get("endpoint_url")
     if emulator is None and isinstance(server, str):
         host = urlsplit(server).netloc.rpartition("@")[2]
-        emulator = f"{settings.broker} at {host}, not the service itself"
+        emulator = supply.emulator_at(settings.broker, server) or f"{settings.broker} at {host}, not the service itself"
     return Target(given or str(settings.url), settings.url, driver, emulator, file)
 
 

@@ -248,6 +248,12 @@ def emulator(name: str) -> str | None:
     return found
 
 
+def emulator_at(name: str, server: str) -> str | None:
+    """The same of a server that others have started, where it tells that it is that emulator."""
+    tells = getattr(KINDS.get(name), "tells", None)
+    return emulator(name) if tells is not None and tells(server) else None
+
+
 def _kind(name: str) -> Kind:
     if (kind := KINDS.get(name) or STORES.get(name) or _PRIVATE.get(name) or _MEMBERS.get(name)) is None:
         raise SupplyError(f"no broker {name!r}; there are: {', '.join([*KINDS, *STORES])}")

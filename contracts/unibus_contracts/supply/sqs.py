@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from socket import create_connection
 from urllib.parse import parse_qs, urlsplit
@@ -69,9 +70,22 @@ class SQS:
         if server is None:  # AWS itself
             create_connection((f"sqs.{parts.hostname}.amazonaws.com", 443), _TIMEOUT).close()
             return
-        with urlopen(f"{server[0]}/_ministack/health", timeout=_TIMEOUT) as answer:  # noqa: S310 - http, as the URL says
-            if b'"sqs"' not in answer.read():
-                raise ConnectionError(f"{server[0]} answers, but not as ministack with SQS")
+        self._ask(server[0])
+
+    def tells(self, server: str) -> bool:
+        """Whether what answers there says that it is ministack."""
+        try:
+            if urlsplit(server).scheme in {"http", "https"}:
+                self._ask(server)
+                return True
+        except (OSError, ValueError, HTTPException):
+            pass  # whatever it is
+        return False
+
+    def _ask(self, server: str) -> None:
+        with urlopen(f"{server}/_ministack/health", timeout=_TIMEOUT) as answer:  # noqa: S310 - http, as the URL says
+            if b'"sqs"' not in answer.read(1 << 16):
+                raise ConnectionError(f"{server} answers, but not as ministack with SQS")
 
 
 def _folder() -> Path:
