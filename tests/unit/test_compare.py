@@ -105,6 +105,24 @@ def test_what_is_declared_refused_or_beyond_measuring_is_marked_so(measured: dic
     assert (found["failure.retry_late"]["level"], found["latency.confirm"]["level"]) == ("native", "plain")
 
 
+async def test_a_finding_has_the_level_of_the_capability_that_decides_it(measured: dict[str, Any]) -> None:
+    """On each broker its own: plain is for what no capability stands for."""
+    ids = ("receiving.unit", "failure.retry_told", "failure.letter")
+    levels = {"memory": [cells(measured)[id]["level"] for id in ids]}
+    for profile in ("kafka", "redis"):
+        run = Run(targets(f"memory://?profile={profile}"), TINY, only=set(ids))
+        found = cells(await run())
+        levels[profile] = [found[id]["level"] for id in ids]
+        assert {found[id]["state"] for id in ids} == {"measured"}
+    assert levels == {
+        "memory": ["native", "emulated", "native"],
+        "kafka": ["refused", "emulated", "refused"],
+        "redis": ["native", "emulated", "native"],
+    }
+    plain = {id.partition(".")[0] for id, cell in cells(measured).items() if cell["level"] == "plain"}
+    assert plain == {"latency", "throughput", "cost", "limits", "topics", "sending", "receiving"}
+
+
 def test_the_document_is_json_and_every_row_says_how(measured: dict[str, Any]) -> None:
     assert json.loads(json.dumps(measured)) == measured
     for row in measured["rows"]:

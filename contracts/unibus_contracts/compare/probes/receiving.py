@@ -21,7 +21,9 @@ UNIT = Row(
     chapter=CHAPTER,
     title="what an ack covers",
     how="Of three messages of one key, taken together, only the second is acked; the receiver is closed, and another one sees what comes "
-    "again. On a broker that counts positions, the adapter does this.",
+    "again. On a broker that counts positions, the adapter does this. With `settle_confirmed` it holds from the moment in which the ack "
+    "returns, without from a moment later.",
+    feature="settle_confirmed",
     touches=("queue", "topic"),
 )
 STOP = Row(

@@ -29,14 +29,17 @@ TOLD = Row(
     id="failure.retry_told",
     chapter=CHAPTER,
     title="a retry tells its story",
-    how="What the second run of a failed message is told: its attempt, the count and the error in its headers, and the user's own header and key.",
+    how="What the second run of a failed message is told: its attempt, the count and the error in its headers, and the user's own header and key. `attempt` is the count over a crash.",
+    feature="attempt",
     touches=("retry",),
 )
 LETTER = Row(
     id="failure.letter",
     chapter=CHAPTER,
     title="a dead letter keeps",
-    how="A message with id, key, header, correlation id and a body of bytes that are no text dies on its first run; its dead letter is compared.",
+    how="A message with id, key, header, correlation id and a body of bytes that are no text dies on its first run; its dead letter is compared. unibus "
+    "makes it: with `atomic_move` the copy and the ack of the original are one step.",
+    feature="atomic_move",
     touches=("retry",),
 )
 
