@@ -97,9 +97,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def _check_writable(config: pytest.Config, option: str) -> None:
     """Now, not after ten minutes of contracts."""
     if path := config.getoption(option):
+        there = os.path.lexists(path)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).open("a").close()
+            if not there:
+                Path(path).unlink()  # nothing has been written yet
         except OSError as error:
             raise pytest.UsageError(f"{option} {path} can't be written: {error}") from error
 
@@ -200,10 +203,6 @@ def kit(request: pytest.FixtureRequest, unibus_harness: Harness, _unibus_shared:
     yield Kit(unibus_harness, _unibus_shared, note)
     if isinstance(unibus_harness, NotingHarness):
         note("unibus_noted", unibus_harness.noted)
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _said(report: pytest.TestReport) -> str:
@@ -319,13 +318,15 @@ class _Recorder:
         through = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
         self._finished = through and not (session.shouldstop or self._interrupted)
         path = self._config.getoption("--unibus-report")
+        from .report import write
+
         report = self._report()
         wrong = report is not None and (report["unexercised"] or report["differs"])
         if wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         self._write_channels()
         if report is not None and path:  # before anything is cleaned up, which may take its time, or be broken off
-            _write(Path(path), report)
+            write(Path(path), report)
 
     def _write_channels(self) -> None:
         """Of a part of the contracts, only of those; of a run that was broken off, none: it would look like all."""
@@ -346,7 +347,7 @@ class _Recorder:
         report = self._report()
         if report is None:
             return
-        from .report import line, problems, untried
+        from .report import line, problems, untried, write
 
         cleaner = self._run.cleaner
         deleted = cleaner.deleted if cleaner else 0
@@ -364,4 +365,4 @@ class _Recorder:
         for said in report["cleanup"]:
             terminalreporter.write_line(said)
         if path := self._config.getoption("--unibus-report"):
-            _write(Path(path), report)
+            write(Path(path), report)

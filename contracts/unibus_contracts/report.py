@@ -1,8 +1,10 @@
-"""The outcome of a run as data: one entry a contract, and which declared features no passed contract has exercised. Pure."""
+"""The outcome of a run as data: one entry a contract, and which declared features no passed contract has exercised. Pure but for `write`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 PASSED = "passed"
@@ -102,3 +104,7 @@ def line(report: Mapping[str, Any]) -> str:
     left = f"{outcomes.count(FAILED)} failed{tried}, {outcomes.count(NOT_RUN)} not run"
     behind = "; not all that it made is deleted" if report.get("left") else ""
     return f"{name} at {report.get('url')}: {counts}, {left}{behind}"
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

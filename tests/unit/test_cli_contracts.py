@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from tests.unit.cli_lab import Cli
@@ -89,27 +90,121 @@ class TestRun:
         assert "broken: ttl.is_told: The receiver of a message with an expiry is told when it ends." in done.out
         assert "1 failed" in done.out
 
-    def test_interrupted(self, tmp_path: Path) -> None:
+    def test_an_old_report_does_not_stand_for_a_run_that_has_none(self, cli: Cli, tmp_path: Path) -> None:
+        report, junit = tmp_path / "report.json", tmp_path / "junit.xml"
+        options = ("-k", "ttl.is_told", "--report", str(report), "--junit", str(junit))
+        assert cli("contracts", "run", "memory://", *options, url=None).code == 0
+        done = cli("contracts", "run", "memory://", *options, "--declare", "assume", url=None)
+        assert done.code == 2, done
+        assert "needs --unibus-channels FILE" in done.err
+        assert done.out == ""
+        assert not report.exists()
+        assert not junit.exists()
+
+    def test_what_a_report_points_to_is_let_be(self, cli: Cli, tmp_path: Path) -> None:
+        """A link stays a link, and what an earlier run has written there goes."""
+        report, link = tmp_path / "report.json", tmp_path / "link"
+        report.write_text("old")
+        link.symlink_to(report)
+        done = cli("contracts", "run", "redis://127.0.0.1:1", "--report", str(link), url=None)
+        assert done.code == 3
+        assert link.is_symlink()
+        assert report.read_text() == ""
+
+
+STUBBORN = """
+    import asyncio, signal, sys
+    from pathlib import Path
+    from unibus.memory import MemoryAdapter
+
+    class Adapter(MemoryAdapter):
+        async def connect(self):
+            steps = [given for given in sys.argv if given.startswith("--unibus-steps=")]
+            if steps:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                if Path(steps[0].partition("=")[2]).stat().st_size:
+                    await asyncio.Event().wait()
+            await super().connect()
+"""
+
+
+class Started:
+    """`unibus contracts run` as a process, with temporary files where the test sees them."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.report = folder / "tmp", folder / "report.json"
+        self.folder.mkdir()
+        command = [sys.executable, "-m", "unibus", "contracts", "run", url, "--report", str(self.report)]
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, "TMPDIR": str(self.folder)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+        )
+
+    def reach(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def tested(self) -> bool:
+        """Has a contract been run?"""
+        return any(steps.stat().st_size for steps in self.folder.glob("unibus-contracts-*/steps"))
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> tuple[str, str]:
+        """What it has printed; the status is that of an interrupt, and no temporary file is left."""
+        with self.process:
+            out, err = self.process.communicate(timeout=120)
+        assert self.process.returncode == 130, (out, err)
+        assert err == "unibus: interrupted\n"
+        assert list(self.folder.glob("unibus-*")) == []
+        return out, err
+
+
+class TestInterrupted:
+    def test_once(self, tmp_path: Path) -> None:
         """The table and the report have what was done by then, and say that it is a part."""
-        path = tmp_path / "report.json"
-        command = [sys.executable, "-m", "unibus", "contracts", "run", "memory://", "--report", str(path)]
-        environ = {**os.environ, "TMPDIR": str(tmp_path)}
-        with subprocess.Popen(
-            command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
-        ) as run:
-            deadline = time.monotonic() + 120
-            while not any(steps.stat().st_size for steps in tmp_path.glob("unibus-contracts-*/steps")):
-                assert run.poll() is None, run.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            run.send_signal(signal.SIGINT)
-            out, err = run.communicate(timeout=120)
-        assert run.returncode == 130, (out, err)
+        run = Started(tmp_path, "memory://")
+        run.reach(run.tested)
+        run.interrupt()
+        out, _ = run.end()
         assert "the run was broken off" in out
-        assert "interrupted" in err
-        written = json.loads(path.read_text())
+        written = json.loads(run.report.read_text())
         assert not written["finished"]
         assert {"passed", "not-run"} <= {entry["outcome"] for entry in written["contracts"]}
+
+    def test_before_anything_was_done(self, tmp_path: Path) -> None:
+        run = Started(tmp_path, "memory://")
+        run.reach(lambda: any(run.folder.glob("unibus-contracts-*/said")))
+        run.interrupt()
+        out, _ = run.end()
+        assert out == ""
+        assert not run.report.exists()
+
+    def test_twice(self, tmp_path: Path, adapter: Callable[[str], str]) -> None:
+        """It is killed; what it was seen to do is told, and what it may have left on the broker."""
+        run = Started(tmp_path, adapter(STUBBORN))
+        run.reach(run.tested)
+        run.interrupt()
+        time.sleep(0.5)  # a second one at once is taken for the same
+        run.interrupt()
+        out, _ = run.end()
+        assert "the run was broken off: interrupted twice" in out
+        written = json.loads(run.report.read_text())
+        assert not written["finished"]
+        outcomes = [entry["outcome"] for entry in written["contracts"]]
+        assert outcomes.count(PASSED) == 1
+        assert outcomes.count(NOT_RUN) == len(catalogue()) - 1
+        (left,) = written["left"]
+        assert left.startswith("not deleted: what begins with 'ctr-")
+        assert left in out
 
 
 class TestRefused:
@@ -149,7 +244,31 @@ def sabotaged(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of an adapter that loses the expiry, installed for this process and its children."""
     with installed() as folder:
         monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         registry._entries.cache_clear()
         yield f"{SCHEME}://{HOST}?saboteur=loses-the-expiry"
     registry._entries.cache_clear()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Installs an adapter, for this process and its children; its URL."""
+
+    def install(code: str) -> str:
+        folder, name = tmp_path / "installed", f"adapter_{tmp_path.name}"
+        about = folder / f"{name}-0.dist-info"
+        about.mkdir(parents=True)
+        (folder / f"{name}.py").write_text(dedent(code))
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+        (about / "entry_points.txt").write_text(f"[unibus.adapters]\nmine = {name}:Adapter\n")
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        forget()
+        return "mine://somewhere"
+
+    def forget() -> None:
+        for cache in (registry._entries, registry.adapter_factory):
+            cache.cache_clear()
+
+    yield install
+    forget()

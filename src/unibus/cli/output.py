@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,11 +36,14 @@ def say(text: str) -> None:
 
 
 def writable(file: Path) -> None:
-    """Now, not after ten minutes of measuring. Makes its folder. Raises ConfigError."""
+    """Now, not after ten minutes of measuring. Makes its folder, and leaves no empty file. Raises ConfigError."""
+    there = os.path.lexists(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8"):
             pass
+        if not there:
+            file.unlink()
     except OSError as error:
         raise ConfigError(f"{file} can't be written: {error.strerror}") from error
 

@@ -67,36 +67,35 @@ def run(
 
     All that is made is deleted at the end, after Ctrl-C too.
     """
-    known = _suite("catalogue").catalogue()
-    chosen = [place for id, (_, place) in known.items() if like is None or like in id]
-    if not chosen:
-        raise ConfigError(f"--like: no contract has {like!r} in its id; see `unibus contracts list`")
+    chosen = [place for _, place in _known(like)]
     if junit is not None and len(urls) > 1:
         raise ConfigError("--junit: name one broker, or take --report")
     if channels is not None and len(urls) > 1:
         raise ConfigError("--channels: name one broker")
-    for file in (junit, None if declare == "assume" else channels, report if len(urls) == 1 else None):
+    reports = _files(urls, report)
+    if channels is not None and declare == "create":
+        output.writable(channels)
+    for file in (junit, *reports):
         if file is not None:
             output.writable(file)
+            _forget(file)
     arguments = [] if workers == 1 else ["-n", str(workers)]
-    arguments += [] if junit is None else [f"--junitxml={junit}"]
     arguments += [] if pin is None else [f"--unibus-pin={pin}"]
     arguments += [] if prefix is None else [f"--unibus-prefix={prefix}"]
     arguments += [] if channels is None else [f"--unibus-channels={channels}"]
     arguments += [f"--unibus-declare={declare}"]
     for url in urls:
         _check(url)
-    files = _files(urls, report)
     wrong = False
-    for url, file in zip(urls, files, strict=True):
-        wrong |= _one(url, arguments, chosen, file, as_json=as_json)
+    for url, file in zip(urls, reports, strict=True):
+        wrong |= _one(url, arguments, chosen, file, junit, as_json=as_json)
     if wrong:
         raise typer.Exit(FAILED)
 
 
 def list_(like: Like = None, as_json: JsonOption = False) -> None:
     """All contracts: id, chapter, the feature that it needs, and what it promises."""
-    found = [terms for id, (terms, _) in _suite("catalogue").catalogue().items() if like is None or like in id]
+    found = [terms for terms, _ in _known(like)]
     if as_json or output.piped():
         for terms in found:
             output.write_json(terms.as_dict())
@@ -123,6 +122,23 @@ def show(
         return
     rows = {"promise": terms.promise, "chapter": terms.chapter, "needs": needs, "assumes": assumes, "test": place}
     print("\n".join([terms.id, *(f"  {name + ':':9} {text}" for name, text in rows.items())]))
+
+
+def _known(like: str | None) -> list[tuple[Any, str]]:
+    """The terms and the place of each contract that `--like` takes. Raises ConfigError: none."""
+    known = _suite("catalogue").catalogue()
+    found = [both for id, both in known.items() if like is None or like in id]
+    if not found:
+        raise ConfigError(f"--like: no contract has {like!r} in its id; see `unibus contracts list`")
+    return found
+
+
+def _forget(file: Path) -> None:
+    """What an earlier run has written: this one may end before it has anything to write. A device or a pipe is let be."""
+    if file.is_symlink() and file.is_file():
+        file.write_text("")  # what it points to, not the link: that could be /dev/stdout
+    elif file.is_file():
+        file.unlink()
 
 
 def _suite(module: str) -> Any:
@@ -160,13 +176,17 @@ def _files(urls: Sequence[str], report: Path | None) -> list[Path | None]:
     return list(_suite("__main__").report_paths(urls, report))
 
 
-def _one(url: str, arguments: Sequence[str], tests: Sequence[str], file: Path | None, *, as_json: bool) -> bool:
+def _one(
+    url: str, arguments: Sequence[str], tests: Sequence[str], file: Path | None, junit: Path | None, *, as_json: bool
+) -> bool:
     """One broker; is anything wrong?"""
     runner, reports = _suite("runner"), _suite("report")
     shown = _suite("harness").shown(url)
     with output.progress(f"contracts on {shown}", len(tests)) as advance:
         try:
-            found, interrupted = runner.run(url, lambda _id, _outcome: advance(1), *arguments, tests=tests, report=file)
+            found, interrupted = runner.run(
+                *(url, lambda _id, _outcome: advance(1), *arguments), tests=tests, report=file, junit=junit
+            )
         except runner.Broken as error:
             raise Failure(f"the run on {shown} has broken off:\n{error}", USAGE) from None
     if as_json:
