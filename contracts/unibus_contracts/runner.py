@@ -42,14 +42,14 @@ def run(
     """The report of a run on this broker (a URL, or a unibus.toml), and whether it was interrupted. `report`, `junit`: files that
     get it too, once the run has ended: what is in them is always of this run.
 
-    `arguments`: more for pytest; `tests`: what to run. `step` hears the id and the outcome of each contract. No configuration of pytest in the working
-    directory has a say. Raises Broken; KeyboardInterrupt where nothing was done before it.
+    `arguments`: more for pytest; `tests`: what to run. `step` hears the id and the outcome of each contract. Nothing in the working
+    directory has a say: no configuration of pytest, no conftest.py, no module. Raises Broken; KeyboardInterrupt where nothing was done before it.
     """
     with tempfile.TemporaryDirectory(prefix="unibus-contracts-", ignore_cleanup_errors=True) as text:
         folder = Path(text)
         steps, said, own, xml = (folder / name for name in ("steps", "said", "report.json", "junit.xml"))
         steps.touch()
-        command = [sys.executable, "-m", "pytest", *NO_FILE, "--rootdir", text, *CACHE]
+        command = [sys.executable, "-m", "pytest", *NO_FILE, "--rootdir", text, "--noconftest", *CACHE]
         command += [f"--unibus-steps={steps}", f"--unibus-report={own}", *arguments]
         command += [] if junit is None else [f"--junitxml={xml}"]
         if of_file(url):
@@ -80,7 +80,7 @@ def run(
 def _environment(url: str, folder: str) -> Mapping[str, str]:
     """In `folder` is all that it leaves when it is killed."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    environ["TMPDIR"] = folder
+    environ |= {"TMPDIR": folder, "PYTHONSAFEPATH": "1"}  # not -P: that would not reach the workers of xdist
     return environ if of_file(url) else {**environ, URL: url}
 
 

@@ -111,6 +111,15 @@ class TestRun:
         assert link.is_symlink()
         assert report.read_text() == ""
 
+    def test_the_working_directory_has_no_say(self, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither in the process of the run nor in those that share its work."""
+        for name in ("conftest", "queue", "pytest", "unibus_contracts"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} of the working directory')")
+        (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --nonsense")
+        monkeypatch.chdir(tmp_path)
+        done = cli("contracts", "run", "memory://", "-k", "ttl.is_told", "-n", "2", url=None)
+        assert done.code == 0, done
+
 
 STUBBORN = """
     import asyncio, signal, sys
