@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -23,6 +24,9 @@ from .harness import UrlHarness
 
 JOURNAL, DELETED = ".journal", ".deleted"  # files of one process: what it makes; how much it has deleted
 DEFAULT = "ctr-"
+# What a bus takes as its prefix, less what the run and each process of it put behind.
+PREFIX = re.compile(r"[A-Za-z0-9._-]{0,46}")
+PREFIX_RULE = "letters, digits, '.', '_' and '-', 46 of them at most"
 
 
 class Cleaner:

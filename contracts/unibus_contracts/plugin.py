@@ -80,8 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if url or file:
         # It warns who has no configuration of its own, and whoever runs this suite alone has none.
         warnings.filterwarnings("ignore", 'The configuration option "asyncio_default_fixture_loop_scope"')
-        from .cleaner import Cleaner
+        from .cleaner import PREFIX, PREFIX_RULE, Cleaner
 
+        if not PREFIX.fullmatch(config.getoption("--unibus-prefix") or ""):
+            raise pytest.UsageError(f"--unibus-prefix {config.getoption('--unibus-prefix')!r}: use {PREFIX_RULE}")
         more: dict[str, Any] = {}
         if file:
             if url and not hasattr(config, "workerinput"):  # a worker of xdist is given what came of it, too

@@ -104,3 +104,10 @@ class Capabilities:
     def features(self) -> dict[str, Support]:
         """Name -> support of every feature, in the order of declaration."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Support)}
+
+
+def checked(capabilities: object) -> Capabilities:
+    """The same. Raises ConfigError where an adapter has something else there: what stands in it was checked when it was made."""
+    if not isinstance(capabilities, Capabilities):
+        raise ConfigError(f"capabilities are {type(capabilities).__name__}, no Capabilities of unibus.capabilities")
+    return capabilities

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from unibus.adapter import Adapter, Outgoing
+from unibus.capabilities import checked
 from unibus.channel import Group, Inbox, Queue, Topic, stem
 from unibus.clock import Clock, Deadline, within
 from unibus.codec import BodyCodec, Bounded, codec_for, codec_of
@@ -111,11 +112,11 @@ class Session:
     async def open(self) -> None:
         """Connect and declare. Raises what the broker says, or Unsupported."""
         link = self.kit.link
-        check(self.channels, self._stations, link.adapter.capabilities)
+        check(self.channels, self._stations, checked(link.adapter.capabilities))
         await link.open()
-        # The server's version may know less than the newest one.
-        capabilities = link.adapter.capabilities
         try:
+            # The server's version may know less than the newest one.
+            capabilities = checked(link.adapter.capabilities)
             check(self.channels, self._stations, capabilities)
             for store in self._stores:
                 store.open(self.kit.clock)

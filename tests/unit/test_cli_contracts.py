@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import dedent
 
@@ -17,6 +17,7 @@ from tests.unit.cli_lab import Cli
 
 from unibus import registry
 from unibus_contracts.catalogue import catalogue
+from unibus_contracts.kit import FACTOR
 from unibus_contracts.report import NOT_RUN, PASSED
 from unibus_contracts.saboteurs.base import HOST, SCHEME
 from unibus_contracts.saboteurs.run import contracts, installed
@@ -216,6 +217,22 @@ class TestInterrupted:
         assert left in out
 
 
+HANGING = """
+    import asyncio
+    from unibus.memory import MemoryAdapter
+
+    class Adapter(MemoryAdapter):
+        async def connect(self):
+            await asyncio.Event().wait()
+"""
+WRONG = """
+    from unibus.memory import MemoryAdapter
+
+    class Adapter(MemoryAdapter):
+        capabilities = {"order": True}
+"""
+
+
 class TestRefused:
     def test_nobody_answers(self, cli: Cli) -> None:
         done = cli("contracts", "run", "redis://:hunter2@127.0.0.1:1", url=None)
@@ -236,8 +253,42 @@ class TestRefused:
         assert done.code == 2
         assert done.err == f"unibus: {path} can't be written: File exists\n"
 
-    def test_no_such_contract(self, cli: Cli) -> None:
-        done = cli("contracts", "run", "memory://", "-k", "nope", url=None)
+    def test_a_file_that_is_not_there(self, cli: Cli) -> None:
+        done = cli("contracts", "run", "nosuch.toml", url=None)
+        assert done.code == 2
+        assert done.err == "unibus: nosuch.toml can't be read: No such file or directory\n"
+
+    @pytest.mark.parametrize("prefix", ["a b!", "x" * 47])
+    def test_a_prefix_that_is_none(self, prefix: str, cli: Cli) -> None:
+        done = cli("contracts", "run", "memory://", "-k", "ttl.is_told", "--prefix", prefix, url=None)
+        assert done.code == 2
+        assert done.out == ""
+        assert f"--prefix {prefix!r}: use letters, digits, '.', '_' and '-', 46 of them at most" in done.err
+
+    def test_a_connect_that_hangs(
+        self, cli: Cli, adapter: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("unibus.cli.commands.contracts._CHECK", 0.3 / FACTOR)
+        done = cli("contracts", "run", adapter(HANGING), "-k", "ttl.is_told", url=None)
+        assert done.code == 3
+        assert done.err == "unibus: mine://somewhere does not answer: no link within 0.3 s\n"
+
+    def test_capabilities_that_are_none(self, cli: Cli, adapter: Callable[[str], str]) -> None:
+        done = cli("contracts", "run", adapter(WRONG), "-k", "ttl.is_told", url=None)
+        assert done.code == 2
+        assert done.err == "unibus: capabilities are dict, no Capabilities of unibus.capabilities\n"
+
+    def test_who_is_refused_leaves_no_empty_files(self, cli: Cli, tmp_path: Path) -> None:
+        options = [
+            word for name in ("report", "junit", "channels") for word in (f"--{name}", str(tmp_path / "out" / name))
+        ]
+        done = cli("contracts", "run", "redis://127.0.0.1:1", *options, url=None)
+        assert done.code == 3
+        assert list((tmp_path / "out").iterdir()) == []
+
+    @pytest.mark.parametrize("command", [("run", "memory://"), ("list",)])
+    def test_no_such_contract(self, command: Sequence[str], cli: Cli) -> None:
+        done = cli("contracts", *command, "-k", "nope", url=None)
         assert done.code == 2
         assert "no contract has 'nope' in its id" in done.err
 

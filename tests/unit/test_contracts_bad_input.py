@@ -40,14 +40,31 @@ ADAPTER = """
         @property
         def capabilities(self):
             return replace(super().capabilities, adapter="wrong", max_body="10 MB")
+
+    class NoCapabilities(MemoryAdapter):
+        capabilities = {"order": True}
+
+    class NoneLater(MemoryAdapter):
+        links = None
+
+        @property
+        def capabilities(self):
+            return super().capabilities if self.links is None else None
+
+        async def connect(self):
+            self.links = 1
+            await super().connect()
 """
 UNREADABLE = "class Adapter(:"
+INI = "[pytest]\nasyncio_default_fixture_loop_scope = function\n"
 ENTRY_POINTS = "[unibus.adapters]\n{}"
 SCHEMES = {
     "raises": "bad_adapters:RaisesInConnect",
     "type": "bad_adapters:WrongType",
     "level": "bad_adapters:WrongLevel",
     "number": "bad_adapters:WrongNumber",
+    "dict": "bad_adapters:NoCapabilities",
+    "none": "bad_adapters:NoneLater",
     "empty": "bad_adapters:Nothing",
     "unreadable": "unreadable_adapters:Adapter",
 }
@@ -71,6 +88,8 @@ CONTRACTS = """
         ("type", "wrong declares priority=True: use native(), emulated(how) or refused(why)"),
         ("level", "wrong declares priority=Support(level='sometimes'"),
         ("number", "wrong declares max_body='10 MB': it is int | None"),
+        ("dict", "capabilities are dict, no Capabilities"),
+        ("none", "capabilities are NoneType, no Capabilities"),
         ("empty", "does not exist"),
         ("unknown", "no adapter for unknown://"),
         ("unreadable", "unreadable_adapters of bad can't be imported: SyntaxError: "),
@@ -94,6 +113,14 @@ def test_an_adapter_that_is_none(
     result.stdout.fnmatch_lines(["*0 passed, 0 refused as declared, 1 failed, 1 not run", "*the run was broken off: *"])
 
 
+@pytest.mark.parametrize("prefix", ["a b!", "ä", "x" * 47])
+def test_a_prefix_that_is_none(prefix: str, pytester: pytest.Pytester) -> None:
+    pytester.makeini(INI)
+    result = pytester.runpytest_inprocess("--unibus-url=memory://", "--unibus-prefix", prefix)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--unibus-prefix {prefix!r}: use letters, digits, *46 of them at most"])
+
+
 @pytest.fixture(autouse=True)
 def _looked_up_anew() -> Iterator[None]:
     for cache in (registry._entries, registry.adapter_factory):
@@ -106,7 +133,7 @@ def _looked_up_anew() -> Iterator[None]:
 def installed(pytester: pytest.Pytester) -> None:
     """A distribution with these adapters, in the folder of the test."""
     pytester.makepyfile(bad_adapters=ADAPTER, test_them=CONTRACTS, unreadable_adapters=UNREADABLE)
-    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    pytester.makeini(INI)
     folder = pytester.path / "bad-0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 0\n")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from unibus.cli import output
-from unibus.cli.run import FAILED, USAGE, Failure, command
+from unibus.cli.run import FAILED, UNREACHABLE, USAGE, Failure, command
 from unibus.cli.target import JsonOption
 from unibus.errors import ConfigError
 from unibus.registry import broker_name
@@ -30,6 +30,7 @@ _OUTCOMES = {
     "not-run": "not run",
 }
 _MOST = 6  # lines of an error
+_CHECK = 30.0  # seconds in which a broker has to answer before the run
 
 
 def register(app: typer.Typer) -> None:
@@ -72,6 +73,8 @@ def run(
         raise ConfigError("--junit: name one broker, or take --report")
     if channels is not None and len(urls) > 1:
         raise ConfigError("--channels: name one broker")
+    if prefix is not None and not _suite("cleaner").PREFIX.fullmatch(prefix):
+        raise ConfigError(f"--prefix {prefix!r}: use {_suite('cleaner').PREFIX_RULE}")
     reports = _files(urls, report)
     if channels is not None and declare == "create":
         output.writable(channels)
@@ -155,15 +158,25 @@ def _suite(module: str) -> Any:
 
 def _check(url: str) -> None:
     """Raises what the broker says, before the same is said of each contract."""
+    harness, where, more = _suite("harness"), url, {}
+    if _suite("__main__").of_file(url):
+        try:
+            where, more = harness.of_file(Path(url))
+        except OSError as error:
+            raise ConfigError(f"{url} can't be read: {error.strerror}") from error
+    broker_name(parse(where).scheme)
+    seconds = _CHECK * _suite("kit").FACTOR
 
     async def connect() -> None:
-        harness, more = _suite("harness"), {}
-        where = url
-        if _suite("__main__").of_file(url):
-            where, more = harness.of_file(Path(url))
-        broker_name(parse(where).scheme)
-        async with harness.UrlHarness(where, more=more).bus():
-            pass
+        try:
+            async with asyncio.timeout(seconds) as limit, harness.UrlHarness(where, more=more).bus():
+                pass
+        except TimeoutError:
+            if not limit.expired():  # a client's own
+                raise
+            raise Failure(
+                f"{harness.shown(where)} does not answer: no link within {seconds:g} s", UNREACHABLE
+            ) from None
 
     asyncio.run(connect())
 
