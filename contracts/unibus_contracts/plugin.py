@@ -368,3 +368,9 @@ class _Recorder:
             terminalreporter.write_line(said)
         if path := self._config.getoption("--unibus-report"):
             write(Path(path), report)
+        if xml := self._config.getoption("xmlpath", None):
+            from .junit import complete
+
+            file = Path(os.path.expandvars(xml)).expanduser()  # as pytest does
+            if file.exists():
+                complete(file, report)

@@ -72,9 +72,14 @@ def unexercised(features: Mapping[str, Mapping[str, Any]], entries: Sequence[Map
 
 def problems(report: Mapping[str, Any]) -> list[str]:
     """Why this report is no pass, a line each; empty: it is one."""
-    entries = report.get("contracts", [])
-    found = [f"{entry['id']}: {entry['promise']}" for entry in entries if entry["outcome"] == FAILED]
-    if not any(entry["outcome"] == PASSED for entry in entries):
+    failed = (entry for entry in report.get("contracts", []) if entry["outcome"] == FAILED)
+    return [*(f"{entry['id']}: {entry['promise']}" for entry in failed), *beside(report)]
+
+
+def beside(report: Mapping[str, Any]) -> list[str]:
+    """Those of the problems that are no single contract's."""
+    found = []
+    if not any(entry["outcome"] == PASSED for entry in report.get("contracts", [])):
         found.append("no contract passed: an empty report proves nothing")
     if not report["finished"]:
         why = report.get("broken_off")

@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -342,6 +343,49 @@ class TestPlugin:
         result, _ = self.run(pytester, "-k", "good", "--unibus-pin", "answers")
         assert result.ret == pytest.ExitCode.TESTS_FAILED
         result.stdout.fnmatch_lines(["*nothing is pinned of memory: answers/memory.json is missing*"])
+
+    def junit(self, pytester: pytest.Pytester, *arguments: str) -> tuple[dict[str, str | None], dict[str, str]]:
+        """Name of each test -> what it is beside a pass, and why; and the counts."""
+        self.run(pytester, "--junitxml=$WHERE/junit.xml", *arguments)
+        (suite,) = ET.parse(pytester.path / "junit.xml").getroot()  # noqa: S314  # our own
+        cases = {case.get("name", ""): case for case in suite}
+        found = {
+            name: next((f"{one.tag}: {one.get('message')}" for one in case if one.tag != "properties"), None)
+            for name, case in cases.items()
+        }
+        return found, {name: suite.get(name, "") for name in ("tests", "failures", "errors", "skipped")}
+
+    def test_junit_tells_all_that_fails_a_run(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A pin that differs, a feature that nothing has used; and what was refused is no pass."""
+        monkeypatch.setenv("WHERE", str(pytester.path))
+        found, counts = self.junit(pytester, "--unibus-pin", "answers")
+        assert found.pop("test_good") is None
+        assert found.pop("test_bad") == "failure: assert False"
+        assert found.pop("test_refused") == "skipped: refused as declared: replay: the memory broker keeps no history"
+        assert (found.pop("test_fault") or "").startswith("skipped: not tried")
+        problems = {"feature 'order' is declared, and no passed contract has used it"}
+        assert problems < set(found)
+        assert any(name.startswith("nothing is pinned of memory") for name in found)
+        assert all(said == f"failure: {name}" for name, said in found.items())
+        assert counts == {
+            "tests": str(4 + len(found)),
+            "failures": str(1 + len(found)),
+            "errors": "0",
+            "skipped": "2",
+        }
+
+    def test_junit_tells_of_a_run_that_is_not_complete(
+        self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WHERE", str(pytester.path))
+        found, _ = self.junit(pytester, "-x", "--unibus-url", "nosuch://host")
+        assert any(name.startswith("the run was broken off: ") for name in found)
+
+    def test_junit_of_a_pass(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WHERE", str(pytester.path))
+        found, counts = self.junit(pytester, "-k", "good")
+        assert found == {"test_good": None}
+        assert counts == {"tests": "1", "failures": "0", "errors": "0", "skipped": "0"}
 
     def test_a_report_that_cant_be_written(self, pytester: pytest.Pytester) -> None:
         pytester.makeini(INI)

@@ -227,10 +227,6 @@ def _print(found: dict[str, Any], reports: Any) -> None:
         if entry["outcome"] == "failed":
             said = entry.get("error", "").splitlines()[:_MOST]
             print("\n  ".join([f"broken: {entry['id']}: {entry['promise']}", *said]))
-    broken = {f"{entry['id']}: {entry['promise']}" for entry in found["contracts"]}
-    for problem in reports.problems(found):
-        if problem not in broken:
-            print(problem)
-    for text in [*reports.untried(found), *found.get("cleanup", ())]:
+    for text in [*reports.beside(found), *reports.untried(found), *found.get("cleanup", ())]:
         print(text)
     print(reports.line(found))
