@@ -14,8 +14,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from unibus import Bus, ConfigError, Delivery, NotFound, Queue, RetryPolicy, Topic, deadletter
-from unibus.adapter import Declared, Topology
+from unibus.adapter import Declared, Outcome, Source, Topology
 from unibus.capabilities import Capabilities, Support
+from unibus.channel import dead_letter_queue, invalid_queue
 
 from .channels import AssumingHarness
 from .harness import Harness, NotTried, nowhere
@@ -30,6 +31,7 @@ GONE = 5.0 * FACTOR  # seconds after which a broker that can't be reached any mo
 POLL = 0.005
 FEATURES = tuple(field.name for field in fields(Capabilities) if field.type == Support.__name__)
 SENTINEL = b"sentinel-"
+TAKEN = 1000  # dead letters held at once, where they can only be looked at by taking them
 
 # Few and short, because a broker may need a queue of its own for each different wait of a run.
 AT_ONCE = RetryPolicy(max_retries=2, backoff=0)
@@ -109,15 +111,45 @@ async def leftover(bus: Bus, place: Place) -> list[Delivery[Any]]:
 async def letters(bus: Bus, place: Place, count: int = 1, *, invalid: bool = False) -> list[Delivery[Any]]:
     """The dead letters of a queue or group, once there are `count` of them. They stay where they are.
 
-    `invalid`: those of its invalid-message channel instead.
+    `invalid`: those of its invalid-message channel instead. Where the adapter refuses to browse, they are taken and given back.
     """
     channel, group = place if isinstance(place, tuple) else (place, None)
 
     async def look() -> list[Delivery[Any]]:
+        if not bus.capabilities.browse:
+            return await _taken(bus, channel, group, invalid=invalid)
         return [letter async for letter in deadletter.browse(bus, channel, group=group, invalid=invalid)]
 
     found = await eventually(look, lambda found: len(found) >= count, f"{count} dead letters")
     assert len(found) == count, f"{len(found)} dead letters instead of {count}"
+    return found
+
+
+async def _taken(
+    bus: Bus, channel: Queue[Any] | Topic[Any], group: str | None, *, invalid: bool
+) -> list[Delivery[Any]]:
+    """What `deadletter.browse` would show, received by hand."""
+    session = bus._opened()
+    codec, address = session.codec(channel), session.address(channel, group)
+    dead = invalid_queue(address) if invalid else dead_letter_queue(address)
+    waiting = await bus.adapter.backlog(dead)
+    left = waiting.ready if waiting.exact else TAKEN
+    if not left:
+        return []
+    subscription = await bus.adapter.subscribe(Source(dead, prefetch=TAKEN))
+    found: list[Delivery[Any]] = []
+    try:
+        while left > len(found) and (more := await subscription.receive(left - len(found), deadletter.QUIET)):
+            found += more
+        if bus.capabilities.release:  # else they go back as the subscription ends
+            failed = [e for e in await subscription.settle(Outcome.RELEASED, found) if e is not None]
+            assert not failed, f"dead letters that can't be given back: {failed[0]!r}"
+    finally:
+        await subscription.stop()
+        await subscription.close()
+    for delivery in found:
+        delivery.message.correlation_id = delivery.message.correlation_id or delivery.message.id
+        delivery.body = deadletter.readable(codec, delivery.message)
     return found
 
 

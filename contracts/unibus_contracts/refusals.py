@@ -101,11 +101,14 @@ async def replay(kit: Kit) -> None:
 
 
 async def browse(kit: Kit) -> None:
+    """By the SPI as well: the core asks the adapter for nothing that it refuses."""
     queue = kit.queue()
     async with kit.bus(queue) as bus:
         with pytest.raises(Unsupported):
             async for _ in deadletter.browse(bus, queue):
                 pass
+        with pytest.raises(Unsupported):
+            await bus.adapter.subscribe(Source(queue, browse=True))
 
 
 async def release(kit: Kit) -> None:

@@ -257,6 +257,9 @@ async def look(
 ) -> AsyncGenerator[Delivery[Any], None]:
     """What waits at an address, as `browse` shows it. `page`: how many are looked at in one go."""
     link = session.kit.link
+    support = link.adapter.capabilities.browse
+    if not support:  # also where there is nothing to be seen
+        raise Unsupported(f"{link.adapter.capabilities.adapter} can't look at messages: {support.how}")
     waiting = await link.ask(lambda: link.adapter.backlog(address))
     left = waiting.ready if waiting.exact else float("inf")
     if not left:

@@ -16,9 +16,10 @@ import pytest
 from tests.unit.cli_lab import Cli
 
 from unibus import registry
+from unibus_contracts import runner
 from unibus_contracts.catalogue import catalogue
 from unibus_contracts.kit import FACTOR
-from unibus_contracts.report import NOT_RUN, PASSED
+from unibus_contracts.report import NOT_RUN, PASSED, REFUSED
 from unibus_contracts.saboteurs.base import HOST, SCHEME
 from unibus_contracts.saboteurs.run import contracts, installed
 
@@ -297,6 +298,43 @@ class TestRefused:
         done = cli("contracts", "list", url=None)
         assert done.code == 2
         assert "pip install 'unibus[contracts]'" in done.err
+
+
+BLIND = """
+    from dataclasses import replace
+    from unibus import Unsupported
+    from unibus.capabilities import refused
+    from unibus.memory import MemoryAdapter
+
+    REFUSED = {name: refused("it can't") for name in NAMES}
+
+    class Adapter(MemoryAdapter):
+        @property
+        def capabilities(self):
+            return replace(super().capabilities, adapter="blind", **REFUSED)
+
+        async def subscribe(self, source):
+            if source.browse:
+                raise Unsupported("it can't look")
+            return await super().subscribe(source)
+"""
+
+
+@pytest.mark.parametrize("refused", [["browse"], ["browse", "release"]])
+def test_who_refuses_to_browse_can_keep_the_others(refused: list[str], adapter: Callable[[str], str]) -> None:
+    """Contracts look at dead letters that promise nothing about looking."""
+    ids = (
+        "dlq.after_max_attempts",
+        "dlq.redrive_some",
+        "dlq.missing_target_keeps_message",
+        "invalid.missing_target_keeps_message",
+        "invalid.redrive_after_repair",
+        "dlq.browse_leaves_everything",
+    )
+    url = adapter(BLIND.replace("NAMES", repr(refused)))
+    found, _ = runner.run(url, lambda _id, _outcome: None, tests=[catalogue()[id][1] for id in ids])
+    ran = {entry["id"]: entry["outcome"] for entry in found["contracts"] if entry["outcome"] != NOT_RUN}
+    assert ran == dict.fromkeys(ids[:-1], PASSED) | {ids[-1]: REFUSED}, found
 
 
 @pytest.fixture
