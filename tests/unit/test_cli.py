@@ -349,6 +349,21 @@ def test_without_typer_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
         main()
 
 
+def test_an_interrupt_before_there_is_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line as later on, and no traceback of the imports."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unibus.cli.app.make", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "unibus: interrupted\n"
+
+
 def test_version_help_and_usage(cli: Cli) -> None:
     assert cli("--version", url=None).out.startswith("unibus 0.")
     assert "channels" in cli("--help", url=None).out
