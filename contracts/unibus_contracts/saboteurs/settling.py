@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from unibus.adapter import Move, Outcome, Results
@@ -225,10 +226,13 @@ class LeaksATask(Adapter):
         self.task = asyncio.create_task(asyncio.sleep(3600))
 
 
-@saboteur("Closing takes a dozen seconds.", "shutdown.deadline_then_return")
+@saboteur("Closing takes a dozen seconds, and can't be called off.", "shutdown.deadline_then_return")
 class ClosesSlowly(Adapter):
     async def close(self) -> None:
-        await asyncio.sleep(12)
+        slow = asyncio.ensure_future(asyncio.sleep(12))
+        while not slow.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(slow)
         await self.inner.close()
 
 

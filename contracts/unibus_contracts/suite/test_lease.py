@@ -38,6 +38,7 @@ async def test_late_ack(kit: Kit) -> None:
         gates[0].set()
         await until(lambda: bus.counts.get("lease_lost"), "the late ack is dropped, and told")
         assert len(ended) == 1
+        assert not second.lost, "the late ack was not for the second run"
         gates[1].set()
         await ended.reach(2)
         await bus.send(queue, b"y")
