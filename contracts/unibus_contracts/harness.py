@@ -17,17 +17,19 @@ import re
 import secrets
 import socket
 import tomllib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, urlencode
+from weakref import WeakSet
 
 from unibus import Bus, ConfigError
 from unibus.adapter import Topology
 from unibus.config import load
 from unibus.url import parse
 
+from . import links
 from .cleanup import Made, NotingBus, Removal, remove
 
 CREDENTIALS = (
@@ -103,7 +105,7 @@ def of_file(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 class UrlHarness:
-    """Any broker that answers at `url`. No faults.
+    """Any broker that answers at `url`. It can cut the links of this process, and restart nothing.
 
     `prefix` begins every name; what follows is random, so that what is deleted at the end can only be this harness' own.
     `more`: further settings of every bus, such as user and password. `journal`: a file that notes what will be made, for who deletes it when this process is killed.
@@ -118,6 +120,7 @@ class UrlHarness:
         self.prefix = f"{prefix}{secrets.token_hex(3)}."
         self.made = Made(self.prefix, journal=journal)
         self.removal: Removal | None = None  # what came of the cleanup
+        self._buses: WeakSet[Bus] = WeakSet()
         self._token = secrets.token_hex(2)
         self._count = itertools.count(1)
 
@@ -130,6 +133,7 @@ class UrlHarness:
             given |= self.more
         bus = TestedBus(settings.pop("url", self.url), **(given | settings))
         bus.made = self.made
+        self._buses.add(bus)
         return bus
 
     def channel(self, label: str) -> str:
@@ -140,8 +144,16 @@ class UrlHarness:
     async def restart_broker(self) -> None:
         raise FaultUnavailable("a URL alone gives no way to restart the broker")
 
-    def cut_link(self) -> AbstractAsyncContextManager[None]:
-        raise FaultUnavailable("a URL alone gives no way to cut the link")
+    @asynccontextmanager
+    async def cut_link(self) -> AsyncIterator[None]:
+        """Of all buses in this process, for as long as the context lasts."""
+        try:
+            stack = AsyncExitStack()
+            await stack.enter_async_context(links.cut(self._buses))
+        except LookupError as error:
+            raise FaultUnavailable(str(error)) from None
+        async with stack:
+            yield
 
     async def cleanup(self) -> None:
         """Delete what was made. `removal` says what came of it; nothing is raised."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from unibus.adapter import Declared, Endpoint, Move, Outcome, Outgoing, Results, Source, Topology
 from unibus.channel import Group, Inbox, Queue, Topic
+from unibus.delivery import Delivery
 from unibus.errors import NotFound, Refused, Unsupported
 from unibus.message import Message
 
@@ -169,6 +170,25 @@ class KeepsBroadcastGroups(Adapter):
         subscription = await super().subscribe(source)
         subscription.inner.place.private = isinstance(source.address, Inbox)
         return subscription
+
+
+class Deaf(Subscription):
+    async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        await asyncio.sleep(timeout)
+        return []
+
+
+@saboteur("Nothing is received from an inbox that was made anew with its link.", "fault.cut_ends_requests")
+class DeafAfterTheCut(Adapter):
+    connects = 0
+
+    async def connect(self) -> None:
+        await super().connect()
+        self.connects += 1
+
+    async def subscribe(self, source: Source) -> Subscription:
+        made = await super().subscribe(source)
+        return Deaf(self, made.inner) if isinstance(source.address, Inbox) and self.connects > 1 else made
 
 
 @saboteur("An inbox stays when its process has left, and takes late replies.", "reply.inbox_ends_with_its_process")

@@ -301,6 +301,7 @@ class CountsTheFirstAttempt(Adapter):
     "shutdown.restarts_kill_no_message",
     "shutdown.reopened_receivers",
     "shutdown.sigterm",
+    "fault.cut_counts_no_attempt",
     "consume.delivery_count",
 )
 class CountsWhatIsGivenBack(Adapter):

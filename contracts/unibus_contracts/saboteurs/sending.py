@@ -30,6 +30,15 @@ class DropsTheHundredth(Adapter):
         return () if next(self.count) % 100 == 0 else (outgoing,)
 
 
+@saboteur("What is sent while there is no link is confirmed.", "fault.cut_loses_nothing")
+class ConfirmsWithoutALink(Adapter):
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        try:
+            return await super().send(batch, timeout)
+        except ConnectionLost:
+            return [None] * len(batch)
+
+
 @saboteur(
     "A send is confirmed before it is stored; what is not stored yet when the link is closed is lost.",
     "publish.returns_after_broker_accept",

@@ -1,0 +1,81 @@
+"""Cutting the links of this process to the broker, whichever client library holds them.
+
+The sockets themselves are shut down, both ways: the peers see the end of the stream, as when a cable is pulled between them or a
+load balancer is restarted. A broker inside this process has no sockets, and says itself how its links are cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+from unibus import Bus
+from unibus.memory_broker import MemoryBroker
+
+AGAIN = 0.01  # seconds until what was connected anew is cut, while the fault lasts
+_DESCRIPTORS = Path("/dev/fd")
+
+
+@asynccontextmanager
+async def cut(buses: Iterable[Bus]) -> AsyncIterator[None]:
+    """Cut all that there are now, and what is connected anew, until the context ends. Raises LookupError: there are none."""
+    brokers = {broker for bus in buses if bus._session is not None and isinstance(broker := bus.native, MemoryBroker)}
+    if brokers:
+        for broker in brokers:
+            broker.cut(down=True)
+        try:
+            yield
+        finally:
+            for broker in brokers:
+                broker.down = False
+        return
+    if not shut_down():
+        raise LookupError("this process has no connection that could be cut")
+    cutting = asyncio.create_task(_go_on())
+    try:
+        yield
+    finally:
+        cutting.cancel()
+        await asyncio.wait([cutting])
+
+
+async def _go_on() -> None:
+    while True:
+        await asyncio.sleep(AGAIN)
+        shut_down()
+
+
+def shut_down() -> int:
+    """Shut down each TCP connection of this process; how many there were."""
+    count = 0
+    for connection in _sockets():
+        with closing(connection):
+            try:
+                connection.getpeername()
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # it listens, or is gone in this moment
+                continue
+            count += 1
+    return count
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """Copies of the descriptors: to close one ends nothing."""
+    if not _DESCRIPTORS.is_dir():
+        return
+    for descriptor in [int(path.name) for path in _DESCRIPTORS.iterdir()]:
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            copy = socket.socket(fileno=os.dup(descriptor))
+        except OSError:  # closed meanwhile, as the one by which the folder was read
+            continue
+        if copy.family in {socket.AF_INET, socket.AF_INET6} and copy.type == socket.SOCK_STREAM:
+            yield copy
+        else:
+            copy.close()
