@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from .kit import Kit
+from .kit import LIMIT, Kit
 from .refusals import REFUSALS
 
 Body = Callable[[Kit], Awaitable[None]]
@@ -37,8 +37,10 @@ class Terms:
         return asdict(self)
 
 
-def contract(id: str, promise: str, *, needs: str | None = None, assumes: str | None = None) -> Callable[[Body], Body]:
-    """Mark a test of the suite as a contract."""
+def contract(
+    id: str, promise: str, *, needs: str | None = None, assumes: str | None = None, limit: float = LIMIT
+) -> Callable[[Body], Body]:
+    """Mark a test of the suite as a contract. `limit`: seconds that it may take in all."""
     if not _ID.fullmatch(id):
         raise ValueError(f"contract id {id!r}: use <group>.<words_with_underscores>")
     if not promise.endswith(".") or "\n" in promise:
@@ -54,7 +56,7 @@ def contract(id: str, promise: str, *, needs: str | None = None, assumes: str | 
 
         @functools.wraps(function)
         async def run(kit: Kit) -> None:
-            await kit.run(function, needs, REFUSALS[needs] if needs else None)
+            await kit.run(function, needs, REFUSALS[needs] if needs else None, limit)
 
         run.__unibus_contract__ = terms  # type: ignore[attr-defined] # how the plugin knows a contract from a test
         marked: Body = pytest.mark.asyncio(run)

@@ -212,13 +212,14 @@ class Kit:
         contract: Callable[[Kit], Awaitable[None]],
         needs: str | None,
         refusal: Callable[[Kit], Awaitable[None]] | None,
+        limit: float,
     ) -> None:
         """The contract, or where its capability is declared refused, the proof that it is."""
         capabilities = await self.capabilities()
         self._note("unibus_capabilities", _as_dict(capabilities))
         refused = not (needs is None or refusal is None or getattr(capabilities, needs))
         try:
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(limit):
                 if isinstance(self.harness, AssumingHarness):
                     await self.harness.empty()
                 await (refusal if refused and refusal is not None else contract)(self)

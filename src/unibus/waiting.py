@@ -51,14 +51,14 @@ async def answered(call: Awaitable[T]) -> T:
     """Await a call of an adapter. What its client calls off by itself is an error of the call, not the end of who waits.
 
     Raises ConnectionLost for an `asyncio.CancelledError` that nobody has asked this task for: a client cancels its own
-    waiting calls when its connection has ended.
+    waiting calls when its connection has ended. In a task that was ever asked to end it is taken for that: a signal may
+    have asked just before this call, and the error come within it.
     """
-    task = asyncio.current_task()
-    before = task.cancelling() if task is not None else 0
     try:
         return await call
     except asyncio.CancelledError:
-        if task is None or task.cancelling() > before:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
             raise
         raise ConnectionLost(OWN_CALL) from None
 

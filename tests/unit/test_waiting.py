@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from unibus.clock import VirtualClock
-from unibus.waiting import Tasks, Waiter, happens, side_by_side
+from unibus.errors import ConnectionLost
+from unibus.waiting import Tasks, Waiter, answered, happens, side_by_side
 
 
 async def test_a_wake_lets_all_go_on() -> None:
@@ -100,3 +101,25 @@ async def test_the_first_failure_is_raised_once_nothing_runs() -> None:
     with pytest.raises(LookupError):
         await side_by_side(range(4), act, at_once=2)
     assert ended == [1, 2, 3]
+
+
+async def test_a_cancellation_asked_for_just_before_a_call_is_no_error_of_the_call() -> None:
+    """As by Ctrl-C while the task was at work: the error comes with the next wait, which is the call's."""
+
+    async def work() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await answered(asyncio.Event().wait())
+
+    task = asyncio.ensure_future(work())
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_what_a_call_cancels_by_itself_is_its_error() -> None:
+    async def call() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(ConnectionLost, match="cancelled its own call"):
+        await answered(call())
