@@ -262,6 +262,11 @@ class Intake:
             self._deaf = False
             if failures:
                 failures, self.trouble = 0, None
+            if link.epoch != epoch or not link.is_up:
+                # What came before them and waited is dropped by now: begun, these would overtake it.
+                for delivery in deliveries:
+                    delivery.lost = True
+                continue
             if deliveries:
                 self._admit(deliveries)
             nothing = not (deliveries or self.holding)

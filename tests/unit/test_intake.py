@@ -2,10 +2,23 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tests.unit.core_lab import EVENTS, LATER, ORDERED, ORDERS, lab, later, make_bus, spy_of, turns, until
+from tests.unit.core_lab import (
+    EVENTS,
+    LATER,
+    ORDERED,
+    ORDERS,
+    SpySubscription,
+    lab,
+    later,
+    make_bus,
+    spy_of,
+    turns,
+    until,
+)
 
 from unibus import (
     ConnectionLost,
@@ -191,6 +204,33 @@ async def test_nothing_that_waits_is_begun_once_its_link_is_lost(queue: Queue[st
         assert [body for body, link in begun if link == 1] == ["1"]
         assert sorted(body for body, link in begun if link == 2) == ["1", "2", "3"]
         assert spy_of(bus).calls["connect"] == 2  # a settlement by the old link says nothing of the new one
+
+
+async def test_what_arrives_as_its_link_is_lost_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another subscription has found the link lost. What waited is dropped; in order, what comes after it would overtake it."""
+    bus = make_bus()
+    begun: list[str] = []
+    whole = SpySubscription.receive
+
+    async def receive(self: SpySubscription, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        deliveries = await whole(self, limit, timeout)
+        if deliveries and self.spy.calls["connect"] == 1:
+            link = bus._opened().kit.link
+            link.lost(link.epoch, ConnectionLost("the cable"))
+        return deliveries
+
+    monkeypatch.setattr(SpySubscription, "receive", receive)
+
+    @bus.consumer(ORDERED)
+    async def handle(body: str) -> None:
+        begun.append(body)
+
+    async with lab(bus) as it:
+        await bus.send(ORDERED, "x", key="k")
+        await later(it, 10)
+        await it.idle()
+        assert spy_of(bus).calls["connect"] == 2
+        assert begun == ["x"], "it came again by the new link"
 
 
 async def test_losing_waits_for_what_runs() -> None:
