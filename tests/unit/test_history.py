@@ -632,6 +632,19 @@ def copies_of_an_unsure_send(story: Story) -> None:
     story.settled("a")
 
 
+def copies_of_a_request_without_a_reply(story: Story) -> None:
+    """Sent again, and confirmed then; its reply was lost with the link."""
+    story.send("a")
+    story.handle("a")
+    story.settled("a")
+    story.note("try", "r", process="p", kind="unknown")
+    story.step("request", "unknown", "p", value="r", place="q")
+    story.handle("r")
+    story.settled("r")
+    story.handle("r")
+    story.settled("r")
+
+
 def copies_of_an_unsure_retry(story: Story) -> None:
     """The copy is there, and the original came back, since the link broke before it was settled."""
     story.send("a")
@@ -791,6 +804,7 @@ def attempts_forgotten_by_who_gave_it_back(story: Story) -> None:
         again_after_its_settlement_failed,
         again_after_its_process_was_killed,
         copies_of_an_unsure_send,
+        copies_of_a_request_without_a_reply,
         copies_of_an_unsure_retry,
         copies_by_one_that_was_killed,
         again_by_one_that_stood_still,

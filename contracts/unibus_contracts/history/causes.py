@@ -48,6 +48,7 @@ class Call:
     end: int | None = None
     detail: str = ""
     number: int = 0  # among the calls of its process: the order in which they were made
+    request: bool = False  # its outcome is that of the reply
 
 
 @dataclass(slots=True)
@@ -134,8 +135,9 @@ class Causes:
     def copies(self, name: Name, sends: Iterable[Call], tries: Iterable[Call]) -> bool:
         """May there be two of it? `tries`: its handlings."""
         value, _, group = name
-        sure = sum(call.kind == "ok" for call in sends)
-        # A send that was repeated was tried at least twice; of the last try of one that failed nothing more came.
+        # A send that was repeated was tried at least twice; of the last try of one that failed nothing more came. A request
+        # without a reply may have been sent for certain all the same.
+        sure = sum(call.kind == "ok" or call.request for call in sends)
         tried = self.tries.get((value, ""), 0)
         if tried + sure > 1 or (group and self.tries.get((value, group), 0) > 0):
             return True

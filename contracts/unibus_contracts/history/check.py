@@ -163,6 +163,7 @@ class _Run:
         elif what in {"send", "request"}:
             self.sends[call.value].append(call)
             if what == "request":
+                call.request = True
                 self.requests.append(call)
         elif what == "fault":
             self.injected.append(call)
