@@ -263,6 +263,7 @@ class ConfluentConsumer:
         # Of the thread alone
         self._assigned: dict[TopicPartition, Any] = {}
         self._paused: set[TopicPartition] = set()
+        self._member = ""  # our name in the group, when partitions were assigned last
         self._rebalancing = self._begun = False
         # Between the thread and the loop
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -484,6 +485,7 @@ class ConfluentConsumer:
 
     def _on_assign(self, listener: Listener, _: Any, tps: list[Any]) -> None:
         self._rebalancing, self._begun = True, False
+        self._member = self._consumer.memberid() or ""
         self._meanwhile(listener.assigned([TopicPartition(tp.topic, tp.partition) for tp in tps]))
         self._rebalancing = False
         if not self._begun:  # it has failed, and ends the subscription
@@ -494,7 +496,9 @@ class ConfluentConsumer:
         self._since |= dict.fromkeys(self._assigned, self._seeks)
         self._assigned = {}
         if not self._closing:
-            self._meanwhile(listener.revoked(lost=lost))
+            # After a session without an answer librdkafka forgets its name, and joins as somebody new.
+            gone = self._member if lost and self._consumer.memberid() != self._member else ""
+            self._meanwhile(listener.revoked(lost=lost, member=gone))
 
     def _meanwhile(self, what: Awaitable[None]) -> None:
         """Wait for the loop, and do what it asks for."""

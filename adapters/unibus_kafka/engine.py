@@ -55,8 +55,10 @@ class Listener(Protocol):
         """Calls `Consumer.begin`."""
         ...
 
-    def revoked(self, *, lost: bool) -> Awaitable[None]:
-        """All of them. `lost`: the group has gone on already, there is nothing to wait for."""
+    def revoked(self, *, lost: bool, member: str = "") -> Awaitable[None]:
+        """All of them. `lost`: the group has gone on already, there is nothing to wait for. `member`: who we were, where the library
+        has given that up by itself: the group may still wait for it.
+        """
         ...
 
 

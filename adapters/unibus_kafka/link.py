@@ -26,6 +26,7 @@ from aiokafka.errors import (
 from aiokafka.partitioner import murmur2
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest, ListGroupsRequest
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
+from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
@@ -275,12 +276,16 @@ class Link:
         request = OffsetCommitRequest(group, -1, "", -1, list(by_topic.items()))
         await self._coordinator(group, request, f"begin group {group!r}")
 
+    async def leave(self, group: str, member: str) -> None:
+        """In the name of a member that is no more, so that the group need not wait for the end of its session."""
+        await self._coordinator(group, LeaveGroupRequest(group, member), f"leave group {group!r}")
+
     async def _coordinator(self, group: str, request: Any, doing: str, right: str = "Read") -> Any:
         async def ask() -> Any:
             node = await self._client.coordinator_lookup(CoordinationType.GROUP, group)
             response = await self._client.send(node, request, group=ConnectionGroup.COORDINATION)
             _check(getattr(response, "error_code", 0), group)
-            for topic, partitions in response.topics:
+            for topic, partitions in getattr(response, "topics", ()):
                 for *_, code in partitions:
                     _check(code, topic)
             return response

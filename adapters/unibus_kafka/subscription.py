@@ -19,7 +19,7 @@ from unibus.channel import Address, Group
 from unibus.clock import Clock, Timer
 from unibus.delivery import Delivery
 from unibus.driver import NoLease, NoMove, held
-from unibus.errors import NotFound, TransportError, UnibusError
+from unibus.errors import ConnectionLost, NotFound, Timeout, TransportError, UnibusError
 from unibus.inflow import Inflow, closed
 from unibus.waiting import Tasks, happens
 from unibus_kafka import config, errors, offsets, wire
@@ -126,10 +126,25 @@ class KafkaSubscription(NoMove, NoLease):
         except Exception as exc:
             self._end(errors.translate(exc, f"take over the partitions of {self._group!r}"))
 
-    async def revoked(self, *, lost: bool) -> None:
+    async def revoked(self, *, lost: bool, member: str = "") -> None:
         self._fenced |= lost
+        if member:
+            self._tasks.start(self._leave(member))
         grace = 0.0 if self._fenced or self._closing.is_set() else self._kit.settings.rebalance_grace
         await self._give_up(list(self._parts.values()), grace)
+
+    async def _leave(self, member: str) -> None:
+        """After an outage: nobody gets a partition while the group waits for who we were before it."""
+        while self._fenced and not self._closing.is_set():
+            try:
+                await self._kit.link.leave(str(self._group), member)
+            except (ConnectionLost, Timeout) as error:  # the outage goes on
+                log.debug("%s: %s", self.address, error)
+            except TransportError as error:  # the group has gone on by itself
+                log.debug("%s: %s", self.address, error)
+                return
+            else:
+                return
 
     async def _give_up(self, parts: list[Partition], grace: float) -> None:
         """What waits goes, what runs may end, what has ended is committed; then the partitions are no longer ours."""
