@@ -307,8 +307,6 @@ class Consumer:
         until = self._clock.monotonic() + timeout  # to stop may take seconds, and the handlers have them too
         try:
             await self.intake.stop(timeout)
-            if self.intake.at_most_once:
-                await self.intake.idle()  # what is being settled first has still to run
             try:
                 await within(self._clock, max(0.0, until - self._clock.monotonic()), self._until_quiet())
             except TimeoutError:
@@ -333,6 +331,8 @@ class Consumer:
         return idle
 
     async def _until_quiet(self) -> None:
+        if self.intake.at_most_once:
+            await self.intake.idle()  # what is being settled first has still to run
         while self.running() or self.intake.owes():
             self._progress.clear()
             await self._progress.wait()

@@ -728,9 +728,8 @@ class Intake:
     async def _give_up(self) -> None:
         """The broker has not answered by the deadline: what was decided and not told comes again."""
         await self._settler.give_up()
-        log.error(
-            "%s: %d deliveries not settled by the end of the drain; they come again", self.address, len(self.holding)
-        )
+        fate = "they come again or, at most once, never" if self.at_most_once else "they come again"
+        log.error("%s: %d deliveries not settled by the end of the drain; %s", self.address, len(self.holding), fate)
         for delivery in list(self.holding):
             delivery.lost = True
             self._resolve(delivery, LeaseLost(f"message {delivery.message.id}: not settled by the end of the drain"))

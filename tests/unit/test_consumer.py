@@ -722,6 +722,29 @@ async def test_a_broker_that_does_not_answer_does_not_keep_the_process(hangs: st
         await spy.close()
 
 
+async def test_a_broker_that_does_not_settle_first_does_not_keep_the_process(caplog: pytest.LogCaptureFixture) -> None:
+    bus, ran = make_bus(shutdown_timeout=5), list[str]()
+
+    @bus.consumer(ORDERS, guarantee="at-most-once")
+    async def handle(body: str) -> None:
+        ran.append(body)
+
+    async with lab(bus) as it:
+        await turns()
+        spy = spy_of(bus)
+        spy.hanging.add("settle")
+        await bus.send(ORDERS, "x")
+        await turns()
+        closing = asyncio.ensure_future(bus.close())
+        await later(it, 5 + WIND_UP + 4 * Deadline.LEAST)
+        assert closing.done()
+        await closing
+        spy.hanging.clear()
+        await spy.close()
+    assert ran == []
+    assert "1 deliveries not settled by the end of the drain; they come again or, at most once, never" in caplog.text
+
+
 async def test_the_end_of_a_drain_cuts_what_still_runs_and_gives_it_back() -> None:
     bus = make_bus(shutdown_timeout=3)
 
