@@ -365,6 +365,19 @@ def settled_and_copied_in_order(story: Story) -> Expected:
     return CALM
 
 
+def a_link_broke_before_it_was_tried(story: Story) -> Expected:
+    """Nothing was lost since the handler began that failed: there is one copy, and it was settled."""
+    story.send("a")
+    story.note("lost")
+    story.handle("a", "fail", attempt=1)
+    story.note("copied", "a")
+    story.settled("a", "moved")
+    story.handle("a", attempt=2)
+    story.settled("a")
+    story.handle("a", attempt=2)
+    return CALM
+
+
 def another_of_the_batch_was_not_settled(story: Story) -> Expected:
     story.send("a")
     story.send("b")
@@ -532,6 +545,7 @@ def without_effect(story: Story) -> Expected:
         (lost_long_after_it_came_again, [("duplicate", "a")]),
         (one_try_is_one_copy, [("duplicate", "a")]),
         (settled_and_copied_in_order, [("came_back", "a")]),
+        (a_link_broke_before_it_was_tried, [("came_back", "a")]),
         (a_failure_before_that_was_settled_in_order, [("came_back", "a")]),
         (another_of_the_batch_was_not_settled, [("came_back", "a")]),
         (an_old_settlement_without_confirmation, [("came_back", "a")]),
@@ -654,6 +668,19 @@ def copies_of_an_unsure_retry(story: Story) -> None:
     story.handle("a", attempt=2)
     story.settled("a")
     story.handle("a", "fail", attempt=1)
+    story.handle("a", attempt=2)
+
+
+def copies_of_a_retry_that_was_on_its_way(story: Story) -> None:
+    """The link broke before the copy was confirmed; the original came back, was copied once more, and settled for that copy."""
+    story.send("a")
+    story.handle("a", "fail", attempt=1)
+    story.note("lost", "a")
+    story.note("copied", "a")
+    story.handle("a", "fail", attempt=1)
+    story.note("copied", "a")
+    story.handle("a", attempt=2)
+    story.settled("a", "moved")
     story.handle("a", attempt=2)
 
 
@@ -806,6 +833,7 @@ def attempts_forgotten_by_who_gave_it_back(story: Story) -> None:
         copies_of_an_unsure_send,
         copies_of_a_request_without_a_reply,
         copies_of_an_unsure_retry,
+        copies_of_a_retry_that_was_on_its_way,
         copies_by_one_that_was_killed,
         again_by_one_that_stood_still,
         again_by_one_that_stood_still_and_could_not_settle,

@@ -144,15 +144,28 @@ class Causes:
         # Who was killed after a failure may have sent the copy, and have heard nothing of it any more.
         if any(call.kind != "ok" and self._killed(call.process) for call in tries):
             return True
-        return any(self._beside(name, process, at) for process, at in self.copied.get(name, ()))
+        copied = sorted(self.copied.get(name, ()), key=lambda copy: copy[1])
+        for n, (process, at) in enumerate(copied):
+            failed = max((call.at for call in tries if call.process == process and call.at <= at), default=at)
+            again = next((later for other, later in copied[n + 1 :] if other == process), None)
+            if self._beside(name, process, (failed, at, again)):
+                return True
+        return False
 
-    def _beside(self, name: Name, process: str, at: int) -> bool:
-        """A copy was confirmed then. Was the original not settled, or not for certain?"""
-        moved = [s for s in self.settled.get(name, ()) if (s.process, s.word) == (process, "moved") and s.at >= at]
+    def _beside(self, name: Name, process: str, times: tuple[int, int, int | None]) -> bool:
+        """A copy was confirmed. Was the original not settled, or not for certain? `times`: when the handler that failed had begun, when the
+        copy was confirmed, and when the process copied it once more: what it settles after that it settles for that copy.
+        """
+        failed, at, again = times
+        mine = [s for s in self.settled.get(name, ()) if (s.process, s.word) == (process, "moved") and s.at >= at]
+        moved = [s for s in mine if again is None or s.at < again]
         if moved:
             first = min(moved, key=lambda s: s.at)
             return first.end is None or (not self.settle_confirmed and self.in_doubt(first, name, None))
-        lost = _any(self.breaks.get(process, ()), at, None) or _any(self.taken.get((process, name), ()), at, None)
+        # The link may have broken while the copy was on its way, and long before it was confirmed.
+        lost = _any(self.breaks.get(process, ()), failed, again) or _any(
+            self.taken.get((process, name), ()), failed, again
+        )
         return lost or self._killed(process)
 
     def _killed(self, process: str) -> bool:
