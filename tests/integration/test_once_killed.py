@@ -1,4 +1,5 @@
-"""Effectively once under kills: consumers die at the worst points, again and again, and the effects in the database are counted.
+"""Effectively once under kills and faults: consumers die at the worst points, again and again, and their links break; the effects in the
+database are counted.
 
 The same is done without a store, where effects must come twice: else the kills would prove nothing.
 """
@@ -11,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import cycle
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -23,12 +25,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.integration.once_child import WORK, main
 
 from unibus import Bus, deadletter
+from unibus_contracts import supply
+from unibus_contracts.chaos.proxy import Proxy
+from unibus_contracts.chaos.run import proxied
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.integration.once_child"])
 PATIENCE = 200.0  # seconds: only a failure waits for it
 MESSAGES = 60
 KILLS = {"rabbitmq": 6, "kafka": 3, "redis": 6, "sqs": 3}  # where a lease or session has to end first, each takes long
+STRIKES = 2  # of each fault
+PART = 20  # messages of each
+MUTE = 2.5  # seconds: longer than the leases and sessions below, so that others get what is held
 RUNS = 4  # of each child before it is killed
 ANYWHERE = ("before the ack", "in the handler", "before the commit")
 AROUND = ("before the ack", "in the handler")
@@ -46,6 +54,27 @@ def named(name: str) -> str:
     pytest.fail(f"{name} is not set; `make integration` does that")
 
 
+async def cut(proxy: Proxy) -> None:
+    assert proxy.cut(), "no link was in use"
+
+
+async def torn(proxy: Proxy) -> None:
+    proxy.tear()
+
+
+async def unanswered(proxy: Proxy) -> None:
+    """What is done is not told, settlements above all; then all links break."""
+    before = proxy.withheld
+    proxy.mute = True
+    await asyncio.sleep(MUTE)
+    assert proxy.withheld > before
+    proxy.cut()
+    proxy.heal()
+
+
+FAULTS = (cut, torn, unanswered)
+
+
 class Trial:
     """One queue, one table, and the children that work there."""
 
@@ -53,6 +82,7 @@ class Trial:
         url, tag = named(f"UNIBUS_TEST_{broker.upper()}_URL"), uuid4().hex[:8]
         if more := QUICK[broker]:
             url += ("&" if "?" in url else "?") + more
+        self.broker = broker
         self.table = f"effects_{tag}"
         self.engine: AsyncEngine = create_async_engine(database)
         self.orders: dict[str, Any] = {
@@ -79,6 +109,55 @@ class Trial:
     async def effects(self) -> Counter[str]:
         async with self.engine.connect() as connection:
             return Counter((await connection.execute(text(f"SELECT body FROM {self.table}"))).scalars())  # noqa: S608
+
+    @asynccontextmanager
+    async def behind_a_proxy(self) -> AsyncIterator[Proxy]:
+        """From here on the children reach the broker through it."""
+        (broker,) = supply.running([self.broker])
+        async with proxied(broker) as (proxy, url):
+            more = QUICK[self.broker]
+            self.orders["url"] = url + (("&" if "?" in url else "?") + more if more else "")
+            yield proxy
+
+    async def struck(self) -> Counter[str]:
+        """Send, and let two children work while their links break again and again; the effects once all is through."""
+        async with self.bus, self.behind_a_proxy() as proxy:
+            workers, sent = [self.start(None), self.start(None)], 0
+            while len(await self.pids()) < len(workers):  # who has not begun yet would not begin without a link
+                await self.bus.send_many(WORK, [f"w{sent + k}" for k in range(PART)])
+                sent += PART
+
+                async def handled(count: int = sent) -> bool:
+                    return len(await self.effects()) == count
+
+                await self.reach(handled, "both children work")
+            for n, fault in enumerate(FAULTS * STRIKES):
+                await self.bus.send_many(WORK, [f"m{n}.{k}" for k in range(PART)])
+
+                async def begun(done: int = sent + n * PART) -> bool:
+                    return len(await self.effects()) > done
+
+                await self.reach(begun, f"effects of part {n}")
+                await fault(proxy)
+
+            async def all_through() -> bool:
+                assert {worker.exitcode for worker in workers} == {None}, self.log.read_text()[-4000:]
+                found = await self.bus.backlog(WORK)
+                whole = sent + len(FAULTS) * STRIKES * PART
+                return len(await self.effects()) == whole and not (found.ready or found.in_flight)
+
+            await self.reach(all_through, "all messages are handled")
+            assert proxy.torn == STRIKES
+            for worker in workers:
+                worker.terminate()
+            await self.reach(lambda: asyncio.sleep(0, all(w.exitcode is not None for w in workers)), "they drain")
+            assert [worker.exitcode for worker in workers] == [0, 0], self.log.read_text()[-4000:]
+            assert [letter async for letter in deadletter.browse(self.bus, WORK)] == []
+            return await self.effects()
+
+    async def pids(self) -> set[int]:
+        async with self.engine.connect() as connection:
+            return set((await connection.execute(text(f"SELECT DISTINCT pid FROM {self.table}"))).scalars())  # noqa: S608
 
     async def reach(self, there: Any, what: str) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -152,11 +231,24 @@ async def test_in_the_handlers_transaction_each_effect_is_there_once(trial: Tria
     assert set(effects.values()) == {1}, effects.most_common(10)
 
 
+@trials(*((broker, "sql", "postgresql") for broker in QUICK))
+async def test_where_links_break_each_effect_is_there_once(trial: Trial) -> None:
+    effects = await trial.struck()
+    assert set(effects.values()) == {1}, effects.most_common(10)
+
+
 @trials(("redis", "redis", "sqlite"))
 async def test_with_a_store_elsewhere_no_effect_is_repeated_that_was_recorded(trial: Trial) -> None:
     """Killed before the ack, or before the effect; between the effect and its mark no store can help."""
     effects = await trial.killed(AROUND)
     assert set(effects.values()) == {1}, effects.most_common(10)
+
+
+@trials(("rabbitmq", "none", "postgresql"), ("redis", "none", "postgresql"))
+async def test_where_links_break_without_a_store_effects_are_repeated(trial: Trial) -> None:
+    """Not on Kafka and SQS, where a settlement whose answer was lost is simply asked for again."""
+    effects = await trial.struck()
+    assert sum(effects.values()) > len(effects), effects.most_common(10)
 
 
 @trials(*((broker, "none", "postgresql") for broker in QUICK))

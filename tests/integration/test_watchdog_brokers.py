@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import subprocess
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from redis.asyncio import Redis
 
 from unibus import Bus, Queue
 from unibus.url import parse
+from unibus.watchdog import ENDLESS, Watchdog
 from unibus_contracts import supply
 from unibus_contracts.kit import FACTOR, eventually, until
 from unibus_contracts.supply.rabbitmq import RabbitMQ
@@ -97,6 +99,57 @@ async def test_kafka_removes_a_member() -> None:
             await admin.close()
 
     await goes_on(url, remove)
+
+
+async def stands_by(name: str, looks: Counter[Watchdog]) -> None:
+    """Of two consumers of an ordered queue one has nothing to receive: for longer than a receive may be silent, and it is well."""
+    url = supply.running([name])[0].url
+    if name == "kafka":
+        url += "?partitions=1"
+    queue: Queue[str] = Queue("work", str, ordered=True)
+    (first, prefix), handled = bus_at(url), list[str]()
+    second = Bus(url, service="svc", prefix=prefix, config=False, environ={})
+    both = (first, second)
+
+    for bus in both:
+
+        @bus.consumer(queue)
+        async def handle(body: str) -> None:
+            handled.append(body)
+
+    async with first.running(), second.running():
+        await first.send(queue, "1", key="k")
+        await until(lambda: handled == ["1"], "handled", LONG)
+        intakes = [bus._opened().intakes[0] for bus in both]
+        if name != "rabbitmq":  # which tells no consumer that another one is served
+
+            async def words() -> set[str]:
+                return {await intake._subscription.check() for intake in intakes if intake._subscription is not None}
+
+            await eventually(words, lambda words: "standby" in words, "one stands by")
+        made = [(intake._subscription, intake._watchdog) for intake in intakes]
+        since = Counter(looks)
+        await until(
+            lambda: all(looks[dog] - since[dog] > ENDLESS for _, dog in made if dog), "both were looked at", LONG
+        )
+        assert made == [(intake._subscription, intake._watchdog) for intake in intakes]
+        for bus in both:
+            health = await bus.health()
+            assert (health.status, health.reasons, bus.counts.get("resubscribed", 0)) == ("ok", (), 0)
+        await second.send(queue, "2", key="k")
+        await until(lambda: handled == ["1", "2"], "the next one", LONG)
+
+
+async def test_who_stands_by_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: Counter[Watchdog] = Counter()
+    look = Watchdog._look
+
+    def counted(self: Watchdog) -> None:
+        looks[self] += 1
+        look(self)
+
+    monkeypatch.setattr(Watchdog, "_look", counted)
+    await asyncio.gather(*(stands_by(name, looks) for name in ("rabbitmq", "kafka", "redis")))
 
 
 @pytest.fixture
