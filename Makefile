@@ -63,7 +63,7 @@ integration: $(STAMP) ## adapters on real brokers, faults included
 chaos: $(STAMP) ## work under faults on a broker of its own: BROKER=kafka SEED=7 MESSAGES=50000 FAULTS=10 (or MINUTES=5), and its history judged; CLUSTER=1: on three nodes
 	$(BIN)/python -m unibus_contracts.chaos $(BROKER) $(if $(CLUSTER),--cluster) --seed $(SEED) --messages $(MESSAGES) --faults $(FAULTS) $(addprefix --minutes ,$(MINUTES))
 
-chaos-million: $(STAMP) ## the same with 1,000,000 messages and 24 faults drawn from the seed: BROKER=redis SEED=7; takes an hour
+chaos-million: $(STAMP) ## the same with 1,000,000 messages and 24 faults drawn from the seed: BROKER=redis SEED=7; half an hour to an hour and a half
 	$(BIN)/python -m unibus_contracts.chaos $(BROKER) --seed $(SEED) --messages 1000000 --faults 24
 
 fuzz: $(STAMP) ## foreign input for every decoder, mutated: INPUTS=100000 of each, SEED=7; `make test` runs 4,000 with seed 1

@@ -141,8 +141,10 @@ def read(path: Path) -> Listed:
 class AssumingHarness(NamedHarness):
     """Under `declare = "assume"`, on what was made before."""
 
-    def __init__(self, url: str, listed: Listed, *, more: Mapping[str, Any] | None = None) -> None:
-        super().__init__(url, more={**(more or {}), "declare": "assume"})
+    def __init__(
+        self, url: str, listed: Listed, *, more: Mapping[str, Any] | None = None, restart: str | None = None
+    ) -> None:
+        super().__init__(url, more={**(more or {}), "declare": "assume"}, restart=restart)
         self.listed = listed
         self.prefix = listed.prefix
         self._denied: dict[str, str | None] = {}  # what a process makes for itself -> why this user may not

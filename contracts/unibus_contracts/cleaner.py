@@ -46,6 +46,7 @@ class Cleaner:
             self._folder = Path(tempfile.mkdtemp(prefix="unibus-contracts-"))
         else:
             self.beginning, self._folder = given["unibus_beginning"], Path(given["unibus_folder"])
+        self._restart: str | None = config.getoption("--unibus-restart")
         self.deleted = 0
         self.left: list[str] = []
 
@@ -63,9 +64,10 @@ class Cleaner:
     def harness(self) -> UrlHarness:
         """For this process."""
         if self._listed is not None:
-            return AssumingHarness(self.url, self._listed, more=self._more)
+            return AssumingHarness(self.url, self._listed, more=self._more, restart=self._restart)
         kind = NotingHarness if self._noting else UrlHarness
-        return kind(self.url, self.beginning, more=self._more, journal=self._folder / f"{os.getpid()}{JOURNAL}")
+        journal = self._folder / f"{os.getpid()}{JOURNAL}"
+        return kind(self.url, self.beginning, more=self._more, journal=journal, restart=self._restart)
 
     def note(self, removal: Removal) -> None:
         """A harness of this process has cleaned up."""

@@ -59,7 +59,13 @@ def contract(
             await kit.run(function, needs, REFUSALS[needs] if needs else None, limit)
 
         run.__unibus_contract__ = terms  # type: ignore[attr-defined] # how the plugin knows a contract from a test
+        run.__unibus_limit__ = limit  # type: ignore[attr-defined] # no part of the promise
         marked: Body = pytest.mark.asyncio(run)
         return marked
 
     return decorate
+
+
+def limit_of(item: pytest.Item) -> float:
+    """Seconds that the contract of this test may take."""
+    return float(item.function.__unibus_limit__)  # type: ignore[attr-defined] # of a contract it is a function

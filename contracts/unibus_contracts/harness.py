@@ -51,7 +51,8 @@ class FaultUnavailable(NotTried):
 class Harness(Protocol):
     """Five methods. `bus` makes no connection; `channel` returns a name that nothing else in this run has.
 
-    Every name on the broker begins with `prefix`. All buses of one harness reach the same broker.
+    Every name on the broker begins with `prefix`. All buses of one harness reach the same broker. `restart_broker` ends it in an orderly
+    way and starts it with what it had; it may return before the broker answers again.
     """
 
     url: str
@@ -105,16 +106,23 @@ def of_file(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 class UrlHarness:
-    """Any broker that answers at `url`. It can cut the links of this process, and restart nothing.
+    """Any broker that answers at `url`. It can cut the links of this process; it restarts the broker by the shell's command `restart`.
 
     `prefix` begins every name; what follows is random, so that what is deleted at the end can only be this harness' own.
     `more`: further settings of every bus, such as user and password. `journal`: a file that notes what will be made, for who deletes it when this process is killed.
     """
 
     def __init__(
-        self, url: str, prefix: str = "ctr-", *, more: Mapping[str, Any] | None = None, journal: Path | None = None
+        self,
+        url: str,
+        prefix: str = "ctr-",
+        *,
+        more: Mapping[str, Any] | None = None,
+        journal: Path | None = None,
+        restart: str | None = None,
     ) -> None:
         self.more = dict(more or {})
+        self.restart = restart
         # A URL without a host is a broker inside this process; named, it is one that the buses of a contract share.
         self.url = re.sub(r"://(?=\?|$)", f"://ctr-{secrets.token_hex(3)}", url, count=1)
         self.prefix = f"{prefix}{secrets.token_hex(3)}."
@@ -142,7 +150,17 @@ class UrlHarness:
         return name
 
     async def restart_broker(self) -> None:
-        raise FaultUnavailable("a URL alone gives no way to restart the broker")
+        """One inside this process breaks its links and keeps what it has."""
+        if self.restart is not None:
+            await links.by_command(self.restart)
+            return
+        brokers = links.inside(self._buses)
+        if not brokers:
+            raise FaultUnavailable(
+                "a URL alone gives no way to restart the broker; --restart COMMAND does (in pytest: --unibus-restart)"
+            )
+        for broker in brokers:
+            broker.cut()
 
     @asynccontextmanager
     async def cut_link(self) -> AsyncIterator[None]:

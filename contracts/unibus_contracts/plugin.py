@@ -22,7 +22,7 @@ pytest.register_assert_rewrite("unibus_contracts.kit", "unibus_contracts.refusal
 
 MOST_SAID = 2000  # characters of an error in the report
 LEFT = "unibus_left"  # in what a worker of xdist tells at its end
-SECONDS = 60  # a test, setup and teardown included; the contracts' own limit is shorter and says more
+MORE = 15  # seconds of a test beyond its contract's own limit, which says more: for setup and teardown
 
 
 class _Run:
@@ -59,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--unibus-prefix", metavar="TEXT", help="begin every name on the broker with this; something random follows"
     )
+    group.addoption(
+        "--unibus-restart",
+        metavar="COMMAND",
+        help="a command of the shell that restarts the broker, with what it had, for the contracts on that; not with -n",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,6 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
             )
         if assume and config.getoption("--unibus-prefix"):
             raise pytest.UsageError(f"--unibus-prefix: under assume the prefix is the one in {channels}")
+        if config.getoption("--unibus-restart") and config.getoption("numprocesses", None):
+            raise pytest.UsageError("--unibus-restart: not with -n, since it would strike the contracts of the others")
     url, file = config.getoption("--unibus-url"), config.getoption("--unibus-config")
     if url or file:
         # It warns who has no configuration of its own, and whoever runs this suite alone has none.
@@ -149,9 +156,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         known[terms.id] = terms.as_dict()
         item.user_properties.append(("unibus_contract", terms.as_dict()))
         if config.pluginmanager.hasplugin("timeout"):
+            from .contract import limit_of
             from .kit import FACTOR
 
-            item.add_marker(pytest.mark.timeout(SECONDS * FACTOR))
+            item.add_marker(pytest.mark.timeout(limit_of(item) + MORE * FACTOR))
+    if known:
+        # Read now what the report needs: at the end a finalizer of what a test has left may strike the compiler, which Python
+        # 3.11.7 does not survive ("AST constructor recursion depth mismatch"), and the report would be lost.
+        from .catalogue import catalogue
+
+        catalogue()
 
 
 @pytest.fixture(scope="session")

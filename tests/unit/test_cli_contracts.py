@@ -259,6 +259,23 @@ class TestRefused:
         assert done.code == 2
         assert done.err == "unibus: nosuch.toml can't be read: No such file or directory\n"
 
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (["memory://"], "--restart: name one broker"),
+            (["-n", "2"], "--restart: not with -n, since it would strike the contracts of the other processes"),
+        ],
+    )
+    def test_a_restart_that_would_strike_others(self, more: Sequence[str], said: str, cli: Cli) -> None:
+        done = cli("contracts", "run", "memory://", *more, "--restart", "true", url=None)
+        assert done.code == 2
+        assert done.err == f"unibus: {said}\n"
+
+    def test_a_restart_that_fails_is_told(self, cli: Cli) -> None:
+        done = cli("contracts", "run", "memory://", "-k", "restart_keeps", "--restart", "echo no; exit 4", url=None)
+        assert done.code == 1
+        assert "the command that restarts the broker ended with status 4: no" in done.out
+
     @pytest.mark.parametrize("prefix", ["a b!", "x" * 47])
     def test_a_prefix_that_is_none(self, prefix: str, cli: Cli) -> None:
         done = cli("contracts", "run", "memory://", "-k", "ttl.is_told", "--prefix", prefix, url=None)

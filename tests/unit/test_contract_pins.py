@@ -130,8 +130,9 @@ class TestPinning:
 
 @pytest.mark.parametrize("path", sorted(pins.ANSWERS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_pin_answers_the_whole_suite(path: Path) -> None:
-    """Who adds a contract runs it, and pins what comes out."""
-    assert set(json.loads(path.read_text())["contracts"]) == set(contracts())
+    """Who adds a contract runs it, and pins what comes out. A server is restarted by a test of its own (`test_contracts_restart`)."""
+    restarts = set() if path.stem == "memory" else {id for id in contracts() if id.startswith("fault.restart_")}
+    assert set(json.loads(path.read_text())["contracts"]) == set(contracts()) - restarts
 
 
 def test_the_memory_adapter_is_pinned() -> None:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from unibus import ConfigError
+from unibus import ConfigError, Queue
 from unibus.adapter import Endpoint, Url
 from unibus.capabilities import Capabilities
 from unibus.clock import SystemClock
@@ -22,7 +22,7 @@ from unibus_contracts import __main__ as command
 from unibus_contracts import report, summary
 from unibus_contracts.contract import contract
 from unibus_contracts.harness import FaultUnavailable, UrlHarness, nowhere, of_file, shown
-from unibus_contracts.kit import Kit, Seen, checked, eventually, until
+from unibus_contracts.kit import Kit, Seen, checked, eventually, take, until
 from unibus_contracts.refusals import REFUSALS
 
 pytest_plugins = ["pytester"]
@@ -150,6 +150,42 @@ class TestUrls:
             async with one.cut_link():
                 await eventually(bus.health, lambda health: health.status == "down", "it is cut")
             await eventually(bus.health, lambda health: health.status == "ok", "it is mended")
+
+    async def test_a_restart_by_command(self, tmp_path: Path) -> None:
+        await UrlHarness("amqp://host", restart=f"touch {tmp_path}/done").restart_broker()
+        assert (tmp_path / "done").exists()
+        with pytest.raises(RuntimeError, match=r"restarts the broker ended with status 3: one / two$"):
+            await UrlHarness("amqp://host", restart="echo one; echo two >&2; exit 3").restart_broker()
+
+    async def test_a_restart_that_hangs_is_killed_with_its_contract(self, tmp_path: Path) -> None:
+        """And all that it has started."""
+        pids = tmp_path / "pids"
+        command = f"sleep 600 & echo $! $$ > {pids}.new; mv {pids}.new {pids}; wait"
+        restarting = asyncio.create_task(UrlHarness("amqp://host", restart=command).restart_broker())
+        await until(pids.exists, "it has begun")
+        restarting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await restarting
+        await until(lambda: not any(map(runs, pids.read_text().split())), "they have ended")
+
+    async def test_a_restart_in_this_process(self) -> None:
+        """The links break, and what waits is still there."""
+        one, queue = UrlHarness("memory://"), Queue("q", bytes)
+        async with one.bus(channels=[queue]) as bus:
+            await bus.send(queue, b"x")
+            await one.restart_broker()
+            async with bus.receiver(queue) as receiver:
+                (delivery,) = await take(receiver)
+                assert delivery.body == b"x"
+                await delivery.ack()
+
+
+def runs(pid: str) -> bool:
+    """Not one that has ended and that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def terms(id: str, capability: str | None = None) -> dict[str, Any]:
@@ -427,6 +463,12 @@ class TestPlugin:
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         result.stderr.fnmatch_lines(["*--unibus-report file/report.json can't be written: *"])
 
+    def test_a_restart_and_several_workers(self, pytester: pytest.Pytester) -> None:
+        pytester.makepyfile(test_them=CONTRACTS)
+        result = pytester.runpytest_inprocess("--unibus-url=memory://", "--unibus-restart=true", "-n", "2")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(["*--unibus-restart: not with -n, *"])
+
     def test_a_run_that_is_interrupted(self, pytester: pytest.Pytester) -> None:
         pytester.makeini(INI)
         pytester.makepyfile(test_them=CONTRACTS.replace("assert False", "raise KeyboardInterrupt"))
@@ -452,7 +494,7 @@ class TestPlugin:
         (entry,) = written["contracts"]
         assert entry["outcome"] == "not-tried"
         assert entry["reason"] in {
-            "a URL alone gives no way to restart the broker",
+            "a URL alone gives no way to restart the broker; --restart COMMAND does (in pytest: --unibus-restart)",
             "this process has no connection that could be cut",
         }
         assert "no contract passed: an empty report proves nothing" in report.problems(written)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
 from unibus.adapter import Declared, Endpoint, Move, Outcome, Outgoing, Results, Source, Topology
-from unibus.channel import Group, Inbox, Queue, Topic
+from unibus.channel import DEAD_LETTER, Group, Inbox, Queue, Topic
 from unibus.delivery import Delivery
 from unibus.errors import NotFound, Refused, Unsupported
 from unibus.message import Message
@@ -189,6 +190,50 @@ class DeafAfterTheCut(Adapter):
     async def subscribe(self, source: Source) -> Subscription:
         made = await super().subscribe(source)
         return Deaf(self, made.inner) if isinstance(source.address, Inbox) and self.connects > 1 else made
+
+
+@saboteur(
+    "Nothing is written to disk: what waits is gone when the broker has been restarted.",
+    "fault.restart_keeps_what_waits",
+    "fault.restart_loses_nothing",
+)
+class KeepsNothingOnDisk(Adapter):
+    connects = 0
+
+    async def connect(self) -> None:
+        await super().connect()
+        self.connects += 1
+        if self.connects > 1:
+            broker = self.inner.broker
+            for place in broker._places.values():
+                place.take(sys.maxsize)
+            broker._delayed.clear()
+
+
+@saboteur("Dead letters are not written to disk.", "fault.restart_keeps_what_waits")
+class KeepsNoDeadLettersOnDisk(Adapter):
+    connects = 0
+
+    async def connect(self) -> None:
+        await super().connect()
+        self.connects += 1
+        if self.connects > 1:
+            for key, place in self.inner.broker._places.items():
+                if key[-1].endswith(DEAD_LETTER):
+                    place.take(sys.maxsize)
+
+
+@saboteur("The first two that waited when the link was lost go behind what came after them.", "fault.cut_keeps_order")
+class GivesBackToTheEnd(Adapter):
+    connects = 0
+
+    async def connect(self) -> None:
+        await super().connect()
+        self.connects += 1
+        if self.connects > 1:
+            for place in self.inner.broker._places.values():
+                for lane in getattr(place, "_lanes", {}).values():
+                    lane.rotate(-2)
 
 
 @saboteur("An inbox stays when its process has left, and takes late replies.", "reply.inbox_ends_with_its_process")

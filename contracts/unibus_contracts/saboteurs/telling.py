@@ -137,6 +137,80 @@ class Sending(Subscription):
         raise Unsupported("this broker can't")
 
 
+@saboteur("Looking is declared refused, and is done by the adapter all the same.", "dlq.browse_leaves_everything")
+class LooksAllTheSame(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"browse": refused("this broker can't")}
+
+
+@saboteur(
+    "A settle is declared as not confirmed, and the last one takes no effect before another follows or the link ends.",
+    "settle.is_confirmed",
+)
+class KeepsTheLastSettle(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"settle_confirmed": refused("this broker confirms nothing")}
+
+    async def subscribe(self, source: Source) -> Subscription:
+        return SettlingLate(self, await self.inner.subscribe(source))
+
+
+class SettlingLate(Subscription):
+    kept: Sequence[Delivery[Any]] = ()
+
+    async def settle(
+        self, outcome: Outcome, deliveries: Sequence[Delivery[Any]], *, delays: Sequence[float] = ()
+    ) -> Results:
+        if outcome is not Outcome.ACCEPTED:
+            return await super().settle(outcome, deliveries, delays=delays)
+        both = [*self.kept, *deliveries]
+        self.kept = both[-1:]
+        await self.inner.settle(outcome, both[:-1])
+        return [None] * len(deliveries)
+
+    async def close(self) -> None:
+        await self.inner.settle(Outcome.ACCEPTED, self.kept)
+        await self.inner.close()
+
+
+@saboteur(
+    "That each consumer has a share is declared, and one that takes message by message loses one when it leaves.",
+    "competing.work_is_shared",
+)
+class LosesOfItsShare(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"share": refused("each consumer has its partitions")}
+
+    async def subscribe(self, source: Source) -> Subscription:
+        return Leaving(self, await self.inner.subscribe(source))
+
+
+class Leaving(Subscription):
+    async def close(self) -> None:
+        await self.inner.close()
+        if self.inner.source.prefetch == 1:
+            self.inner.place.take(1)
+
+
+@saboteur(
+    "That replies to a process that has gone are taken is declared, and the next process of its service gets them.",
+    "reply.inbox_ends_with_its_process",
+)
+class HandsInboxesOn(Adapter):
+    claims: ClassVar[dict[str, Any]] = {"inbox": refused("the inbox of its service stays")}
+
+    async def subscribe(self, source: Source) -> Subscription:
+        made = await super().subscribe(source)
+        if isinstance(source.address, Inbox):
+            self.inner.broker.__dict__["heir"] = made.address
+        return made
+
+    async def send(self, batch: Sequence[Outgoing], timeout: float) -> Results:
+        results = list(await super().send(batch, timeout))
+        for n, (outgoing, error) in enumerate(zip(batch, results, strict=True)):
+            if isinstance(outgoing.to, Inbox) and error is not None:
+                heir = replace(outgoing, to=self.inner.broker.__dict__["heir"])
+                (results[n],) = await super().send([heir], timeout)
+        return results
+
+
 @saboteur("No count is declared, and one is made up.", "consume.delivery_count", "cap.undeclared_is_refused")
 class MakesUpACount(Adapter):
     claims: ClassVar[dict[str, Any]] = {"delivery_count": refused("this broker does not count")}

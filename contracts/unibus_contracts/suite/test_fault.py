@@ -1,15 +1,20 @@
-"""Faults: a link that breaks loses nothing, counts nothing, and is mended without help."""
+"""Faults: a link that breaks, or a broker that is restarted, loses nothing, counts nothing, and is got over without help."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Awaitable, Callable
+from functools import partial
 
-from unibus import ConnectionLost, Delivery, RetryPolicy, Timeout
+from unibus import ConnectionLost, Delivery, Queue, RetryPolicy, Timeout
 from unibus_contracts.contract import contract
 from unibus_contracts.kit import LIMIT, SOON, Kit, Seen, eventually, leftover, letters, until
 
 CUTS = 3
+SENDERS = 5
+WORK = 0.01  # seconds that a handler has a message, so that some are held when a fault strikes
+AHEAD = 200  # messages that may wait: what is struck is work, not a heap
 LASTS = 0.2  # seconds that a cut lasts
 
 
@@ -25,10 +30,89 @@ async def _late(kit: Kit) -> float:
 )
 async def test_cut(kit: Kit) -> None:
     queue = kit.queue()
+    await _work_through(kit, queue, partial(_cut, kit), CUTS)
+    async with kit.bus(queue) as reader:
+        assert await letters(reader, queue, 0) == []
+
+
+@contract(
+    "fault.cut_keeps_order",
+    "Of one key what was sent first is handled first, also when the links are cut.",
+    needs="order",
+    limit=2 * LIMIT,
+)
+async def test_cut_order(kit: Kit) -> None:
+    # One cut: what is handed out as often as a message that kills its consumers loses its place, as is said of such.
+    handled = await _work_through(kit, kit.queue(ordered=True), partial(_cut, kit, 0.0), 1)
+    first: dict[bytes, list[int]] = {}
+    for body in dict.fromkeys(handled):
+        key, n = body.split()
+        first.setdefault(key, []).append(int(n))
+    assert len(first) == SENDERS
+    for key, numbers in first.items():
+        assert numbers == sorted(numbers), f"of key {key!r} they were first handled in the order {numbers}"
+
+
+@contract(
+    "fault.restart_loses_nothing",
+    "Of what is sent and handled while the broker is restarted nothing is lost, and work goes on by itself.",
+    limit=3 * LIMIT,
+)
+async def test_restart(kit: Kit) -> None:
+    queue = kit.queue()
+    await _work_through(kit, queue, kit.harness.restart_broker, 1)
+    async with kit.bus(queue) as reader:
+        assert await letters(reader, queue, 0) == []
+
+
+@contract(
+    "fault.restart_keeps_what_waits",
+    "What waits in a queue, for its next attempt or as a dead letter is there after the broker was restarted.",
+    limit=3 * LIMIT,
+)
+async def test_restart_keeps(kit: Kit) -> None:
+    queue, idle = kit.queue(), kit.queue()
+    bus, seen = kit.bus(idle), Seen[tuple[bytes, int]]()
+
+    @bus.consumer(queue, retry=RetryPolicy(max_retries=1, backoff=3, multiplier=1))
+    async def handle(body: bytes, delivery: Delivery[bytes]) -> None:
+        seen((body, delivery.attempt))
+        if body == b"dead":
+            raise ValueError(body)
+        if delivery.attempt == 1:
+            raise OSError("once")
+
+    async with bus.running():
+        await bus.send(queue, b"dead")
+        await seen.reach(2)
+        await letters(bus, queue)
+        for n in range(10):
+            await bus.send(idle, b"%d" % n)
+        await bus.send(queue, b"later")
+        await seen.reach(3)
+        await kit.harness.restart_broker()
+        await until(lambda: (b"later", 2) in seen.all, "the next attempt", await _late(kit))
+        (letter,) = await letters(bus, queue)
+        assert letter.body == b"dead"
+    async with kit.bus(idle) as reader:
+        assert {delivery.body for delivery in await leftover(reader, idle)} == {b"%d" % n for n in range(10)}
+
+
+async def _cut(kit: Kit, seconds: float = LASTS) -> None:
+    async with kit.harness.cut_link():
+        await asyncio.sleep(seconds)
+
+
+async def _work_through(kit: Kit, queue: Queue[bytes], fault: Callable[[], Awaitable[None]], times: int) -> list[bytes]:
+    """Send and handle without a pause while the fault strikes again and again: all that was confirmed is handled, and the health is good.
+
+    What was handled, in that order: `<sender> <number>`; of an ordered queue the sender is the key.
+    """
     bus, seen, sent, over = kit.bus(), Seen[bytes](), Seen[bytes](), asyncio.Event()
 
     @bus.consumer(queue)
     async def handle(body: bytes) -> None:
+        await asyncio.sleep(WORK)
         seen(body)
 
     async def send(name: int) -> None:
@@ -36,27 +120,28 @@ async def test_cut(kit: Kit) -> None:
             if over.is_set():
                 return
             body = b"%d %d" % (name, n)
-            await bus.send(queue, body)
+            key = str(name) if queue.ordered else None
+            await bus.send(queue, body, key=key, timeout=2 * LIMIT)  # a server may take its time to start
             sent(body)
-            await asyncio.sleep(0)
+            await until(lambda: over.is_set() or len(sent) < len(seen) + AHEAD, "work keeps up", 2 * LIMIT)
+
+    async def well() -> str:
+        return (await bus.health()).status
 
     async with bus.running():
-        senders = [asyncio.create_task(send(name)) for name in range(5)]
-        for _ in range(CUTS):
-            await seen.reach(len(seen) + 20)
-            async with kit.harness.cut_link():
-                await asyncio.sleep(LASTS)
-        await seen.reach(len(seen) + 20)
+        senders = [asyncio.create_task(send(name)) for name in range(SENDERS)]
+        late = await _late(kit)
+        for _ in range(times):
+            enough = len(seen) + 20
+            await until(lambda: len(seen) >= enough, "work goes on", late)  # noqa: B023  # awaited here
+            await fault()
+        enough = len(seen) + 20
+        await until(lambda: len(seen) >= enough, "work goes on", late)
         over.set()
         await asyncio.gather(*senders)
-        await until(lambda: set(sent.all) <= set(seen.all), "all that was confirmed is handled", await _late(kit))
-
-        async def well() -> str:
-            return (await bus.health()).status
-
+        await until(lambda: set(sent.all) <= set(seen.all), "all that was confirmed is handled", late)
         await eventually(well, lambda status: status == "ok", "it is well again")
-    async with kit.bus(queue) as reader:
-        assert await letters(reader, queue, 0) == []
+    return seen.all
 
 
 @contract(

@@ -1,7 +1,7 @@
 """Test brokers, from wherever they can be had.
 
 In this order: a URL in the environment (`UNIBUS_TEST_RABBITMQ_URL`), a Docker container, a native process. A broker that
-can't be had is a `SupplyError`. On the command line: `python -m unibus_contracts.supply up|down|urls`. In a fault test:
+can't be had is a `SupplyError`. On the command line: `python -m unibus_contracts.supply up|down|urls|restart`. In a fault test:
 
     broker = supply.start("rabbitmq", instance="faults")    # one of its own, so that nobody else's tests feel it
     broker.kill()                                           # SIGKILL

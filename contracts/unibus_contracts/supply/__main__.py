@@ -1,4 +1,5 @@
-"""The test brokers on the command line: `up` and `urls` print NAME=value lines (`export $(... up)`), `down` stops them.
+"""The test brokers on the command line: `up` and `urls` print NAME=value lines (`export $(... up)`), `down` stops them; `restart` does
+so with the data that they have.
 
 `cluster-up` and `cluster-down` do the same with clusters of three.
 """
@@ -20,7 +21,7 @@ def lines(brokers: Iterable[Broker | Cluster]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m unibus_contracts.supply", description=__doc__)
-    parser.add_argument("command", choices=["up", "down", "urls", "cluster-up", "cluster-down"])
+    parser.add_argument("command", choices=["up", "down", "urls", "restart", "cluster-up", "cluster-down"])
     parser.add_argument(
         "--only", choices=sorted({**KINDS, **STORES}), action="append", help="this broker; may be repeated"
     )
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("\n".join(lines([made])))
             return 0
         names = options.only or [*KINDS, *STORES]
+        if options.command == "restart":
+            for broker in running(names):
+                broker.restart()
+                print(f"{broker.name}: restarted", file=sys.stderr)
+            return 0
         brokers = [start(name) for name in names] if options.command == "up" else running(names)
     except SupplyError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -62,6 +62,12 @@ def run(
     declare: Annotated[
         Mode, typer.Option(help="assume: make nothing, and use what --channels lists and somebody has made.")
     ] = "create",
+    restart: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND", help="Of the shell: restarts the broker, for the contracts on that; not with -n."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Every contract on each of these brokers: kept, refused as declared, broken.
@@ -73,6 +79,10 @@ def run(
         raise ConfigError("--junit: name one broker, or take --report")
     if channels is not None and len(urls) > 1:
         raise ConfigError("--channels: name one broker")
+    if restart is not None and len(urls) > 1:
+        raise ConfigError("--restart: name one broker")
+    if restart is not None and workers > 1:
+        raise ConfigError("--restart: not with -n, since it would strike the contracts of the other processes")
     if prefix is not None and not _suite("cleaner").PREFIX.fullmatch(prefix):
         raise ConfigError(f"--prefix {prefix!r}: use {_suite('cleaner').PREFIX_RULE}")
     reports = _files(urls, report)
@@ -86,6 +96,7 @@ def run(
     arguments += [] if pin is None else [f"--unibus-pin={pin}"]
     arguments += [] if prefix is None else [f"--unibus-prefix={prefix}"]
     arguments += [] if channels is None else [f"--unibus-channels={channels}"]
+    arguments += [] if restart is None else [f"--unibus-restart={restart}"]
     arguments += [f"--unibus-declare={declare}"]
     for url in urls:
         _check(url)
