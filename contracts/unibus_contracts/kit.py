@@ -48,12 +48,14 @@ async def until(condition: Callable[[], object], what: str, timeout: float = SOO
         await asyncio.sleep(POLL)
 
 
-async def eventually(probe: Callable[[], Awaitable[T]], enough: Callable[[T], object], what: str) -> T:
+async def eventually(
+    probe: Callable[[], Awaitable[T]], enough: Callable[[T], object], what: str, timeout: float = SOON
+) -> T:
     """The first answer of the probe that is good enough."""
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + timeout
     while not enough(answer := await probe()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {SOON:g} s: {what}; last answer: {answer!r}")
+            raise AssertionError(f"not within {timeout:g} s: {what}; last answer: {answer!r}")
         await asyncio.sleep(POLL * 10)
     return answer
 

@@ -9,10 +9,10 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-from unibus.adapter import Declared, Endpoint, Move, Outcome, Outgoing, Results, Source, Topology
+from unibus.adapter import Backlog, Declared, Endpoint, Move, Outcome, Outgoing, Results, Source, Topology
 from unibus.channel import DEAD_LETTER, Group, Inbox, Queue, Topic
 from unibus.delivery import Delivery
-from unibus.errors import NotFound, Refused, Unsupported
+from unibus.errors import ConnectionLost, NotFound, Refused, Unsupported
 from unibus.message import Message
 
 from .base import Adapter, Subscription, changed, saboteur
@@ -27,6 +27,21 @@ class Renaming(Adapter):
     async def declare(self, topology: Topology) -> None:
         channels = tuple(replace(d, name=self.renamed(d)) for d in topology.channels)
         await self.inner.declare(replace(topology, channels=channels))
+
+
+class Reconnecting(Adapter):
+    """It is right until its link is made anew."""
+
+    connects = 0
+
+    async def connect(self) -> None:
+        await super().connect()
+        self.connects += 1
+        if self.connects > 1:
+            self.linked_anew()
+
+    def linked_anew(self) -> None:
+        return
 
 
 # Groups
@@ -180,13 +195,7 @@ class Deaf(Subscription):
 
 
 @saboteur("Nothing is received from an inbox that was made anew with its link.", "fault.cut_ends_requests")
-class DeafAfterTheCut(Adapter):
-    connects = 0
-
-    async def connect(self) -> None:
-        await super().connect()
-        self.connects += 1
-
+class DeafAfterTheCut(Reconnecting):
     async def subscribe(self, source: Source) -> Subscription:
         made = await super().subscribe(source)
         return Deaf(self, made.inner) if isinstance(source.address, Inbox) and self.connects > 1 else made
@@ -197,43 +206,44 @@ class DeafAfterTheCut(Adapter):
     "fault.restart_keeps_what_waits",
     "fault.restart_loses_nothing",
 )
-class KeepsNothingOnDisk(Adapter):
-    connects = 0
-
-    async def connect(self) -> None:
-        await super().connect()
-        self.connects += 1
-        if self.connects > 1:
-            broker = self.inner.broker
-            for place in broker._places.values():
-                place.take(sys.maxsize)
-            broker._delayed.clear()
+class KeepsNothingOnDisk(Reconnecting):
+    def linked_anew(self) -> None:
+        broker = self.inner.broker
+        for place in broker._places.values():
+            place.take(sys.maxsize)
+        broker._delayed.clear()
 
 
 @saboteur("Dead letters are not written to disk.", "fault.restart_keeps_what_waits")
-class KeepsNoDeadLettersOnDisk(Adapter):
-    connects = 0
-
-    async def connect(self) -> None:
-        await super().connect()
-        self.connects += 1
-        if self.connects > 1:
-            for key, place in self.inner.broker._places.items():
-                if key[-1].endswith(DEAD_LETTER):
-                    place.take(sys.maxsize)
+class KeepsNoDeadLettersOnDisk(Reconnecting):
+    def linked_anew(self) -> None:
+        for key, place in self.inner.broker._places.items():
+            if key[-1].endswith(DEAD_LETTER):
+                place.take(sys.maxsize)
 
 
 @saboteur("The first two that waited when the link was lost go behind what came after them.", "fault.cut_keeps_order")
-class GivesBackToTheEnd(Adapter):
-    connects = 0
+class GivesBackToTheEnd(Reconnecting):
+    def linked_anew(self) -> None:
+        for place in self.inner.broker._places.values():
+            for lane in getattr(place, "_lanes", {}).values():
+                lane.rotate(-2)
 
-    async def connect(self) -> None:
-        await super().connect()
-        self.connects += 1
+
+@saboteur("What was held when the link was lost comes back twice.", "fault.cut_repeats_what_runs")
+class GivesBackTwice(Reconnecting):
+    def linked_anew(self) -> None:
+        for place in self.inner.broker._places.values():
+            for entry in list(place):
+                place.give_back(copy(entry))
+
+
+@saboteur("Questions about queues go on to ask by the first link.", "fault.cut_heals_who_looks")
+class AsksByTheFirstLink(Reconnecting):
+    async def backlog(self, address: Queue[Any] | Group) -> Backlog:
         if self.connects > 1:
-            for place in self.inner.broker._places.values():
-                for lane in getattr(place, "_lanes", {}).values():
-                    lane.rotate(-2)
+            raise ConnectionLost("the first link was cut")
+        return await self.inner.backlog(address)
 
 
 @saboteur("An inbox stays when its process has left, and takes late replies.", "reply.inbox_ends_with_its_process")

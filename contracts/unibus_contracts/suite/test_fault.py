@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import operator
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -14,6 +16,7 @@ from unibus_contracts.kit import LIMIT, SOON, Kit, Seen, eventually, leftover, l
 CUTS = 3
 SENDERS = 5
 WORK = 0.01  # seconds that a handler has a message, so that some are held when a fault strikes
+BURST = 20  # messages that are on their way in as many turns of the loop when a fault strikes
 AHEAD = 200  # messages that may wait: what is struck is work, not a heap
 LASTS = 0.2  # seconds that a cut lasts
 
@@ -48,7 +51,7 @@ async def test_cut_order(kit: Kit) -> None:
     for body in dict.fromkeys(handled):
         key, n = body.split()
         first.setdefault(key, []).append(int(n))
-    assert len(first) == SENDERS
+    assert len(first) == SENDERS + BURST
     for key, numbers in first.items():
         assert numbers == sorted(numbers), f"of key {key!r} they were first handled in the order {numbers}"
 
@@ -109,31 +112,38 @@ async def _work_through(kit: Kit, queue: Queue[bytes], fault: Callable[[], Await
     What was handled, in that order: `<sender> <number>`; of an ordered queue the sender is the key.
     """
     bus, seen, sent, over = kit.bus(), Seen[bytes](), Seen[bytes](), asyncio.Event()
+    names = itertools.count()
 
     @bus.consumer(queue)
     async def handle(body: bytes) -> None:
         await asyncio.sleep(WORK)
         seen(body)
 
-    async def send(name: int) -> None:
+    async def send(name: int, n: int = 0) -> None:
+        body = b"%d %d" % (name, n)
+        key = str(name) if queue.ordered else None
+        await bus.send(queue, body, key=key, timeout=2 * LIMIT)  # a server may take its time to start
+        sent(body)
+
+    async def send_on(name: int) -> None:
         for n in itertools.count():
             if over.is_set():
                 return
-            body = b"%d %d" % (name, n)
-            key = str(name) if queue.ordered else None
-            await bus.send(queue, body, key=key, timeout=2 * LIMIT)  # a server may take its time to start
-            sent(body)
+            await send(name, n)
             await until(lambda: over.is_set() or len(sent) < len(seen) + AHEAD, "work keeps up", 2 * LIMIT)
 
     async def well() -> str:
         return (await bus.health()).status
 
     async with bus.running():
-        senders = [asyncio.create_task(send(name)) for name in range(SENDERS)]
+        senders = [asyncio.create_task(send_on(next(names))) for _ in range(SENDERS)]
         late = await _late(kit)
         for _ in range(times):
             enough = len(seen) + 20
             await until(lambda: len(seen) >= enough, "work goes on", late)  # noqa: B023  # awaited here
+            for _ in range(BURST):
+                senders.append(asyncio.create_task(send(next(names))))
+                await asyncio.sleep(0)
             await fault()
         enough = len(seen) + 20
         await until(lambda: len(seen) >= enough, "work goes on", late)
@@ -203,3 +213,53 @@ async def test_requests(kit: Kit) -> None:
         gate.set()
         assert await first in {b"first", None}
         assert await eventually(lambda: ask(b"next", SOON / 4), bool, "a request is answered again") == b"next"
+
+
+@contract(
+    "fault.cut_repeats_what_runs",
+    "Of what a consumer has when the cut of its links is noticed, only what a handler has may be handled again.",
+    limit=2 * LIMIT,
+)
+async def test_repeats(kit: Kit) -> None:
+    queue = kit.queue()
+    bus, seen, gate = kit.bus(), Seen[bytes](), asyncio.Event()
+
+    @bus.consumer(queue, concurrency=1, prefetch=2 * BURST)  # it goes on receiving: who does nothing notices nothing
+    async def handle(body: bytes) -> None:
+        seen(body)
+        if len(seen) == 1:
+            await gate.wait()
+
+    async with bus.running():
+        await bus.send_many(queue, bodies := [b"%d" % n for n in range(BURST)])
+        await seen.reach(1)
+        await _cut(kit)
+        gate.set()
+        late = await _late(kit)
+        await until(lambda: set(seen.all) == set(bodies), "all are handled", late)
+
+        async def left() -> int:
+            found = await bus.backlog(queue)
+            return (found.ready or 0) + (found.in_flight or 0)
+
+        await eventually(left, operator.not_, "nothing is left", late)
+    assert {body for body, times in Counter(seen.all).items() if times > 1} <= {seen.all[0]}
+
+
+@contract(
+    "fault.cut_heals_who_looks",
+    "A bus that only looks at its queue is answered after the links were cut, and is well.",
+)
+async def test_looks(kit: Kit) -> None:
+    queue = kit.queue()
+    async with kit.bus(queue) as bus:
+        await bus.send(queue, b"x")
+    async with kit.bus(queue) as bus:
+
+        async def waiting() -> int | None:
+            return (await bus.backlog(queue)).ready
+
+        await eventually(waiting, partial(operator.eq, 1), "it is there")
+        await _cut(kit)
+        await eventually(waiting, partial(operator.eq, 1), "it is still there")
+        assert (await bus.health()).status == "ok"
