@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from unibus_contracts.saboteurs import __main__ as command
-from unibus_contracts.saboteurs.base import Adapter, Saboteur, saboteur
-from unibus_contracts.saboteurs.gang import SABOTEURS
+from unibus_contracts.saboteurs.base import Adapter, Hardship, Saboteur, hardship, saboteur
+from unibus_contracts.saboteurs.gang import HARDSHIPS, SABOTEURS
 from unibus_contracts.saboteurs.run import Trial, contracts
-from unibus_contracts.saboteurs.table import verdicts
+from unibus_contracts.saboteurs.table import hardships_borne, verdicts
 
 # One for each way to break an adapter: sending, carrying, receiving, settling, places, telling.
 SAMPLE = (
@@ -21,6 +21,7 @@ SAMPLE = (
     "acks-the-wrong-one",
     "lowers-names",
     "logs-the-password",
+    "arrives-later",  # a hardship
 )
 CONTROL = Trial({"a.a": "passed", "b.b": "passed"}, "")
 
@@ -47,6 +48,31 @@ class TestGang:
     def test_refused(self, bug: str, kills: tuple[str, ...]) -> None:
         with pytest.raises(ValueError, match="one sentence"):
             saboteur(bug, *kills)
+
+
+class TestHardships:
+    HARD = (Hardship("hard", "It is hard.", ("a.a", "b.b"), Adapter),)
+
+    def test_only_contracts_that_exist(self) -> None:
+        assert {id for one in HARDSHIPS.values() for id in one.keeps} - set(contracts()) == set()
+
+    def test_two_of_one_name(self) -> None:
+        with pytest.raises(ValueError, match="two are called arrives-later"):
+            hardship("It is another one.", "a.a")(type("ArrivesLater", (Adapter,), {}))
+
+    def test_refused(self) -> None:
+        with pytest.raises(ValueError, match="one sentence"):
+            hardship("No full stop", "a.a")
+
+    def test_borne(self) -> None:
+        table, wrong = hardships_borne(self.HARD, {"hard": Trial({"a.a": "passed", "b.b": "passed"}, "")})
+        assert "to be borne: It is hard." in table[0]
+        assert wrong == []
+
+    @pytest.mark.parametrize("outcomes", [{"a.a": "passed", "b.b": "failed"}, {"a.a": "passed"}])
+    def test_not_borne(self, outcomes: dict[str, str]) -> None:
+        _, wrong = hardships_borne(self.HARD, {"hard": Trial(outcomes, "so it was said")})
+        assert wrong == ["hard is not borne, by b.b", "so it was said"]
 
 
 class TestVerdicts:
@@ -89,11 +115,12 @@ class TestVerdicts:
 class TestForReal:
     @pytest.mark.timeout(300)  # processes of pytest, on a machine that may be busy
     def test_a_sample_is_caught(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        ids = {id for name in SAMPLE for id in SABOTEURS[name].kills}
+        ids = {id for name in SAMPLE if name in SABOTEURS for id in SABOTEURS[name].kills}
         path = tmp_path / "found.json"
         assert command.main([*SAMPLE, "--json", str(path)]) == 0, capsys.readouterr().out
         found = json.loads(path.read_text())
         assert {id for result in found.values() for id in result["caught_by"]} >= ids
+        assert found["arrives-later"]["caught_by"] == []
 
     def test_an_unknown_name(self) -> None:
         with pytest.raises(SystemExit, match="nobody-knows"):

@@ -101,7 +101,18 @@ class Saboteur:
     adapter: type[Adapter]
 
 
+@dataclass(frozen=True, slots=True)
+class Hardship:
+    """One adapter that is right, and hard to live with. `what`: one sentence; `keeps`: the contracts that are kept all the same."""
+
+    name: str
+    what: str
+    keeps: tuple[str, ...]
+    adapter: type[Adapter]
+
+
 SABOTEURS: dict[str, Saboteur] = {}
+HARDSHIPS: dict[str, Hardship] = {}
 C = TypeVar("C", bound=type[Adapter] | type[Subscription])
 
 
@@ -111,14 +122,31 @@ def saboteur(bug: str, *kills: str) -> Callable[[C], C]:
         raise ValueError(f"{bug!r}: one sentence, and the contracts that are meant to catch it")
 
     def enlist(broken: C) -> C:
-        name = "".join(f"-{c.lower()}" if c.isupper() else c for c in broken.__name__).strip("-")
-        if name in SABOTEURS:
-            raise ValueError(f"two saboteurs are called {name}")
-        adapter = broken if issubclass(broken, Adapter) else type(broken.__name__, (Adapter,), {"subscription": broken})
+        name, adapter = _enlisted(broken)
         SABOTEURS[name] = Saboteur(name, bug, kills, adapter)
         return broken
 
     return enlist
+
+
+def hardship(what: str, *keeps: str) -> Callable[[C], C]:
+    """Enlist an adapter, or one whose subscriptions are, that does what the SPI allows and the core has to bear."""
+    if not what.endswith(".") or not keeps:
+        raise ValueError(f"{what!r}: one sentence, and the contracts that are kept all the same")
+
+    def enlist(hard: C) -> C:
+        name, adapter = _enlisted(hard)
+        HARDSHIPS[name] = Hardship(name, what, keeps, adapter)
+        return hard
+
+    return enlist
+
+
+def _enlisted(given: type[Adapter | Subscription]) -> tuple[str, type[Adapter]]:
+    name = "".join(f"-{c.lower()}" if c.isupper() else c for c in given.__name__).strip("-")
+    if name in SABOTEURS or name in HARDSHIPS:
+        raise ValueError(f"two are called {name}")
+    return name, given if issubclass(given, Adapter) else type(given.__name__, (Adapter,), {"subscription": given})
 
 
 def changed(outgoing: Outgoing, **fields: Any) -> Outgoing:

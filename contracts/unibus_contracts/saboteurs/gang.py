@@ -1,6 +1,6 @@
-"""All saboteurs, by chapter."""
+"""All saboteurs, by chapter, and all hardships."""
 
-from . import carrying, places, receiving, sending, settling, telling  # noqa: F401  # each enlists its saboteurs
-from .base import SABOTEURS
+from . import carrying, hard, places, receiving, sending, settling, telling  # noqa: F401  # each enlists its saboteurs
+from .base import HARDSHIPS, SABOTEURS
 
-__all__ = ["SABOTEURS"]
+__all__ = ["HARDSHIPS", "SABOTEURS"]

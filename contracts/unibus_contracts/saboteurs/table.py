@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .base import Saboteur
+from .base import Hardship, Saboteur
 from .run import Trial
 
 
@@ -39,4 +39,15 @@ def verdicts(
     table.append(f"{len(saboteurs)} saboteurs; {len(killed)} of {len(known)} contracts have caught one")
     if complete and alive:
         wrong.append(f"no saboteur is caught by {', '.join(alive)}")
+    return table, wrong
+
+
+def hardships_borne(hardships: Sequence[Hardship], results: Mapping[str, Trial]) -> tuple[list[str], list[str]]:
+    """The table of what has to be kept all the same, and what was not, with what pytest said."""
+    table, wrong = [], []
+    for hardship in hardships:
+        result = results[hardship.name]
+        table += [f"{hardship.name} ({result.seconds:.1f} s), to be borne: {hardship.what}"]
+        if missed := [id for id in hardship.keeps if id not in result.kept]:
+            wrong += [f"{hardship.name} is not borne, by {', '.join(missed)}", result.output]
     return table, wrong
