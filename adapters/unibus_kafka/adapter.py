@@ -161,12 +161,13 @@ class KafkaAdapter:
         routes, looked_up = self._routes(batch, now)
         gone = await link.missing({topic for _, (topic, _, _) in looked_up})
         batches: dict[TopicPartition, list[Batch]] = defaultdict(list)
+        most = self._settings.max_request_size
         for i, (outgoing, (topic, number, later)) in enumerate(zip(batch, routes, strict=True)):
             key, value, headers, at = record = wire.encode(outgoing, now, later=later)
             tp = link.partition(topic, key, number)
             if tp is None or topic in gone:
                 results[i] = self._missing(outgoing, topic)
-            elif too_large := wire.too_large(outgoing, record, self._settings.max_request_size):
+            elif too_large := wire.too_large(outgoing, record, most):
                 results[i] = too_large
             else:
                 of_partition = batches[tp]

@@ -49,12 +49,25 @@ def reply_address(text: str) -> tuple[str, int, str]:
 
 def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
     """`later`: it goes to a topic where it waits, so its time there begins now."""
-    message, origin = outgoing.message, outgoing.origin
+    message, origin, at = outgoing.message, outgoing.origin, outgoing.message.timestamp
     headers: list[tuple[str, bytes | None]] = [(ID, message.id.encode())]
     if (content_type := message.content_type) is not None and content_type != JSON:
         headers.append((CONTENT_TYPE, content_type.encode()))
+    bare = is_bare(message)
+    if (  # the usual case, without what the others need
+        bare
+        and message.headers is NO_HEADERS
+        and message.key is None
+        and at is not None
+        and 0 <= now - at < _FRESH
+        and not later
+        and outgoing.not_before is None
+        and origin is None
+        and type(outgoing.to) is not Inbox
+    ):
+        return None, message.body, headers, round(at * 1000)
     more: dict[str, str] = {}
-    if not is_bare(message):
+    if not bare:
         write(message, more, brief=True)
         del more[ID]
     if outgoing.not_before is not None:
