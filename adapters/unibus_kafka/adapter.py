@@ -122,7 +122,9 @@ class KafkaAdapter:
         """
         if known_before or await link.committed(group):
             return
-        tps = [tp for topic in place.topics if topic not in _own(place) for tp in link.partitions(topic)]
+        topics = [topic for topic in place.topics if topic not in _own(place)]
+        await link.missing(topics)  # a broker of a cluster may have told us meanwhile that it does not know them yet
+        tps = [tp for topic in topics for tp in link.partitions(topic)]
         at = int(start * 1000) if isinstance(start, float) else EARLIEST if start == "all" else LATEST
         offsets = await link.offsets(tps, at)
         if late := [tp for tp, offset in offsets.items() if offset < 0]:  # nothing since that time

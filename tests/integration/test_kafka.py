@@ -22,6 +22,7 @@ from unibus.message import Message
 from unibus.url import parse
 from unibus_contracts import supply
 from unibus_kafka import config, subscription, topology
+from unibus_kafka.adapter import KafkaAdapter
 
 SOON = 20.0
 
@@ -386,6 +387,32 @@ async def test_a_group_whose_offsets_have_expired_misses_nothing(lab: Bench, cap
     async with bus.running():
         await until(lambda: seen == [b"waiting"], "from the beginning")
     assert "no offset is committed" in caplog.text
+
+
+@both
+async def test_a_new_group_begins_now_though_a_broker_does_not_know_its_topic_yet(
+    lab: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a cluster that has not heard of it. It began with all that was there."""
+    topic: Topic[bytes] = Topic("t")
+    await lab.admin.create_topics([NewTopic(lab.prefix + "t", 1, 1)])
+    await lab.send_raw("t", b"before")
+    bus, seen, begin = lab.bus(), list[bytes](), KafkaAdapter._begin
+
+    async def forgetful(self: KafkaAdapter, link: Any, *rest: Any, **more: Any) -> None:
+        link._client.cluster._partitions.pop(lab.prefix + "t")
+        await begin(self, link, *rest, **more)
+
+    monkeypatch.setattr(KafkaAdapter, "_begin", forgetful)
+
+    @bus.subscriber(topic, group="g")
+    async def handle(body: bytes) -> None:
+        seen.append(body)
+
+    async with bus.running():
+        await bus.publish(topic, b"now")
+        await until(lambda: seen, "what was published")
+    assert seen == [b"now"]
 
 
 @both
