@@ -1,6 +1,6 @@
 """Hardships: adapters that are right, and whose clients and brokers behave as real ones do on a bad day. The core has to bear them.
 
-Each is a bug of the core that was found under faults: without its cure the contracts named here are broken.
+Each is what a bug of the core was found under. For all but `breaks-again` it was tried that without the cure the contracts named here are broken.
 """
 
 from __future__ import annotations
