@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,7 @@ from unibus_kafka.link import by_name, put_away
 
 _POLL = 500  # milliseconds; what arrives ends it
 _MANY = 500  # records of one poll
+_LOOK = 0.5  # seconds between looks for topics that it does not know
 
 
 class AioEngine:
@@ -94,6 +96,8 @@ class AioConsumer:
             - 1,  # slow handlers don't stop us from polling, and heartbeats tell who is alive
         )
         by_name(self._consumer._client)
+        self._partitions_of = self._consumer._client.cluster.partitions_for_topic
+        self._looked = 0.0
 
     async def start(self) -> None:
         await self._consumer.start()
@@ -127,8 +131,12 @@ class AioConsumer:
     async def commit(self, points: Mapping[TopicPartition, tuple[int, str]]) -> None:
         await self._consumer.commit(dict(points))
 
-    def forgets(self, topic: str) -> bool:
-        return self._consumer.partitions_for_topic(topic) is None
+    def forgets(self, topics: Collection[str]) -> bool:
+        if all(map(self._partitions_of, topics)) or self._looked > (now := time.monotonic()) - _LOOK:
+            return False
+        self._looked = now
+        self._consumer._client.force_metadata_update()  # else it would look again after `metadata_max_age`
+        return True
 
     async def close(self) -> None:
         consumer = self._consumer

@@ -377,7 +377,7 @@ class ConfluentConsumer:
         ]
         await self._ask(partial(self._commit, offsets))
 
-    def forgets(self, topic: str) -> bool:
+    def forgets(self, topics: Collection[str]) -> bool:
         if self._doubt > (now := self._loop.time()):
             return False
         self._doubt = now + _DOUBT

@@ -89,8 +89,8 @@ class Consumer(Protocol):
         """As a member, offset and metadata. Raises CommitFailedError where that is over, from RebalanceInProgressError if not for long."""
         ...
 
-    def forgets(self, topic: str) -> bool:
-        """It may be gone: ask somebody else, too."""
+    def forgets(self, topics: Collection[str]) -> bool:
+        """One of them at least may be gone: ask somebody else, too. It goes on looking for them by itself."""
         ...
 
     async def close(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -124,21 +124,11 @@ class Link:
 
     async def _known(self, names: set[str]) -> set[str]:
         """Those that any broker knows: of a cluster, some have not heard yet of a topic that another has just made."""
-        nodes = [broker.nodeId for broker in self._client.cluster.brokers()]
-        random.shuffle(nodes)
-        there, failure, asked = set[str](), None, False
-        for node in nodes:
-            try:
-                found = await self._client.send(node, MetadataRequest(sorted(names - there), False))
-            except KafkaError as exc:  # of that node
-                failure = exc
-                continue
-            asked = True
-            there |= {topic for error, topic, _, partitions in found.topics if partitions and not error}
+        there = set[str]()
+        async for known, _ in answers(self._client, names):
+            there |= known
             if there == names:
                 break
-        if not asked:
-            raise failure or NodeNotReadyError("no broker is known")
         return there
 
     async def risks(self, topics: Sequence[str]) -> dict[str, str]:
@@ -321,17 +311,48 @@ class Link:
             raise errors.translate(exc, doing, right) from exc
 
 
+async def answers(client: Any, topics: Collection[str]) -> AsyncGenerator[tuple[set[str], Any], None]:
+    """Of one broker after another, in any order: which of these topics it knows, and its whole answer.
+
+    Raises what the last one said, where none answers.
+    """
+    nodes = [broker.nodeId for broker in client.cluster.brokers()]
+    random.shuffle(nodes)
+    failure: KafkaError = NodeNotReadyError("no broker is known")
+    asked = False
+    for node in nodes:
+        try:
+            answer = await client.send(node, MetadataRequest(sorted(topics), False))
+        except KafkaError as exc:  # of that node
+            failure = exc
+            continue
+        asked = True
+        yield {topic for error, topic, _, partitions in answer.topics if partitions and not error}, answer
+    if not asked:
+        raise failure
+
+
 def by_name(client: Any) -> Any:
-    """Let a client of the library look up its topics by name; it would make those that are missing, or ask for all."""
+    """Let a client of the library look up its topics by name; it would make those that are missing, or ask for all.
+
+    It also believes the first broker that it asks: a consumer whose topic that one had not heard of yet got no partition, and
+    asked again after `metadata_max_age`. So the others are asked, too, and the one that knows most is believed.
+    """
     everything = client._metadata_update
 
     async def update(cluster: Any, topics: set[str]) -> bool:
-        if topics and (node := client.get_random_node()) is not None:
-            with suppress(KafkaError):  # of that node; the library tries them all
-                metadata = await client.send(node, MetadataRequest(list(topics), False))
-                cluster.update_metadata(metadata)
-                return True
-        return bool(await everything(cluster, ()))
+        most, best = -1, None
+        if topics:
+            with suppress(KafkaError):  # of all of them; the library tries once more, and says so
+                async for known, answer in answers(client, topics):
+                    if len(known) > most:
+                        most, best = len(known), answer
+                    if most == len(topics):
+                        break
+        if best is None:
+            return bool(await everything(cluster, ()))
+        cluster.update_metadata(best)
+        return True
 
     client._metadata_update = update
     return client

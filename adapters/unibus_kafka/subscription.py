@@ -207,7 +207,7 @@ class KafkaSubscription(NoMove, NoLease):
                 for tp, records in found.items():
                     if records and (part := self._parts.get(tp)) is not None:
                         self._arrived(part, records)
-                if self._joined.is_set() and consumer.forgets(self._place.topic) and await self._is_deleted():
+                if self._joined.is_set() and consumer.forgets(self._place.topics) and await self._is_deleted():
                     raise NotFound(f"{self.address}: its topic {self._place.topic!r} was deleted")
                 if self._group is None:
                     await self._look_for_new()
@@ -215,7 +215,7 @@ class KafkaSubscription(NoMove, NoLease):
             self._end(errors.translate(exc, f"receive from {self._place.topic!r}"))
 
     async def _is_deleted(self) -> bool:
-        """The consumer also forgets a topic that has no leader for a moment: another one has to agree."""
+        """The consumer also forgets a topic without a leader, or one its broker hasn't heard of: another one has to agree."""
         try:
             return bool(await self._kit.link.missing([self._place.topic], fresh=True))
         except TransportError as error:  # nobody answers: that is no sign of it, and would end what goes on by itself

@@ -23,6 +23,7 @@ from unibus.url import parse
 from unibus_contracts import supply
 from unibus_kafka import config, subscription, topology
 from unibus_kafka.adapter import KafkaAdapter
+from unibus_kafka.aio import AioConsumer
 
 SOON = 20.0
 
@@ -413,6 +414,38 @@ async def test_a_new_group_begins_now_though_a_broker_does_not_know_its_topic_ye
         await bus.publish(topic, b"now")
         await until(lambda: seen, "what was published")
     assert seen == [b"now"]
+
+
+async def test_a_consumer_whose_broker_does_not_know_its_topics_yet_looks_again(
+    lab: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a cluster that has not heard of them. It got no partition, and looked again after five minutes."""
+    queue: Queue[bytes] = Queue("q")
+    bus, seen, subscribe, answers = lab.bus(), list[bytes](), AioConsumer.subscribe, list[Any]()
+
+    def unheard(self: AioConsumer, *given: Any) -> None:
+        cluster = self._consumer._client.cluster
+        learn = cluster.update_metadata
+
+        def update(answer: Any) -> None:
+            answers.append(answer)
+            if len(answers) <= 2:  # set_topics' and another one
+                answer.topics = []
+            learn(answer)
+
+        cluster.update_metadata = update
+        subscribe(self, *given)
+
+    monkeypatch.setattr(AioConsumer, "subscribe", unheard)
+
+    @bus.consumer(queue)
+    async def handle(body: bytes) -> None:
+        seen.append(body)
+
+    async with bus.running():
+        await bus.send(queue, b"x")
+        await until(lambda: seen, "what was sent")
+    assert len(answers) > 2, "every answer named the topics"
 
 
 @both

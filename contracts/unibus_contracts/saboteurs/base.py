@@ -6,6 +6,7 @@ that the contracts on what can't be reached have something to fail on.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -44,6 +45,14 @@ class Subscription:
     async def move(self, moves: Sequence[Move], timeout: float) -> Results:
         changed = [Move(m.delivery, [out for send in m.sends for out in self.adapter.sending(send)]) for m in moves]
         return await self.inner.move(changed, timeout)
+
+
+class Deaf(Subscription):
+    """One that receives nothing."""
+
+    async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
+        await asyncio.sleep(timeout)
+        return []
 
 
 class Adapter:
@@ -118,8 +127,7 @@ C = TypeVar("C", bound=type[Adapter] | type[Subscription])
 
 def saboteur(bug: str, *kills: str) -> Callable[[C], C]:
     """Enlist a broken adapter, or one whose subscriptions are. Its name is that of the class: `LosesTheKey`, `loses-the-key`."""
-    if not bug.endswith(".") or not kills:
-        raise ValueError(f"{bug!r}: one sentence, and the contracts that are meant to catch it")
+    _checked(bug, kills, "the contracts that are meant to catch it")
 
     def enlist(broken: C) -> C:
         name, adapter = _enlisted(broken)
@@ -131,8 +139,7 @@ def saboteur(bug: str, *kills: str) -> Callable[[C], C]:
 
 def hardship(what: str, *keeps: str) -> Callable[[C], C]:
     """Enlist an adapter, or one whose subscriptions are, that does what the SPI allows and the core has to bear."""
-    if not what.endswith(".") or not keeps:
-        raise ValueError(f"{what!r}: one sentence, and the contracts that are kept all the same")
+    _checked(what, keeps, "the contracts that are kept all the same")
 
     def enlist(hard: C) -> C:
         name, adapter = _enlisted(hard)
@@ -140,6 +147,11 @@ def hardship(what: str, *keeps: str) -> Callable[[C], C]:
         return hard
 
     return enlist
+
+
+def _checked(sentence: str, contracts: Sequence[str], which: str) -> None:
+    if not sentence.endswith(".") or not contracts:
+        raise ValueError(f"{sentence!r}: one sentence, and {which}")
 
 
 def _enlisted(given: type[Adapter | Subscription]) -> tuple[str, type[Adapter]]:

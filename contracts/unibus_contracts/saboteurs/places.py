@@ -11,11 +11,10 @@ from typing import Any
 
 from unibus.adapter import Backlog, Declared, Endpoint, Move, Outcome, Outgoing, Results, Source, Topology
 from unibus.channel import DEAD_LETTER, Group, Inbox, Queue, Topic
-from unibus.delivery import Delivery
 from unibus.errors import ConnectionLost, NotFound, Refused, Unsupported
 from unibus.message import Message
 
-from .base import Adapter, Subscription, changed, saboteur
+from .base import Adapter, Deaf, Subscription, changed, saboteur
 
 
 class Renaming(Adapter):
@@ -186,12 +185,6 @@ class KeepsBroadcastGroups(Adapter):
         subscription = await super().subscribe(source)
         subscription.inner.place.private = isinstance(source.address, Inbox)
         return subscription
-
-
-class Deaf(Subscription):
-    async def receive(self, limit: int, timeout: float) -> Sequence[Delivery[Any]]:
-        await asyncio.sleep(timeout)
-        return []
 
 
 @saboteur("Nothing is received from an inbox that was made anew with its link.", "fault.cut_ends_requests")

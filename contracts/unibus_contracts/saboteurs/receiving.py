@@ -16,7 +16,7 @@ from unibus.errors import ConnectionLost, Refused, Timeout
 from unibus.memory_subscription import MemorySubscription
 from unibus.message import RETRY_COUNT
 
-from .base import Adapter, Subscription, saboteur
+from .base import Adapter, Deaf, Subscription, saboteur
 
 Deliveries = Sequence[Delivery[Any]]
 
@@ -120,6 +120,28 @@ class SleepsForEver(Subscription):
         if not self.inner.place.deliverable():
             await asyncio.sleep(3600)
         return await self.inner.receive(limit, timeout)
+
+
+class Standby(Deaf):
+    async def check(self) -> Standing:
+        return "standby"
+
+
+@saboteur(
+    "Who consumes a queue at once when it was made gets nothing of it, and calls itself a standby.",
+    "consume.roundtrip",
+    "consume.receive_may_be_cancelled",
+    "shutdown.error_inside_closes",
+)
+class StandsByForEver(Adapter):
+    joined = False
+
+    async def subscribe(self, source: Source) -> Subscription:
+        made = await super().subscribe(source)
+        if source.browse or self.joined:
+            return made
+        self.joined = True
+        return Standby(self, made.inner)
 
 
 @saboteur("What arrives while a receive is cancelled is lost to it.", "consume.receive_may_be_cancelled")
