@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import IllegalStateError, NoOffsetForPartitionError
+from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
+from aiokafka.errors import CorruptRecordException, IllegalStateError, NoOffsetForPartitionError
 
 from unibus_kafka import config
 from unibus_kafka.engine import Consumer, Listener, Producer
 from unibus_kafka.link import by_name, put_away
+from unibus_kafka.wire import Record
 
 _POLL = 500  # milliseconds; what arrives ends it
 _MANY = 500  # records of one poll
+_new = tuple.__new__  # without the keywords of a named one
 _LOOK = 0.5  # seconds between looks for topics that it does not know
 
 
@@ -101,6 +105,7 @@ class AioConsumer:
 
     async def start(self) -> None:
         await self._consumer.start()
+        self._consumer._fetcher._records = _Fetched()
 
     def subscribe(self, topics: Sequence[str], listener: Listener) -> None:
         self._consumer.subscribe(list(topics), listener=_Told(listener))
@@ -115,9 +120,9 @@ class AioConsumer:
             if tp in paused:
                 self._consumer.pause(tp)
 
-    async def getmany(self) -> Mapping[TopicPartition, Sequence[Any]]:
+    async def getmany(self) -> Mapping[TopicPartition, Sequence[Record]]:
         try:
-            found: Mapping[TopicPartition, Sequence[Any]] = await self._consumer.getmany(
+            found: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(
                 timeout_ms=_POLL, max_records=_MANY
             )
         except NoOffsetForPartitionError:  # the listener is about to say where to begin
@@ -142,6 +147,51 @@ class AioConsumer:
         consumer = self._consumer
         parts = [part.close for part in (consumer._fetcher, consumer._client) if part is not None]
         await put_away(consumer.stop, *parts)
+
+
+class _Fetched(OrderedDict[TopicPartition, Any]):
+    """What the library has fetched and not handed out, such that a `Record` is made of each: its own costs twice as much."""
+
+    def __setitem__(self, tp: TopicPartition, result: Any) -> None:
+        if type(result) is FetchResult:
+            fetched = result._partition_records
+            fetched.__class__ = _Unpacked
+            fetched._records_iterator = fetched.unpack()
+        super().__setitem__(tp, result)
+
+
+class _Unpacked(PartitionRecords):  # type: ignore[misc]  # the client library is not typed
+    next_fetch_offset: int
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._records_iterator  # type: ignore[no-any-return]  # the same
+
+    def unpack(self) -> Iterator[Record]:
+        """`next_fetch_offset` is where the library goes on: it hands out some of these at a time, and checks it."""
+        topic, partition = self._tp
+        while self._records.has_next():
+            batch = self._records.next_batch()
+            if not batch.validate_crc():
+                raise CorruptRecordException(f"{topic}/{partition}: invalid CRC")
+            if not self._withheld(batch):
+                first = self.next_fetch_offset
+                for record in batch:
+                    offset = record.offset
+                    if offset >= first:  # of a compressed batch we may have asked for the end
+                        self.next_fetch_offset = offset + 1
+                        fields = topic, partition, offset, record.timestamp, record.key, record.value, record.headers
+                        yield _new(Record, fields)
+            self.next_fetch_offset = batch.next_offset
+
+    def _withheld(self, batch: Any) -> bool:
+        """It is the marker of a transaction's end, or of a transaction that was aborted."""
+        if (producer := batch.producer_id) is not None:
+            self._consume_aborted_up_to(batch.base_offset)
+            if batch.is_control_batch and self._contains_abort_marker(batch):
+                self._aborted_producers.discard(producer)
+            if batch.is_transactional and producer in self._aborted_producers:
+                return True
+        return bool(batch.is_control_batch)
 
 
 class _Told(ConsumerRebalanceListener):  # type: ignore[misc]  # the client library is not typed

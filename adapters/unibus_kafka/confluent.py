@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import aiokafka.errors as kafka
 import confluent_kafka as native
@@ -29,6 +29,7 @@ from unibus.waiting import happens
 from unibus_kafka import config
 from unibus_kafka.engine import Consumer, Listener, Producer
 from unibus_kafka.link import by_name, put_away
+from unibus_kafka.wire import Record
 
 log = logging.getLogger("unibus.kafka")
 
@@ -212,21 +213,9 @@ class ConfluentBatch:
             self._done.set_exception(error)
 
 
-class ConfluentRecord(NamedTuple):
-    """What `Delivery.native` is: by the names of aiokafka's ConsumerRecord."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes | None]]
-
-
-def _record(topic: str, partition: int, message: Any) -> ConfluentRecord:
+def _record(topic: str, partition: int, message: Any) -> Record:
     kind, timestamp = message.timestamp()
-    return ConfluentRecord(
+    return Record(
         topic,
         partition,
         message.offset(),
@@ -329,7 +318,7 @@ class ConfluentConsumer:
         self._room.set()
         return self._records(number, messages)
 
-    def _records(self, number: int, messages: list[Any]) -> dict[TopicPartition, list[ConfluentRecord]]:
+    def _records(self, number: int, messages: list[Any]) -> dict[TopicPartition, list[Record]]:
         sorted_: dict[tuple[str, int], list[Any]] = {}
         for message in messages:
             if (error := message.error()) is not None:

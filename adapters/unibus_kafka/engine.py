@@ -14,6 +14,7 @@ from aiokafka import TopicPartition
 
 from unibus.errors import ConfigError
 from unibus_kafka import config
+from unibus_kafka.wire import Record
 
 
 class Batch(Protocol):
@@ -74,10 +75,9 @@ class Consumer(Protocol):
         """Read these from there; `assign`: without a group, these and no others. Nothing read before is returned any more."""
         ...
 
-    async def getmany(self) -> Mapping[TopicPartition, Sequence[Any]]:
-        """What there is, after half a second at the latest: with the attributes of aiokafka's ConsumerRecord.
-
-        Raises OffsetOutOfRangeError with the partitions that have to begin anew.
+    async def getmany(self) -> Mapping[TopicPartition, Sequence[Record]]:
+        """What there is, after half a second at the latest. Raises OffsetOutOfRangeError with the partitions that have to begin
+        anew.
         """
         ...
 

@@ -27,6 +27,7 @@ from unibus.deadletter import retry_count
 from unibus.delivery import Delivery
 from unibus.message import CRASH_COUNT
 from unibus_kafka import wire
+from unibus_kafka.wire import Record
 
 LIMIT = 4096  # characters: offset.metadata.max.bytes of a broker, by default
 FULL = LIMIT * 3 // 4  # beyond this the partition is paused until more of it is finished
@@ -124,7 +125,7 @@ class Partition:
         self.starts = {offset: starts for offset, (_, starts) in self._notes.items() if starts}
 
     def read(
-        self, records: Sequence[Any], source: Source, now: float, token: bytes = b""
+        self, records: Sequence[Record], source: Source, now: float, token: bytes = b""
     ) -> tuple[list[Delivery[Any]], list[tuple[float, Delivery[Any]]]]:
         """What there is to do: now, and what is due later. `token`: the key of those that are ours, if not all are."""
         opened, known, decode = self.open, self._notes, wire.decode
@@ -132,12 +133,11 @@ class Partition:
         ready: list[Delivery[Any]] = []
         later: list[tuple[float, Delivery[Any]]] = []
         for record in records:
-            offset = record.offset
+            offset = record[2]
             if (offset <= highest and offset not in known) or (token and record.key != token):
                 continue
             message, due = decode(record)
-            position = f"{self._name}@{offset}"
-            delivery = opened[offset] = Delivery(message, source, self, 0, None, None, record, position)
+            delivery = opened[offset] = Delivery(message, source, self, 0, None, None, record, None)
             if due is None or due <= now:
                 ready.append(delivery)
             else:
@@ -170,7 +170,7 @@ class Partition:
         self._remember(delivery)
         self.wary = True
         message, _ = wire.decode(delivery.native)
-        new: Delivery[Any] = Delivery(message, delivery.source, self, 0, None, None, delivery.native, delivery.position)
+        new: Delivery[Any] = Delivery(message, delivery.source, self, 0, None, None, delivery.native, None)
         self.open[offset_of(delivery)] = new
         return new
 

@@ -7,7 +7,8 @@ that is older: retention counts from it, so a retry or a dead letter would be de
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from unibus.adapter import Outgoing
 from unibus.channel import Inbox
@@ -22,7 +23,23 @@ _INBOX = re.compile(rf"([{PLAIN}]{{0,60}}unibus\.reply\.[{PLAIN}]{{1,60}}):([0-9
 _POSITION = re.compile(rf"([{PLAIN}]{{1,249}})/([0-9]{{1,9}})@([0-9]{{1,18}})")
 _NAME = re.compile(rf"[{PLAIN}]{{1,249}}")
 
-Record = tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]], int]  # key, value, headers, milliseconds
+Written = tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]], int]  # key, value, headers, milliseconds
+
+
+class Record(NamedTuple):
+    """What `Delivery.native` is, by the names of aiokafka's ConsumerRecord. `timestamp`: milliseconds, -1 for none."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, Any]]  # bytes, or None
+
+    @property
+    def position(self) -> str:
+        return f"{self.topic}/{self.partition}@{self.offset}"
 
 
 def physical(name: str, of: object) -> str:
@@ -47,7 +64,7 @@ def reply_address(text: str) -> tuple[str, int, str]:
     return found[1], int(found[2]), found[3]
 
 
-def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
+def encode(outgoing: Outgoing, now: float, *, later: bool) -> Written:
     """`later`: it goes to a topic where it waits, so its time there begins now."""
     message, origin, at = outgoing.message, outgoing.origin, outgoing.message.timestamp
     headers: list[tuple[str, bytes | None]] = [(ID, message.id.encode())]
@@ -100,7 +117,7 @@ def encode(outgoing: Outgoing, now: float, *, later: bool) -> Record:
     return key, value, headers, round(at * 1000)
 
 
-def too_large(outgoing: Outgoing, record: Record, most: int) -> MessageTooLarge | None:
+def too_large(outgoing: Outgoing, record: Written, most: int) -> MessageTooLarge | None:
     """Is a record refused, where a request has `most` bytes?"""
     key, value, headers, _ = record
     size = len(key or b"") + len(value or b"") + _RECORD_OVERHEAD
@@ -117,11 +134,12 @@ def _text(value: bytes | None) -> str | None:
 
 
 def decode(record: Any) -> tuple[Message, float | None]:
-    """The envelope of a record, and when it is due, where it says so."""
-    value, key, headers, at = record.value, record.key, record.headers, record.timestamp
-    value = b"" if value is None else value
-    key = key.decode("utf-8", "surrogateescape") if key else None
-    at = at / 1000 if at >= 0 else None
+    """The envelope of a `Record`, and when it is due, where it says so."""
+    _, _, _, timestamp, raw_key, value, headers = record
+    if value is None:
+        value = b""
+    key = raw_key.decode("utf-8", "surrogateescape") if raw_key else None
+    at = timestamp / 1000 if timestamp >= 0 else None
     many = len(headers)
     if 0 < many <= 2 and headers[0][0] == ID and (many == 1 or headers[1][0] == CONTENT_TYPE):  # as nearly all of ours
         try:
@@ -134,7 +152,7 @@ def decode(record: Any) -> tuple[Message, float | None]:
     message = Message(value, "", None, None, NO_HEADERS, key, None, None, None, at)
     due = read(texts, message)
     if not message.id:
-        message.id = f"{record.topic}/{record.partition}@{record.offset}"
+        message.id = record.position
     elif message.content_type is None:
         message.content_type = JSON
     return message, due

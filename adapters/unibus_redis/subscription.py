@@ -421,7 +421,7 @@ def deliver(entry: Entry, source: Source, place: Place) -> Delivery[Any]:
     if len(place.streams) > 1 or len(place.topic) > 1:
         lanes = place.topic if entry.key in place.topic else place.streams
         message.priority = lanes.index(entry.key) or None
-    return Delivery(message, source, entry, 0, None, None, entry, entry.position)
+    return Delivery(message, source, entry, 0, None, None, entry, None)
 
 
 def _age(entry: Entry) -> tuple[int, int]:

@@ -28,7 +28,8 @@ class Delivery(Generic[T]):
     Set by the driver: `message`; `source`; `failures` (what the driver knows beyond the header `x-retry-count`, usually 0;
     the core adds the header); `deliveries` (how often the broker handed it out, None where it doesn't count);
     `lease_until` (monotonic seconds, None where deliveries don't expire); `lost` (set once it is no longer ours);
-    `token` (the driver's own handle); `native` (the client's object); `position` (where it was, for people).
+    `token` (the driver's own handle); `native` (the client's object); `position` (where it was, for people; None: as
+    `native.position` says, which is asked when somebody asks).
 
     For users: `body` (decoded), `attempt` (1 on the first run), and one verb for each fate. A handler that settles its
     delivery itself has decided; what it raises afterwards is only logged. Used as `async with delivery:` it is acked at
@@ -36,6 +37,7 @@ class Delivery(Generic[T]):
     """
 
     __slots__ = (
+        "_position",
         "body",
         "deliveries",
         "failures",
@@ -43,7 +45,6 @@ class Delivery(Generic[T]):
         "lost",
         "message",
         "native",
-        "position",
         "settled",
         "settler",
         "source",
@@ -62,7 +63,7 @@ class Delivery(Generic[T]):
         deliveries: int | None = None,
         lease_until: float | None = None,
         native: object = None,
-        position: str = "",
+        position: str | None = "",
     ) -> None:
         self.message = message
         self.source = source
@@ -71,13 +72,24 @@ class Delivery(Generic[T]):
         self.deliveries = deliveries
         self.lease_until = lease_until
         self.native = native
-        self.position = position
+        self._position = position
         self.lost = False
         self.settled = False
 
     @property
     def attempt(self) -> int:
         return self.failures + 1
+
+    @property
+    def position(self) -> str:
+        if self._position is None:
+            native: Any = self.native
+            self._position = str(native.position)
+        return self._position
+
+    @position.setter
+    def position(self, where: str) -> None:
+        self._position = where
 
     async def ack(self) -> None:
         """The message is done; returns once the broker has been told. Raises LeaseLost if it is no longer ours."""

@@ -95,7 +95,7 @@ class Intake:
         self._subscription: Subscription | None = None
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
-        self._failures = 0  # to subscribe, in a row
+        self._failures = 0  # to subscribe and receive, in a row
         self._receiving: asyncio.Task[None] | None = None  # by one subscription
         self._silent: str | None = None  # why that was cancelled, to subscribe anew
         self._deaf = False  # it was silent before, and nothing was received since
@@ -190,7 +190,6 @@ class Intake:
             self._heartbeat.start()
         self._watchdog = Watchdog(subscription, self.kit.clock, self._fell_silent)
         self._watchdog.begin()
-        self._failures = 0
         self.trouble = None
         self.subscribed.set()
         self.begun.set()
@@ -260,6 +259,7 @@ class Intake:
                 self._reserved -= room
                 receiving.looks = None
             self._deaf = False
+            self._failures = 0
             if failures:
                 failures, self.trouble = 0, None
             if link.epoch != epoch or not link.is_up:

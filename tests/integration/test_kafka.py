@@ -449,6 +449,58 @@ async def test_a_consumer_whose_broker_does_not_know_its_topics_yet_looks_again(
 
 
 @both
+async def test_what_a_transaction_has_aborted_is_not_received(lab: Bench) -> None:
+    """Nor the markers of its end: of foreign producers, since ours has no transactions."""
+    queue: Queue[bytes] = Queue("q")
+    bus, seen = lab.bus(), list[bytes]()
+    await lab.admin.create_topics([NewTopic(lab.prefix + "q", 1, 1)])
+    sent = list[bytes]()
+    async with AIOKafkaProducer(**lab.raw, transactional_id=lab.prefix) as producer:
+        for n in range(6):
+            await producer.begin_transaction()
+            bodies = [b"%d.%d" % (n, m) for m in range(3)]
+            for body in bodies:
+                await producer.send_and_wait(lab.prefix + "q", body)
+            if n % 2:
+                await producer.abort_transaction()
+            else:
+                await producer.commit_transaction()
+                sent += bodies
+
+    @bus.consumer(queue, prefetch=2)
+    async def handle(body: bytes) -> None:
+        seen.append(body)
+
+    async with bus.running():
+        await bus.send(queue, b"last")
+        await until(lambda: b"last" in seen, "what came after them")
+    assert seen == [*sent, b"last"]
+
+
+@both
+@pytest.mark.parametrize("compression", [None, "gzip"])
+async def test_a_group_begins_within_a_batch(lab: Bench, compression: str | None) -> None:
+    """The broker sends the whole of it."""
+    topic: Topic[bytes] = Topic("t")
+    bus, seen = lab.bus(), list[bytes]()
+    await lab.admin.create_topics([NewTopic(lab.prefix + "t", 1, 1)])
+    async with AIOKafkaProducer(**lab.raw, compression_type=compression) as producer:
+        batch = producer.create_batch()
+        for n in range(10):
+            assert batch.append(key=None, value=b"%d" % n, timestamp=None) is not None
+        await (await producer.send_batch(batch, lab.prefix + "t", partition=0))
+
+    @bus.subscriber(topic, group="g", start=[f"{lab.prefix}t/0@6"])
+    async def handle(body: bytes, delivery: Delivery[bytes]) -> None:
+        assert delivery.position == f"{lab.prefix}t/0@{int(body)}"
+        seen.append(body)
+
+    async with bus.running():
+        await until(lambda: len(seen) == 4, "the second part of the batch")
+    assert seen == [b"6", b"7", b"8", b"9"]
+
+
+@both
 async def test_foreign_commit_metadata_is_a_replay(lab: Bench) -> None:
     queue: Queue[bytes] = Queue("q")
     name, tp = lab.prefix + "q", TopicPartition(lab.prefix + "q", 0)

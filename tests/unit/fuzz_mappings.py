@@ -165,7 +165,7 @@ def _record(rng: random.Random) -> Any:
         key = rng.choice((None, b"", b"\xff", mangled(rng, b"c42")))
     if rng.random() < 0.2:
         value, at = rng.choice((None, b"")), rng.choice((-1, 0, 2**63 - 1, -(2**63)))
-    return SimpleNamespace(topic="t", partition=0, offset=7, key=key, value=value, headers=tuple(given), timestamp=at)
+    return kafka.Record("t", 0, 7, at, key, value, tuple(given))
 
 
 @mapping("kafka", _record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -317,7 +316,7 @@ async def _wire(play: Play) -> None:
         await play.arrives(play.stream, redis_wire.decode(entry))
     [record] = captured("faststream 0.7.8", "kafka")
     message, _ = kafka_wire.decode(
-        SimpleNamespace(
+        kafka_wire.Record(
             topic="orders",
             partition=0,
             offset=7,

@@ -576,6 +576,27 @@ async def test_a_receive_that_fails_in_passing_costs_nothing_of_what_is_held(err
     assert done == ["held", "next"]
 
 
+async def test_a_receive_that_always_fails_is_tried_less_and_less_often_until_one_succeeds() -> None:
+    """It was tried ten times a second for ever: a subscribe that succeeded made up for it."""
+    bus = make_bus()
+
+    @bus.consumer(ORDERS)
+    async def handle(body: str) -> None:
+        pass
+
+    async with lab(bus) as it:
+        spy = spy_of(bus)
+        spy.faults["receive"].extend([RuntimeError("a bug")] * 1000)
+        await later(it, 120)
+        tried = 1000 - len(spy.faults["receive"])
+        assert 5 < tried < 100
+        spy.faults["receive"].clear()
+        await bus.send(ORDERS, "x")
+        await later(it, 10)
+        assert bus.counts.get("handled") == 1
+        assert bus._opened().intakes[0]._failures == 0
+
+
 async def test_many_handouts_alone_are_no_crime() -> None:
     bus = make_bus()
     handled: list[str] = []

@@ -5,17 +5,24 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import aiokafka.errors as kafka
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionRecords
+from aiokafka.errors import CorruptRecordException
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.memory_records import MemoryRecords
 from confluent_kafka import KafkaError, KafkaException
 
 from unibus.errors import ConfigError, ConnectionLost, NotFound, PermissionDenied, Throttled, Timeout
 from unibus.url import parse
 from unibus_kafka import config, errors
+from unibus_kafka.aio import _Fetched
 from unibus_kafka.confluent import ConfluentBatch, ConfluentConsumer, ConfluentProducer, common, translated
 from unibus_kafka.engine import engine_of
+from unibus_kafka.wire import Record
 
 TP = TopicPartition("t", 0)
 
@@ -191,3 +198,48 @@ async def test_a_record_has_the_names_of_aiokafkas() -> None:
     (record,) = consumer()._records(0, [message(7)])[TP]
     assert (record.topic, record.partition, record.offset, record.timestamp) == ("t", 0, 7, 5)
     assert (record.key, record.value, list(record.headers)) == (None, b"x", [])
+
+
+def fetched(*sizes: int, start: int = 0, spoilt: bool = False) -> Any:
+    """What aiokafka makes of an answer with a batch of each of these sizes; the records are numbered on."""
+    data, offset = bytearray(), 0
+    for size in sizes:
+        builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 1 << 20)
+        for n in range(size):
+            builder.append(offset=n, timestamp=n, key=None, value=b"%d" % (offset + n), headers=[])
+        batch = bytearray(builder.build())
+        batch[:8] = offset.to_bytes(8, "big")
+        data += batch
+        offset += size
+    data[-1] ^= spoilt
+    return PartitionRecords(TP, MemoryRecords(bytes(data)), [], start, None, None, True, READ_COMMITTED)
+
+
+def unpacked(records: Any) -> Any:
+    held: Any = _Fetched()
+    held[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
+    return held[TP]._partition_records
+
+
+@pytest.mark.parametrize("start", [0, 3, 9])
+def test_records_are_those_that_the_library_makes_and_it_goes_on_where_it_would(start: int) -> None:
+    theirs, ours = fetched(4, 1, 5, start=start), unpacked(fetched(4, 1, 5, start=start))
+    for theirs_one, ours_one in zip(theirs, ours, strict=True):
+        assert [getattr(theirs_one, name) for name in Record._fields[:-1]] == list(ours_one)[:-1]
+        assert theirs.next_fetch_offset == ours.next_fetch_offset == ours_one.offset + 1
+    assert theirs.next_fetch_offset == ours.next_fetch_offset == 10
+
+
+def test_it_goes_on_behind_a_batch_of_which_nothing_is_left() -> None:
+    """As compaction leaves it, and the marker of a transaction's end."""
+    ours = unpacked(fetched(3, 2))
+    with patch.object(type(ours), "_withheld", lambda self, batch: batch.base_offset == 3):
+        assert [record.offset for record in ours] == [0, 1, 2]
+    assert ours.next_fetch_offset == 5
+
+
+def test_a_spoilt_batch_is_not_handed_out() -> None:
+    ours = unpacked(fetched(2, 2, spoilt=True))
+    assert [next(iter(ours)).offset, next(iter(ours)).offset] == [0, 1]
+    with pytest.raises(CorruptRecordException, match="t/0: invalid CRC"):
+        next(iter(ours))

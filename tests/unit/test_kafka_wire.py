@@ -10,7 +10,6 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.protocol.admin import CreateTopicsRequest
-from aiokafka.structs import ConsumerRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +32,7 @@ NAMES = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1,
 
 
 def record(key: Any = None, value: Any = b"", headers: Any = (), offset: int = 7, at: float = NOW) -> Any:
-    return ConsumerRecord("q", 0, offset, round(at * 1000), 0, key, value, None, 0, 0, tuple(headers))
+    return wire.Record("q", 0, offset, round(at * 1000), key, value, tuple(headers))
 
 
 def there_and_back(message: Message, *, now: float = NOW, later: bool = False) -> Message:
