@@ -16,11 +16,10 @@ from aiokafka.errors import CorruptRecordException, IllegalStateError, NoOffsetF
 from unibus_kafka import config
 from unibus_kafka.engine import Consumer, Listener, Producer
 from unibus_kafka.link import by_name, put_away
-from unibus_kafka.wire import Record
+from unibus_kafka.wire import Record, record_of
 
 _POLL = 500  # milliseconds; what arrives ends it
 _MANY = 500  # records of one poll
-_new = tuple.__new__  # without the keywords of a named one
 _LOOK = 0.5  # seconds between looks for topics that it does not know
 
 
@@ -150,7 +149,7 @@ class AioConsumer:
 
 
 class _Fetched(OrderedDict[TopicPartition, Any]):
-    """What the library has fetched and not handed out, such that a `Record` is made of each: its own costs twice as much."""
+    """What the library has fetched and not handed out, such that a `Record` is made of each: its own take longer to make."""
 
     def __setitem__(self, tp: TopicPartition, result: Any) -> None:
         if type(result) is FetchResult:
@@ -180,7 +179,7 @@ class _Unpacked(PartitionRecords):  # type: ignore[misc]  # the client library i
                     if offset >= first:  # of a compressed batch we may have asked for the end
                         self.next_fetch_offset = offset + 1
                         fields = topic, partition, offset, record.timestamp, record.key, record.value, record.headers
-                        yield _new(Record, fields)
+                        yield record_of(fields)
             self.next_fetch_offset = batch.next_offset
 
     def _withheld(self, batch: Any) -> bool:

@@ -29,14 +29,15 @@ from unibus.waiting import happens
 from unibus_kafka import config
 from unibus_kafka.engine import Consumer, Listener, Producer
 from unibus_kafka.link import by_name, put_away
-from unibus_kafka.wire import Record
+from unibus_kafka.wire import Record, record_of
 
 log = logging.getLogger("unibus.kafka")
 
 _SOON, _LATER = (
     0.001,
     0.01,
-)  # seconds between looks at what was sent: while something comes back, and while nothing does
+)  # seconds between looks at what was sent: at first, and when nothing has come back for longer
+_LINGER = 0.5  # milliseconds librdkafka waits for more: else it makes many small requests of what one send has for it
 _POLL = 0.5  # seconds; what arrives ends it
 _MANY = 500  # records of one poll
 _AHEAD = 2  # polls that are not taken yet
@@ -116,12 +117,12 @@ class ConfluentProducer:
             "enable.idempotence": True,  # and with it acks=all
             "message.max.bytes": given.max_request_size,
             "batch.size": given.batch_size,
-            "linger.ms": 0,
+            "linger.ms": _LINGER,
             "message.timeout.ms": _UNDECIDED,
             "compression.type": given.compression or "none",
         }
         self._timer: asyncio.TimerHandle | None = None
-        self._pause = _SOON
+        self._waited = 0.0  # since something came back
         self.under_way: set[ConfluentBatch] = set()
         self.closed = False
 
@@ -149,14 +150,15 @@ class ConfluentProducer:
     def sent(self, batch: ConfluentBatch) -> None:
         self.under_way.add(batch)
         if self._timer is None:
-            self._pause = _SOON
+            self._waited = 0.0
             self._timer = asyncio.get_running_loop().call_later(_SOON, self._look)
 
     def _look(self) -> None:
         self._timer = None
-        self._pause = _SOON if self.native.poll(0) else min(self._pause * 1.5, _LATER)
+        pause = min(max(_SOON, self._waited / 4), _LATER)
+        self._waited = 0.0 if self.native.poll(0) else self._waited + pause
         if len(self.native):
-            self._timer = asyncio.get_running_loop().call_later(self._pause, self._look)
+            self._timer = asyncio.get_running_loop().call_later(pause, self._look)
 
 
 class ConfluentBatch:
@@ -214,16 +216,9 @@ class ConfluentBatch:
 
 
 def _record(topic: str, partition: int, message: Any) -> Record:
-    kind, timestamp = message.timestamp()
-    return Record(
-        topic,
-        partition,
-        message.offset(),
-        timestamp if kind else -1,
-        message.key(),
-        message.value(),
-        message.headers() or (),
-    )
+    kind, at = message.timestamp()
+    key, value, headers = message.key(), message.value(), message.headers() or ()
+    return record_of((topic, partition, message.offset(), at if kind else -1, key, value, headers))
 
 
 class ConfluentConsumer:
