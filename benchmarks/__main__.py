@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks import brokers, floor, growth, memory
+from benchmarks import apart, floor, growth, memory
 from benchmarks.cases import Case, beside, circumstances, table
 from benchmarks.flows import FLOWS, HEADLINE, NoBroker, Plan, find_broker
 from benchmarks.growth import Growth
@@ -38,15 +37,11 @@ _HEADLINE = ("core", "flows", "requests")
 
 def main() -> int:
     options = _options()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("unibus").setLevel(logging.ERROR)  # else it says each retry
+    apart.prepare(options.uvloop)
     profiles = Profiles(on=options.profile is not None)
     about: dict[str, Any] = circumstances()
     begun = perf_counter()
     if options.uvloop:
-        import uvloop
-
-        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         about["loop"] = f"uvloop {version('uvloop')}"
     try:
         cases, grown = _run(options, profiles, about)
@@ -120,7 +115,7 @@ def _run(options: argparse.Namespace, profiles: Profiles, about: dict[str, Any])
             rivals=not options.quick,
             backlog=options.backlog or BACKLOG[kind],
         )
-        found = asyncio.run(brokers.run(kind, url, plan, profiles))
+        found = apart.run(kind, url, plan, profiles, uvloop=options.uvloop)
         about.setdefault("brokers", {})[kind] = {"version": found.version, "source": source}
         about.setdefault("failed", []).extend(found.failed)
         cases += found.cases

@@ -63,18 +63,20 @@ class AioBatch:
         self._producer = producer
         self._tp = tp
         self._builder = producer.create_batch()
-        self._add = self._builder.append
+        self._add = self._builder._builder.append  # what is around it only counts, and takes as long
         self.indices: list[int] = []
 
     def append(
         self, i: int, key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes | None]], at: int
     ) -> bool:
-        if self._add(timestamp=at, key=key, value=value, headers=headers) is None and self.indices:
+        number = len(self.indices)
+        if self._add(number, at, key, value, headers) is None and number:
             return False
         self.indices.append(i)
         return True
 
     async def send(self) -> asyncio.Future[Any]:
+        self._builder._relative_offset = len(self.indices)
         self._builder.close()
         confirmed: asyncio.Future[Any] = await self._producer.send_batch(
             self._builder, self._tp.topic, partition=self._tp.partition

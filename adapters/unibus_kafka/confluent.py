@@ -37,7 +37,7 @@ _SOON, _LATER = (
     0.001,
     0.01,
 )  # seconds between looks at what was sent: at first, and when nothing has come back for longer
-_LINGER = 0.5  # milliseconds librdkafka waits for more: else it makes many small requests of what one send has for it
+_LINGER = 0.7  # milliseconds librdkafka waits for more: else it makes many small requests of what one send has for it
 _POLL = 0.5  # seconds; what arrives ends it
 _MANY = 500  # records of one poll
 _AHEAD = 2  # polls that are not taken yet
@@ -179,7 +179,9 @@ class ConfluentBatch:
     ) -> bool:
         topic, number = self._tp
         try:
-            self._produce(topic, value, key, number, partial(self._told, i), timestamp=at, headers=headers)
+            self._produce(
+                topic, value, key, number, partial(ConfluentBatch._told, self, i), timestamp=at, headers=headers
+            )
         except BufferError:
             self.failed[i] = Throttled(f"send to {topic!r}: too many messages wait for the broker; send them later")
         except KafkaException as exc:
@@ -213,12 +215,6 @@ class ConfluentBatch:
             self._done.set_result(None)
         else:
             self._done.set_exception(error)
-
-
-def _record(topic: str, partition: int, message: Any) -> Record:
-    kind, at = message.timestamp()
-    key, value, headers = message.key(), message.value(), message.headers() or ()
-    return record_of((topic, partition, message.offset(), at if kind else -1, key, value, headers))
 
 
 class ConfluentConsumer:
@@ -314,22 +310,27 @@ class ConfluentConsumer:
         return self._records(number, messages)
 
     def _records(self, number: int, messages: list[Any]) -> dict[TopicPartition, list[Record]]:
-        sorted_: dict[tuple[str, int], list[Any]] = {}
+        read: dict[TopicPartition, list[Record]] = {}
+        topic, partition, records = "", -1, list[Record]()
         for message in messages:
             if (error := message.error()) is not None:
                 self._failed(error, message)
-            else:
-                sorted_.setdefault((message.topic(), message.partition()), []).append(message)
+                continue
+            if message.partition() != partition or message.topic() != topic:  # many of one follow each other
+                topic, partition = message.topic(), message.partition()
+                records = read.setdefault(TopicPartition(topic, partition), [])
+            kind, at = message.timestamp()
+            key, value, headers = message.key(), message.value(), message.headers() or ()
+            records.append(record_of((topic, partition, message.offset(), at if kind else -1, key, value, headers)))
         found = {}
-        for (topic, partition), of_partition in sorted_.items():
-            tp = TopicPartition(topic, partition)
+        for tp, all_ in read.items():
             since = self._since.get(tp, 0)
             if number < since:
                 continue
-            records = [_record(topic, partition, message) for message in of_partition]
             seek, following = self._next.get(tp, (since, 0))
-            if seek == since and records[0].offset < following:  # after a pause
-                records = [record for record in records if record.offset >= following]
+            records = all_
+            if seek == since and all_[0].offset < following:  # after a pause
+                records = [record for record in all_ if record.offset >= following]
             if records:
                 self._doubt = self._loop.time() + _DOUBT
                 self._next[tp] = since, records[-1].offset + 1
