@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -109,7 +109,7 @@ class Link:
         names = {name for name in topics if fresh or not client.cluster.partitions_for_topic(name)}
         if not names:
             return names
-        there = await self.patiently(lambda: self._known(names), "look for topics")
+        there, _ = await self.patiently(partial(look_up, client, names), "look for topics")
         if there - client._topics:  # whatever else was asked for is not looked up ever after
             await client.set_topics(client._topics | there)
         if any(client.cluster.partitions_for_topic(name) for name in names - there):  # deleted since it last looked
@@ -121,15 +121,6 @@ class Link:
 
         await self.patiently(learnt, "look for topics")
         return names - there
-
-    async def _known(self, names: set[str]) -> set[str]:
-        """Those that any broker knows: of a cluster, some have not heard yet of a topic that another has just made."""
-        there = set[str]()
-        async for known, _ in answers(self._client, names):
-            there |= known
-            if there == names:
-                break
-        return there
 
     async def risks(self, topics: Sequence[str]) -> dict[str, str]:
         """Topic -> which of its settings can lose messages; what this user may not see stays unsaid."""
@@ -311,48 +302,47 @@ class Link:
             raise errors.translate(exc, doing, right) from exc
 
 
-async def answers(client: Any, topics: Collection[str]) -> AsyncGenerator[tuple[set[str], Any], None]:
-    """Of one broker after another, in any order: which of these topics it knows, and its whole answer.
+async def look_up(client: Any, topics: Collection[str]) -> tuple[set[str], Any]:
+    """Those that any broker knows, and the answer of the one that knows most; until one knows them all.
 
-    Raises what the last one said, where none answers.
+    Of a cluster, some have not heard yet of a topic that another has just made. Raises what the last one said, where none answers.
     """
     nodes = [broker.nodeId for broker in client.cluster.brokers()]
     random.shuffle(nodes)
     failure: KafkaError = NodeNotReadyError("no broker is known")
-    asked = False
+    there, most, best = set[str](), -1, None
     for node in nodes:
         try:
             answer = await client.send(node, MetadataRequest(sorted(topics), False))
         except KafkaError as exc:  # of that node
             failure = exc
             continue
-        asked = True
-        yield {topic for error, topic, _, partitions in answer.topics if partitions and not error}, answer
-    if not asked:
+        known = {topic for error, topic, _, partitions in answer.topics if partitions and not error}
+        there |= known
+        if len(known) > most:
+            most, best = len(known), answer
+        if most == len(topics):
+            break
+    if best is None:
         raise failure
+    return there, best
 
 
 def by_name(client: Any) -> Any:
     """Let a client of the library look up its topics by name; it would make those that are missing, or ask for all.
 
     It also believes the first broker that it asks: a consumer whose topic that one had not heard of yet got no partition, and
-    asked again after `metadata_max_age`. So the others are asked, too, and the one that knows most is believed.
+    asked again after `metadata_max_age`. So the others are asked, too: `look_up`.
     """
     everything = client._metadata_update
 
     async def update(cluster: Any, topics: set[str]) -> bool:
-        most, best = -1, None
         if topics:
             with suppress(KafkaError):  # of all of them; the library tries once more, and says so
-                async for known, answer in answers(client, topics):
-                    if len(known) > most:
-                        most, best = len(known), answer
-                    if most == len(topics):
-                        break
-        if best is None:
-            return bool(await everything(cluster, ()))
-        cluster.update_metadata(best)
-        return True
+                _, answer = await look_up(client, topics)
+                cluster.update_metadata(answer)
+                return True
+        return bool(await everything(cluster, ()))
 
     client._metadata_update = update
     return client
