@@ -179,9 +179,7 @@ class ConfluentBatch:
     ) -> bool:
         topic, number = self._tp
         try:
-            self._produce(
-                topic, value, key, number, partial(ConfluentBatch._told, self, i), timestamp=at, headers=headers
-            )
+            self._produce(topic, value, key, number, partial(self._told, i), timestamp=at, headers=headers)
         except BufferError:
             self.failed[i] = Throttled(f"send to {topic!r}: too many messages wait for the broker; send them later")
         except KafkaException as exc:
